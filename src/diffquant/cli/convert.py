@@ -1,0 +1,67 @@
+"""`diffquant convert SRC -o OUT`: dtype, parts, folder and single file, without quantizing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from diffquant.cli.frame import Options, Outcome, common, run, threads
+from diffquant.cli.job import render_job
+from diffquant.convert.jobs import JobReport, container_for, run_job
+from diffquant.convert.plan import Request
+
+__all__ = ["command"]
+
+
+@click.command("convert")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File or folder to write.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Cast floating point tensors."
+)
+@click.option("--part", "parts", multiple=True, metavar="NAME", help="Write only this part.")
+@click.option("--base", type=click.Path(path_type=Path), help="Folder to take configs from.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@threads
+@common
+def command(
+    source: Path,
+    output: Path,
+    dtype: str | None,
+    parts: tuple[str, ...],
+    base: Path | None,
+    dry_run: bool,
+    force: bool,
+    options: Options,
+) -> None:
+    """Convert SOURCE between a single file and a Diffusers folder, extract parts, change dtype.
+
+    Without --dtype every tensor keeps its bytes. Quantized weights stay packed where they can.
+    """
+
+    def work() -> Outcome:
+        request = Request(container=container_for(output), dtype=dtype, parts=parts)
+        report = run_job(
+            source,
+            output,
+            request,
+            base=base,
+            force=force,
+            dry_run=dry_run,
+            workers=options.threads,
+            progress=options.bar(),
+        )
+        return Outcome(report, report.warnings)
+
+    def render(report: JobReport) -> None:
+        render_job(report, verbose=options.verbose > 0)
+
+    run("convert", options, work, render)

@@ -1,0 +1,73 @@
+"""`diffquant formats`: the tables, as a user picks from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from diffquant.cli.frame import Options, Outcome, common, echo, run, table
+from diffquant.quant.formats import FORMATS
+from diffquant.quant.types import TYPES
+
+__all__ = ["command"]
+
+
+@click.command("formats")
+@common
+def command(options: Options) -> None:
+    """List the types -t takes, the number formats behind them, and where each can be written."""
+
+    def work() -> Outcome:
+        types = [
+            {
+                "name": row.name,
+                "base": row.base,
+                "bits": row.bits,
+                "containers": sorted(row.dialects),
+                "dialects": dict(row.dialects),
+                "about": row.about,
+            }
+            for row in TYPES.values()
+        ]
+        formats = [
+            {
+                "name": row.name,
+                "bits": row.bits,
+                "strategy": row.strategy,
+                "block_size": row.block_size,
+                "requires": [need.describe() for need in row.requires],
+                "gaussian_error": row.gaussian_error,
+                "source": row.source,
+            }
+            for row in FORMATS.values()
+        ]
+        return Outcome({"types": types, "formats": formats})
+
+    def render(result: dict[str, Any]) -> None:
+        echo("Types (-t):")
+        table(
+            ("type", "bits", "goes into", "what it is"),
+            [
+                (row["name"], f"{row['bits']:g}", ", ".join(row["containers"]), row["about"])
+                for row in result["types"]
+            ],
+            right=(1,),
+        )
+        echo()
+        echo("Number formats (--tensor-type REGEX=FORMAT):")
+        table(
+            ("format", "bits", "error on Gaussian weights", "needs"),
+            [
+                (
+                    row["name"],
+                    f"{row['bits']:g}",
+                    f"{row['gaussian_error']:.4f}",
+                    ", ".join(row["requires"]) or "-",
+                )
+                for row in result["formats"]
+            ],
+            right=(1, 2),
+        )
+
+    run("formats", options, work, render)

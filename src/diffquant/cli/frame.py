@@ -1,0 +1,239 @@
+"""What every command shares: options, the JSON envelope, progress, errors and exit codes.
+
+stdout is the result, stderr is progress and log. A user sees a traceback only with `-v -v` or
+DIFFQUANT_DEBUG=1.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from diffquant.core.errors import DiffquantError, UnknownArchitecture, shorten
+from diffquant.core.progress import NO_PROGRESS, Progress
+from diffquant.core.report import SCHEMA_VERSION, envelope
+
+__all__ = ["Options", "Outcome", "common", "echo", "human", "run", "table", "threads"]
+
+_DEBUG_VERBOSITY = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options every command has."""
+
+    as_json: bool
+    quiet: bool
+    verbose: int
+    progress: bool
+    threads: int | None = None
+
+    def bar(self) -> Progress:
+        """A progress bar on stderr, or the silent one."""
+        quiet = self.quiet or not self.progress or not sys.stderr.isatty()
+        return NO_PROGRESS if quiet else _Bar()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command produced: report data, warnings, and the exit code it asks for."""
+
+    result: object
+    warnings: Sequence[str] = ()
+    exit_code: int = 0
+    ok: bool = True
+    notes: Sequence[str] = field(default=())
+
+
+def common(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --json, -q, -v and --no-progress, passed to the command as one `options`."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print results and errors only.")
+    @click.option("-v", "--verbose", count=True, help="Say more; twice shows tracebacks.")
+    @click.option("--no-progress", is_flag=True, help="Draw no progress bar.")
+    @functools.wraps(function)
+    def wrapped(
+        *args: object,
+        as_json: bool,
+        quiet: bool,
+        verbose: int,
+        no_progress: bool,
+        **kwargs: object,
+    ) -> object:
+        count = kwargs.pop("threads", None)
+        threads_asked = count if isinstance(count, int) else None
+        options = Options(as_json, quiet, verbose, not no_progress, threads_asked)
+        return function(*args, options=options, **kwargs)
+
+    return wrapped
+
+
+def threads(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --threads, found as `options.threads`."""
+    decorate = click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Worker threads (default: one per processor).",
+    )
+    return decorate(function)
+
+
+def run(
+    name: str,
+    options: Options,
+    work: Callable[[], Outcome],
+    render: Callable[[Any], None],
+) -> None:
+    """Do a command's work, print its result, and exit with its code."""
+    _set_up_logging(options)
+    debug = options.verbose >= _DEBUG_VERBOSITY or bool(os.environ.get("DIFFQUANT_DEBUG"))
+    try:
+        outcome = work()
+    except (click.ClickException, click.exceptions.Exit):
+        raise
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        code, message = _explain(error)
+        _print_error(name, options, code, message)
+        sys.exit(code)
+    _print_outcome(name, options, outcome, render)
+    sys.exit(outcome.exit_code)
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, DiffquantError):
+        message = str(error)
+        if isinstance(error, UnknownArchitecture) and error.candidates:
+            near = "; ".join(
+                f"{slug} lacks {shorten(keys, 3)}" for slug, keys in error.candidates[:3]
+            )
+            message = f"{message} (nearest: {near})"
+        return error.exit_code, message
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; nothing was left behind"
+    if isinstance(error, MemoryError):
+        return 6, "out of memory; use fewer --threads"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return 6, f"no space left on the disk of {error.filename or 'the output'}"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return 1, f"{where}{error.strerror or error}"
+    return 1, (
+        f"internal error: {type(error).__name__}: {error} "
+        "(run again with -v -v for the traceback, and report it)"
+    )
+
+
+def _print_error(name: str, options: Options, code: int, message: str) -> None:
+    if options.as_json:
+        body = {
+            "schema_version": SCHEMA_VERSION,
+            "command": name,
+            "ok": False,
+            "warnings": [],
+            "error": {"exit_code": code, "message": message},
+            "result": None,
+        }
+        click.echo(json.dumps(body, indent=2))
+    click.echo(f"diffquant {name}: {message}", err=True)
+
+
+def _print_outcome(
+    name: str, options: Options, outcome: Outcome, render: Callable[[Any], None]
+) -> None:
+    try:
+        if options.as_json:
+            body = envelope(name, outcome.result, ok=outcome.ok, warnings=outcome.warnings)
+            click.echo(json.dumps(body, indent=2))
+        else:
+            render(outcome.result)
+        if not options.quiet:
+            for warning in outcome.warnings:
+                click.echo(f"warning: {warning}", err=True)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `diffquant ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _set_up_logging(options: Options) -> None:
+    level = logging.WARNING - 10 * min(options.verbose, 2)
+    logging.basicConfig(
+        level=logging.ERROR if options.quiet else level,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+
+
+def echo(text: str = "") -> None:
+    """Print a result line."""
+    click.echo(text)
+
+
+def human(nbytes: float) -> str:
+    """Bytes as people read them: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1024
+    raise AssertionError("unreachable")
+
+
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()
+) -> None:
+    """Print an aligned table; `right` are the columns aligned to the right.
+
+    Plain text, so that it survives pipes, narrow terminals and NO_COLOR alike.
+    """
+    widths = [max(len(str(row[i])) for row in (headers, *rows)) for i in range(len(headers))]
+    for index, row in enumerate((headers, *rows)):
+        cells = [
+            str(cell).rjust(width) if i in right else str(cell).ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        click.echo("  ".join(cells).rstrip())
+        if index == 0:
+            click.echo("  ".join("-" * width for width in widths))
+
+
+class _Bar:
+    """tqdm on stderr, safe to advance from worker threads."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._lock = threading.Lock()
+
+    def start(self, label: str, total: int, unit: str = "B") -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False, file=sys.stderr
+        )
+
+    def advance(self, amount: int, key: str = "") -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._bar.update(amount)
+                if key:
+                    self._bar.set_postfix_str(key[-40:], refresh=False)
+
+    def stop(self) -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None

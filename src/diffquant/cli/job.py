@@ -1,0 +1,96 @@
+"""What `quantize` and `convert` share: rendering a JobReport."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffquant.cli.frame import echo, human, table
+from diffquant.convert.jobs import JobReport
+
+__all__ = ["render_job"]
+
+_WORST = 5
+
+
+def render_job(report: JobReport, *, verbose: bool = False) -> None:
+    """Print a plan or a result: parts, formats and reasons, errors, verdict."""
+    verb = "would write" if report.dry_run else "wrote"
+    name = report.architecture + (f" {report.variant}" if report.variant else "")
+    what = f" as {report.type}" if report.type else ""
+    echo(f"{verb} {report.output}")
+    echo(f"  {name}{what}, {human(report.nbytes)}, {report.bits_per_weight:.2f} bits per weight")
+    echo()
+    table(
+        ("part", "tensors", "parameters", "size", "bits/weight", "stored as"),
+        [
+            (
+                part.name,
+                str(part.tensors),
+                f"{part.parameters:,}",
+                human(part.nbytes),
+                f"{part.bits_per_weight:.2f}",
+                _mix(part.formats, part.parameters),
+            )
+            for part in report.parts
+        ],
+        right=(1, 2, 3, 4),
+    )
+    echo()
+    _render_reasons(report, verbose=verbose)
+    if report.dropped:
+        reasons: dict[str, int] = {}
+        for reason in report.dropped.values():
+            reasons[reason] = reasons.get(reason, 0) + 1
+        for reason, count in reasons.items():
+            echo(f"  not written: {count} tensors ({reason})")
+    if report.dry_run:
+        echo(
+            f"  reads {human(report.read_nbytes)}, working memory about "
+            f"{human(report.peak_nbytes)} with {report.workers} threads"
+        )
+    if report.verdict is not None:
+        error = f", relative error {report.error:.4f}" if report.error is not None else ""
+        echo(f"  verified ({report.verify}): {report.verdict}{error}")
+
+
+def _render_reasons(report: JobReport, *, verbose: bool) -> None:
+    rows = [row for row in report.tensors if row.part in ("denoiser", "")]
+    if verbose:
+        table(
+            ("tensor", "stored", "error", "reason"),
+            [(row.key, row.stored, _error(row.error), row.reason) for row in rows],
+            right=(2,),
+        )
+        return
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for row in rows:
+        groups.setdefault((row.stored, row.reason), []).append(row)
+    ordered = sorted(groups.items(), key=lambda item: -sum(row.nbytes for row in item[1]))
+    table(
+        ("denoiser", "tensors", "size", "error", "why"),
+        [
+            (
+                stored,
+                str(len(found)),
+                human(sum(row.nbytes for row in found)),
+                _error(max((row.error for row in found if row.error is not None), default=None)),
+                reason,
+            )
+            for (stored, reason), found in ordered
+        ],
+        right=(1, 2, 3),
+    )
+    worst = sorted(
+        (row for row in rows if row.verdict in ("warn", "fail")), key=lambda row: -(row.error or 0)
+    )
+    for row in worst[:_WORST]:
+        echo(f"  {row.verdict}: {row.key} {row.stored} error {row.error:.4f}")
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _mix(formats: Any, total: int) -> str:  # noqa: ANN401 - Mapping[str, int]
+    rows = sorted(formats.items(), key=lambda row: -row[1])
+    return ", ".join(f"{name} {count / max(total, 1):.1%}" for name, count in rows[:4])

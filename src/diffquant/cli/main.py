@@ -1,0 +1,53 @@
+"""The `diffquant` command: a table of subcommands, each imported only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from diffquant import __version__
+
+__all__ = ["COMMANDS", "cli", "main"]
+
+# name -> (module, one line for the overview)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": ("diffquant.cli.inspect", "Say what files are, from their headers."),
+    "quantize": ("diffquant.cli.quantize", "Quantize a checkpoint and check the result."),
+    "convert": ("diffquant.cli.convert", "Change dtype, parts or layout without quantizing."),
+    "generate": ("diffquant.cli.generate", "Generate pictures with the bundled runtime."),
+    "verify": ("diffquant.cli.verify", "Compare a file with its source: tensors, pictures."),
+    "formats": ("diffquant.cli.formats", "List types, formats and containers."),
+    "completion": ("diffquant.cli.completion", "Print a shell completion script."),
+}
+
+
+class _LazyGroup(click.Group):
+    """Loads a subcommand's module when it is used, so that `inspect` never pays for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        loaded: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        return loaded
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="diffquant", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Read, convert, quantize and verify diffusion checkpoints.
+
+    diffquant quantize MODEL -o OUT.gguf -t q4_k_s
+    """
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli(prog_name="diffquant")

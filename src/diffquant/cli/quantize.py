@@ -1,0 +1,136 @@
+"""`diffquant quantize SRC -o OUT -t TYPE`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+
+from diffquant.cli.frame import Options, Outcome, common, run, threads
+from diffquant.cli.job import render_job
+from diffquant.convert.jobs import JobReport, container_for, run_job
+from diffquant.convert.plan import Request
+from diffquant.core.errors import UsageError
+from diffquant.quant.formats import format_named
+from diffquant.quant.policy import Rule
+from diffquant.quant.types import QuantType, type_named
+
+__all__ = ["command"]
+
+_DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
+
+
+@click.command("quantize")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File or folder to write.")
+@click.option("-t", "--type", "type_name", required=True, help="Type; see `diffquant formats`.")
+@click.option("--part", "parts", multiple=True, metavar="NAME", help="Write only this part.")
+@click.option("--all", "all_parts", is_flag=True, help="Quantize text encoders and VAE as well.")
+@click.option(
+    "--tensor-type",
+    "tensor_types",
+    multiple=True,
+    metavar="REGEX=FORMAT",
+    help="Store matching tensors in another format; first match wins.",
+)
+@click.option(
+    "--exclude", multiple=True, metavar="REGEX", help="Keep matching tensors unquantized."
+)
+@click.option("--pure", is_flag=True, help="One format throughout: ignore the type's mix.")
+@click.option("--allow-requantize", is_flag=True, help="Accept an already quantized source.")
+@click.option("--base", type=click.Path(path_type=Path), help="Folder to take configs from.")
+@click.option(
+    "--verify",
+    type=click.Choice(["none", "load", "tensors", "image"]),
+    default="tensors",
+    show_default=True,
+    help="How the output is checked.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@threads
+@common
+def command(
+    source: Path,
+    output: Path | None,
+    type_name: str,
+    parts: tuple[str, ...],
+    all_parts: bool,
+    tensor_types: tuple[str, ...],
+    exclude: tuple[str, ...],
+    pure: bool,
+    allow_requantize: bool,
+    base: Path | None,
+    verify: str,
+    dry_run: bool,
+    force: bool,
+    options: Options,
+) -> None:
+    """Quantize SOURCE (a checkpoint file or Diffusers folder) to TYPE.
+
+    The extension of -o chooses the container: .gguf holds the denoiser, .safetensors the parts the
+    source has, no extension a Diffusers folder. Only the denoiser is quantized unless --all or
+    --part.
+    """
+
+    def work() -> Outcome:
+        kind = type_named(type_name)
+        out = output or _default_output(source, kind)
+        request = Request(
+            container=container_for(out),
+            type=kind,
+            parts=parts,
+            all_parts=all_parts,
+            rules=_rules(tensor_types, exclude),
+            pure=pure,
+            allow_requantize=allow_requantize,
+        )
+        report = run_job(
+            source,
+            out,
+            request,
+            base=base,
+            force=force,
+            dry_run=dry_run,
+            workers=options.threads,
+            verify="tensors" if verify == "image" else verify,
+            progress=options.bar(),
+        )
+        return _judged(report, source, out, verify, options)
+
+    def render(report: JobReport) -> None:
+        render_job(report, verbose=options.verbose > 0)
+
+    run("quantize", options, work, render)
+
+
+def _judged(report: JobReport, source: Path, out: Path, verify: str, options: Options) -> Outcome:
+    failed = report.verdict == "fail"
+    return Outcome(report, report.warnings, 3 if failed else 0, ok=not failed)
+
+
+def _default_output(source: Path, kind: QuantType) -> Path:
+    """Name the output as the Hub reads quant labels: stem-TYPE.ext, in the current folder."""
+    container = next(iter(kind.dialects))
+    stem = source.stem if source.is_file() else source.name
+    return Path(f"{stem}-{kind.name.upper()}{_DEFAULT_SUFFIX[container]}")
+
+
+def _rules(tensor_types: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[Rule, ...]:
+    rules = [Rule(_pattern(text), None, f"--exclude {text}") for text in exclude]
+    for text in tensor_types:
+        pattern, separator, name = text.rpartition("=")
+        if not separator:
+            raise UsageError(f"--tensor-type {text}: expected REGEX=FORMAT")
+        fmt = format_named(name.lower())
+        rules.append(Rule(_pattern(pattern), fmt.name, f"--tensor-type {text}"))
+    return tuple(rules)
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise UsageError(f"{text}: not a regular expression: {error}") from None
+    return text

@@ -1,0 +1,90 @@
+"""Option values that commands share: sizes, seeds, prompt files, devices, LoRA pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffquant.core.errors import ResourceError, UsageError
+
+__all__ = ["check_device", "lora_pairs", "prompts_from", "seeds_from", "size_from"]
+
+
+def size_from(text: str | None) -> tuple[int, int] | None:
+    """Read WIDTHxHEIGHT, or one number for a square.
+
+    Raises:
+        UsageError: not a size.
+    """
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT, such as 512x768")
+    width, height = int(parts[0]), int(parts[-1])
+    return width, height
+
+
+def seeds_from(text: str) -> tuple[int, ...]:
+    """Read seeds: 0,1,7.
+
+    Raises:
+        UsageError: not integers.
+    """
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--seeds {text}: expected numbers with commas, such as 0,1") from None
+    if any(not 0 <= seed < 2**63 for seed in seeds):
+        raise UsageError(f"--seeds {text}: a seed is at least 0 and below 2**63")
+    return seeds
+
+
+def prompts_from(path: Path) -> tuple[str, ...]:
+    """Read one prompt per line; empty lines and lines that start with # are skipped.
+
+    Raises:
+        UsageError: no prompt in it.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not prompts:
+        raise UsageError(f"{path}: no prompts in it, expected one per line")
+    return prompts
+
+
+def lora_pairs(values: tuple[str, ...]) -> tuple[tuple[Path, float], ...]:
+    """Read FILE or FILE:WEIGHT. A drive letter's colon is not a weight.
+
+    Raises:
+        UsageError: the weight is not a number.
+    """
+    pairs = []
+    for text in values:
+        head, separator, tail = text.rpartition(":")
+        if not separator or Path(text).exists() or "/" in tail or "\\" in tail:
+            pairs.append((Path(text), 1.0))
+            continue
+        try:
+            pairs.append((Path(head), float(tail)))
+        except ValueError:
+            raise UsageError(
+                f"--lora {text}: expected FILE:WEIGHT, such as style.safetensors:0.8"
+            ) from None
+    return tuple(pairs)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device this machine does not have, before anything is loaded.
+
+    Raises:
+        ResourceError: no such device here.
+        UsageError: not a device.
+    """
+    from diffquant.runtime.devices import available_devices
+
+    kind = name.split(":", maxsplit=1)[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {name}: expected cpu, cuda or mps")
+    have = available_devices()
+    if name not in have and kind not in have:
+        raise ResourceError(f"--device {name}: not on this machine (it has: {', '.join(have)})")

@@ -1,0 +1,39 @@
+"""The adapter slot: what may change a weight between its source and its codec.
+
+LoRA and kin attach to a Step as adapters. An adapter sees float32 rows of the target tensor, so it
+works inside the streaming loop; a kind that needs the whole tensor says so and is given it in one
+chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ROWS", "WHOLE", "Adapter"]
+
+ROWS = "rows"
+WHOLE = "whole"
+
+
+class Adapter(Protocol):
+    """Changes one target tensor.
+
+    Attributes:
+        name: what reports call it.
+        reach: ROWS when any row range can be computed alone, else WHOLE.
+    """
+
+    name: str
+    reach: str
+
+    def apply(self, weight: NDArray[np.float32], rows: tuple[int, int]) -> NDArray[np.float32]:
+        """Return the adapted rows.
+
+        Args:
+            weight: (R, K) float32, rows `rows[0]` to `rows[1]` of the target.
+            rows: half-open row range.
+        """
+        ...

@@ -1,0 +1,254 @@
+"""What an architecture is, as data: components, their two namings, precision policy, defaults.
+
+An architecture file fills one `Architecture`. Nothing in it says how deep or wide a model is:
+depths and widths come from the source's own keys and shapes. What shapes cannot say has a default
+there, under the field name of config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from diffquant.convert.architectures.links import Link, backward, forward, translate
+from diffquant.convert.rules import Rename, Rule, Shape, Shapes
+from diffquant.core.errors import NotInvertible
+
+__all__ = [
+    "Architecture",
+    "Component",
+    "Defaults",
+    "Facts",
+    "Family",
+    "Keep",
+    "Latent",
+    "Layout",
+    "Sampling",
+    "Signature",
+    "Variant",
+]
+
+Layout: TypeAlias = Literal["canonical", "diffusers", "alternate"]
+Facts: TypeAlias = dict[str, object]
+Defaults: TypeAlias = Mapping[str, Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Keys that tell a component in one layout.
+
+    Attributes:
+        required: keys that must all be there.
+        forbidden: beginnings of keys that must not be there: those of look-alikes.
+    """
+
+    required: tuple[str, ...]
+    forbidden: tuple[str, ...] = ()
+
+    def missing(self, shapes: Shapes) -> tuple[str, ...]:
+        """Required keys that `shapes` lacks."""
+        return tuple(key for key in self.required if key not in shapes)
+
+    def foreign(self, shapes: Shapes) -> tuple[str, ...]:
+        """Keys of `shapes` that this component never has (at most one is named)."""
+        if not self.forbidden:
+            return ()
+        return next(((key,) for key in shapes if key.startswith(self.forbidden)), ())
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One part of a model, and how its two namings correspond.
+
+    Attributes:
+        name: denoiser, vae, text_encoder or text_encoder_2.
+        kind: which model it is: unet_ldm, flux, qwen_image, vae_kl, vae_qwen, clip_text,
+            openclip_text, t5_encoder or qwen2_vl_text.
+        folder: subfolder in Diffusers layout.
+        prefixes: prefixes in single files, the canonical one first.
+        signatures: by layout. "alternate" is any further naming that can only be read.
+        links: (shapes, layout) -> correspondence, for shapes in that layout; layouts that have no
+            signature of their own are never asked for.
+        facts: Diffusers-named shapes -> what they say, as config.json fields and structure marks
+            (names starting with "_", which are for recognition only).
+        where: facts this component must have: name -> allowed values.
+        same_names: canonical and Diffusers names are the same.
+        ignored: (pattern, reason): keys under the prefix that carry nothing.
+        published: alternate -> Diffusers links, needed where canonical names are neither.
+    """
+
+    name: str
+    kind: str
+    folder: str
+    prefixes: tuple[str, ...]
+    signatures: Mapping[Layout, Signature]
+    links: Callable[[Shapes, Layout], list[Link]]
+    facts: Callable[[Shapes], Facts]
+    where: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    same_names: bool = False
+    ignored: tuple[tuple[str, str], ...] = ()
+    published: Callable[[Shapes], list[Link]] | None = None
+
+    def diffusers_rules(
+        self, shapes: Shapes, hyper: Mapping[str, object] | None = None
+    ) -> tuple[Rule, ...]:
+        """Rules from Diffusers keys (part-local, with their shapes) to canonical keys."""
+        return self.rules(shapes, "diffusers", "canonical")
+
+    def canonical_rules(
+        self, shapes: Shapes, hyper: Mapping[str, object] | None = None
+    ) -> tuple[Rule, ...]:
+        """Rules from canonical keys (part-local, with their shapes) to Diffusers keys."""
+        return self.rules(shapes, "canonical", "diffusers")
+
+    def rules(self, shapes: Shapes, source: Layout, target: Layout) -> tuple[Rule, ...]:
+        """Rules between two layouts; identity when they are the same.
+
+        Raises:
+            NotInvertible: the target is an alternate naming, or there is no way to it.
+        """
+        if source == target or (self.same_names and "alternate" not in (source, target)):
+            return tuple(Rename(key, key) for key in shapes)
+        if target == "alternate":
+            raise NotInvertible(f"{self.kind}: {target} names are read, never written")
+        if source == "canonical":
+            return backward(self.links(shapes, source), shapes)
+        if source == "alternate" and target == "diffusers" and not self.same_names:
+            if self.published is None:
+                raise NotInvertible(f"{self.kind}: no rules from {source} to {target} names")
+            return forward(self.published(shapes), shapes)
+        return forward(self.links(shapes, source), shapes)
+
+    def facts_of(self, shapes: Shapes, layout: Layout) -> Facts:
+        """What names and shapes say, whatever the layout."""
+        return self.facts(translate(self.rules(shapes, layout, "diffusers"), shapes))
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Canonical denoiser keys (regular expression, searched) that stay in high precision."""
+
+    pattern: str
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of tensors that mixes treat alike; families are exclusive, first match wins."""
+
+    name: Literal["v", "qkv", "ffn_down"]
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A member of the family that facts can tell; `when` maps fact names to required values.
+
+    Attributes:
+        name: what the Match says.
+        when: every fact must have the given value.
+        evidence: said to the user; also what cannot be told.
+        keys: keys anywhere in the source that must be there (marker tensors).
+    """
+
+    name: str
+    when: Mapping[str, object]
+    evidence: str
+    keys: tuple[str, ...] = ()
+
+    def matches(self, facts: Facts, keys: Mapping[str, Shape]) -> bool:
+        """Whether the facts and marker keys are this variant's."""
+        return all(facts.get(name) == value for name, value in self.when.items()) and all(
+            key in keys for key in self.keys
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """The latent space: channels, pixels per latent pixel, and decoded = latent / scale + shift."""
+
+    channels: int
+    downscale: int
+    scaling_factor: float | None
+    shift_factor: float | None = None
+    patch: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Defaults for generation: what the makers recommend.
+
+    Attributes:
+        steps: number of steps.
+        cfg: classifier-free guidance scale; 1 runs the model once per step.
+        guidance: value of the distilled guidance input, None where there is none.
+        sampler: sampler name.
+        schedule: noise schedule name.
+        width: native width in pixels.
+        height: native height in pixels.
+        source: where the numbers come from.
+    """
+
+    steps: int
+    cfg: float
+    guidance: float | None
+    sampler: str
+    schedule: str
+    width: int
+    height: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One row of ARCHITECTURES.
+
+    Attributes:
+        slug: name in every interface.
+        title: name for people.
+        components: the denoiser first.
+        variants: first match wins; the last row matches anything.
+        keep: layers kept in high precision.
+        families: tensor families, in order.
+        gguf_architecture: `general.architecture` in GGUF files.
+        gguf_prefix: prefix of keys in GGUF files.
+        latent: the latent space.
+        sampling: generation defaults by variant; "" is the default.
+        hyper_defaults: component name or "scheduler" -> config.json field -> value.
+        variant_defaults: variant -> overrides of `hyper_defaults`.
+        edge_blocks: module list whose first and last block some mixes store finer, or "".
+        pipelines: model_index.json class -> (variant the tensors show, variant it names).
+    """
+
+    slug: str
+    title: str
+    components: tuple[Component, ...]
+    variants: tuple[Variant, ...]
+    keep: tuple[Keep, ...]
+    families: tuple[Family, ...]
+    gguf_architecture: str
+    gguf_prefix: str
+    latent: Latent
+    sampling: Mapping[str, Sampling]
+    hyper_defaults: Defaults
+    variant_defaults: Mapping[str, Defaults] = field(default_factory=dict)
+    edge_blocks: str = ""
+    pipelines: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def component(self, name: str) -> Component:
+        """The component of that name; KeyError when the architecture has none."""
+        for one in self.components:
+            if one.name == name:
+                return one
+        raise KeyError(f"{self.slug} has no component {name!r}")
+
+    def defaults(self, component: str, variant: str = "") -> dict[str, object]:
+        """Defaults of one component, or of "scheduler", for a variant."""
+        override = self.variant_defaults.get(variant, {}).get(component, {})
+        return {**self.hyper_defaults.get(component, {}), **override}
+
+    def sampling_for(self, variant: str = "") -> Sampling:
+        """Generation defaults for a variant."""
+        return self.sampling.get(variant, self.sampling[""])

@@ -1,0 +1,262 @@
+"""Flux.1 (dev, schnell, Fill, Depth, Canny, Kontext): Black Forest Labs names are canonical.
+
+Key correspondence: huggingface/diffusers@58eb52c:src/diffusers/loaders/single_file_utils.py,
+convert_flux_transformer_checkpoint_to_diffusers; it writes widths down, here they come from shapes.
+`final_layer.adaLN_modulation.1` is (shift, scale), Diffusers' `norm_out.linear` (scale, shift).
+"""
+
+from __future__ import annotations
+
+from diffquant.convert.architectures import clip_text, t5_encoder, vae_kl
+from diffquant.convert.architectures.base import (
+    Architecture,
+    Component,
+    Facts,
+    Family,
+    Keep,
+    Latent,
+    Layout,
+    Sampling,
+    Signature,
+    Variant,
+)
+from diffquant.convert.architectures.links import Link, rename_table
+from diffquant.convert.architectures.names import count, width
+from diffquant.convert.rules import Shapes
+
+__all__ = ["FLUX1"]
+
+_TOP = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "proj_out": "final_layer.linear",
+}
+_DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+_SINGLE = {
+    "norm.linear": "modulation.lin",
+    "attn.norm_q.weight": "norm.query_norm.scale",
+    "attn.norm_k.weight": "norm.key_norm.scale",
+    "proj_out": "linear2",
+}
+_DOUBLE_QKV: dict[tuple[str, ...], str] = {
+    ("attn.to_q", "attn.to_k", "attn.to_v"): "img_attn.qkv",
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"): "txt_attn.qkv",
+}
+_LINEAR1 = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+
+
+def _links(shapes: Shapes, layout: Layout) -> list[Link]:
+    canonical = layout == "canonical"
+    links = rename_table(_TOP)
+    links.append(Link(("norm_out.linear",), "final_layer.adaLN_modulation.1", "swap"))
+    for i in range(count(shapes, "double_blocks" if canonical else "transformer_blocks")):
+        ours, theirs = f"double_blocks.{i}.", f"transformer_blocks.{i}."
+        links += rename_table(_DOUBLE, theirs, ours)
+        links += [
+            Link(tuple(theirs + one for one in members), ours + fused, "fuse")
+            for members, fused in _DOUBLE_QKV.items()
+        ]
+    for i in range(count(shapes, "single_blocks" if canonical else "single_transformer_blocks")):
+        ours, theirs = f"single_blocks.{i}.", f"single_transformer_blocks.{i}."
+        links += rename_table(_SINGLE, theirs, ours)
+        members = tuple(theirs + one for one in _LINEAR1)
+        rows = _linear1_rows(shapes, ours) if canonical else ()
+        links.append(Link(members, f"{ours}linear1", "fuse", rows))
+    return links
+
+
+def _linear1_rows(shapes: Shapes, block: str) -> tuple[int, ...]:
+    """Rows of q, k, v and the MLP: attention is as wide as the stream that linear1 reads."""
+    total, hidden = shapes.get(f"{block}linear1.weight", (0, 0))
+    return (hidden, hidden, hidden, total - 3 * hidden)
+
+
+def _facts(shapes: Shapes) -> Facts:
+    hidden = width(shapes, "x_embedder.weight", 0)
+    head_dim = width(shapes, "transformer_blocks.0.attn.norm_q.weight", 0)
+    return {
+        "in_channels": width(shapes, "x_embedder.weight", 1),
+        "out_channels": width(shapes, "proj_out.weight", 0),
+        "num_layers": count(shapes, "transformer_blocks"),
+        "num_single_layers": count(shapes, "single_transformer_blocks"),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": hidden // head_dim if hidden and head_dim else None,
+        "joint_attention_dim": width(shapes, "context_embedder.weight", 1),
+        "pooled_projection_dim": width(shapes, "time_text_embed.text_embedder.linear_1.weight", 1),
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        "_conditioning": _conditioning(shapes),
+    }
+
+
+def _conditioning(shapes: Shapes) -> int:
+    """Input channels beyond the output's, in multiples of the output's."""
+    got, made = width(shapes, "x_embedder.weight", 1), width(shapes, "proj_out.weight", 0)
+    return got // made - 1 if got and made else 0
+
+
+_DENOISER = Component(
+    name="denoiser",
+    kind="flux",
+    folder="transformer",
+    prefixes=("model.diffusion_model.", "diffusion_model.", "net.", "model."),
+    signatures={
+        "canonical": Signature(
+            (
+                "img_in.weight",
+                "txt_in.weight",
+                "time_in.in_layer.weight",
+                "vector_in.in_layer.weight",
+                "final_layer.linear.weight",
+                "final_layer.adaLN_modulation.1.weight",
+                "double_blocks.0.img_attn.qkv.weight",
+                "double_blocks.0.img_attn.norm.key_norm.scale",
+                "double_blocks.0.img_mod.lin.weight",
+                "double_blocks.0.img_mlp.0.weight",
+                "single_blocks.0.linear1.weight",
+                "single_blocks.0.modulation.lin.weight",
+            ),
+            ("distilled_guidance_layer.", "double_stream_modulation_", "controlnet_", "nerf_"),
+        ),
+        "diffusers": Signature(
+            (
+                "x_embedder.weight",
+                "context_embedder.weight",
+                "time_text_embed.timestep_embedder.linear_1.weight",
+                "time_text_embed.text_embedder.linear_1.weight",
+                "norm_out.linear.weight",
+                "proj_out.weight",
+                "transformer_blocks.0.attn.add_q_proj.weight",
+                "transformer_blocks.0.attn.norm_q.weight",
+                "transformer_blocks.0.norm1.linear.weight",
+                "transformer_blocks.0.ff.net.0.proj.weight",
+                "single_transformer_blocks.0.proj_mlp.weight",
+                "single_transformer_blocks.0.norm.linear.weight",
+            ),
+            ("distilled_guidance_layer.", "double_stream_modulation_", "controlnet_"),
+        ),
+    },
+    links=_links,
+    facts=_facts,
+)
+
+_CG = "city96/ComfyUI-GGUF@795e451:tools/lcpp.patch:329-425"
+
+FLUX1 = Architecture(
+    slug="flux1",
+    title="Flux.1",
+    components=(
+        _DENOISER,
+        vae_kl.component(("vae.", "first_stage_model.")),
+        clip_text.component(
+            ("text_encoders.clip_l.transformer.", "text_encoders.clip_l.", "clip_l.transformer.")
+        ),
+        t5_encoder.component(
+            ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "t5xxl.transformer."),
+            name="text_encoder_2",
+        ),
+    ),
+    variants=(
+        Variant("fill", {"_conditioning": 5}, "image input has 6 times the latent channels: Fill"),
+        Variant(
+            "control",
+            {"_conditioning": 1},
+            "image input has twice the latent channels: Depth or Canny, which no header tells "
+            "apart",
+        ),
+        Variant(
+            "schnell",
+            {"guidance_embeds": False, "_conditioning": 0},
+            "no guidance embedding: schnell",
+        ),
+        Variant(
+            "dev",
+            {"guidance_embeds": True, "_conditioning": 0},
+            "guidance embedding present: dev; Kontext and Krea have the same names and shapes and "
+            "cannot be told from it",
+        ),
+        Variant("", {}, "an unlisted member of the family"),
+    ),
+    keep=(
+        Keep(r"^img_in\.", "image input, and detection reads its width", _CG),
+        Keep(r"^txt_in\.", "text input, and detection reads its width", _CG),
+        Keep(r"^time_in\.", "timestep embedding", _CG),
+        Keep(r"^vector_in\.", "pooled text embedding, and detection reads its width", _CG),
+        Keep(r"^guidance_in\.", "guidance embedding", _CG),
+        Keep(r"^final_layer\.", "output layer", _CG),
+    ),
+    families=(Family("qkv", r"attn\.qkv\.weight$"),),
+    gguf_architecture="flux",
+    gguf_prefix="",
+    latent=Latent(16, 8, 0.3611, 0.1159, patch=2),
+    sampling={
+        "": Sampling(
+            28, 1.0, 3.5, "euler", "simple", 1024, 1024, "FLUX.1-dev model card, FluxPipeline"
+        ),
+        "fill": Sampling(
+            50, 1.0, 30.0, "euler", "simple", 1024, 1024, "FLUX.1-Fill-dev model card"
+        ),
+        "control": Sampling(
+            30, 1.0, 10.0, "euler", "simple", 1024, 1024, "FLUX.1-Depth-dev model card"
+        ),
+        "schnell": Sampling(
+            4, 1.0, None, "euler", "simple", 1024, 1024, "FLUX.1-schnell model card"
+        ),
+    },
+    hyper_defaults={
+        # black-forest-labs/FLUX.1-dev: transformer, vae, text_encoder*, scheduler config.json;
+        # axes_dims_rope, theta: huggingface/diffusers@58eb52c:
+        # src/diffusers/models/transformers/transformer_flux.py
+        "denoiser": {
+            "_class_name": "FluxTransformer2DModel",
+            "patch_size": 1,
+            "axes_dims_rope": (16, 56, 56),
+            "theta": 10000,
+            "eps": 1e-6,
+        },
+        "vae": {
+            **vae_kl.DEFAULTS,
+            "latent_channels": 16,
+            "sample_size": 1024,
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        },
+        "text_encoder": clip_text.CLIP_L_DEFAULTS,
+        "text_encoder_2": t5_encoder.DEFAULTS,
+        "scheduler": {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": 3.0,
+            "use_dynamic_shifting": True,
+            "base_shift": 0.5,
+            "max_shift": 1.15,
+            "base_image_seq_len": 256,
+            "max_image_seq_len": 4096,
+        },
+    },
+    variant_defaults={
+        # black-forest-labs/FLUX.1-schnell: scheduler/scheduler_config.json
+        "schnell": {"scheduler": {"shift": 1.0, "use_dynamic_shifting": False}},
+    },
+    pipelines={"FluxKontextPipeline": ("dev", "kontext")},
+)

@@ -1,0 +1,134 @@
+"""Dialects: how an encoded weight is named, packed and scaled in a file.
+
+A format (quant/formats.py) knows numbers, a dialect knows a file. `pack` says which tensors a
+dialect writes for one encoded weight; `bind` (convert/logical.py) finds them again.
+
+======= ============================================================================================
+plain   `W` holds the numbers; nothing beside it
+gguf    `W` holds ggml blocks
+comfy   `L.weight`, `L.weight_scale` (float32), `L.comfy_quant` (uint8 JSON)
+        Comfy-Org/ComfyUI@0271a46:comfy/ops.py, comfy/quant_ops.py; released comfy-kitchen 0.2.40
+bnb     `L.weight` uint8 (n, 1), `L.weight.absmax`, `L.weight.quant_map`,
+        `L.weight.quant_state.bitsandbytes__nf4` (uint8 JSON)
+        bitsandbytes 0.50.2 nn/modules.py:600-610, functional.py:545-578
+======= ============================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+
+from diffquant.core.errors import PolicyError
+from diffquant.core.tensors import TensorSpec
+from diffquant.quant.formats import format_named
+
+__all__ = ["DIALECTS", "NF4_QUANT_STATE", "NF4_TABLE", "Packed", "pack"]
+
+Shape = tuple[int, ...]
+
+# The 16 values of NF4, ascending; quantiles of a normal distribution scaled to [-1, 1].
+# bitsandbytes 0.50.2 functional.py:788-805 (float32 values, as stored in quant_map).
+NF4_TABLE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+NF4_QUANT_STATE = ".quant_state.bitsandbytes__nf4"
+
+_COMFY_FORMAT = {"fp8_e4m3_scaled": "float8_e4m3fn", "int8_rowwise": "int8_tensorwise"}
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One tensor a dialect writes.
+
+    Attributes:
+        spec: as stored.
+        part: the FORMATS part whose bytes it holds, or "" for constant bytes.
+        constant: the bytes, when `part` is empty.
+    """
+
+    spec: TensorSpec
+    part: str
+    constant: bytes = b""
+
+
+def _plain(key: str, fmt: str, shape: Shape, _dtype: str) -> tuple[Packed, ...]:
+    part = format_named(fmt).parts[0]
+    return (Packed(TensorSpec(key, part.dtype, part.shape(shape)), part.name),)
+
+
+def _layer(key: str, dialect: str) -> str:
+    if not key.endswith(".weight"):
+        raise PolicyError(f"{key}: the {dialect} dialect packs layer weights only")
+    return key.removesuffix(".weight")
+
+
+def _json_tensor(key: str, value: object) -> Packed:
+    data = json.dumps(value).encode()
+    return Packed(TensorSpec(key, "U8", (len(data),)), "", data)
+
+
+def _comfy(key: str, fmt: str, shape: Shape, dtype: str) -> tuple[Packed, ...]:
+    row = format_named(fmt)
+    if fmt not in _COMFY_FORMAT:
+        return _plain(key, fmt, shape, dtype)
+    layer = _layer(key, "comfy")
+    weight, scale = row.parts
+    return (
+        Packed(TensorSpec(key, weight.dtype, weight.shape(shape)), weight.name),
+        Packed(TensorSpec(f"{layer}.weight_scale", scale.dtype, scale.shape(shape)), scale.name),
+        _json_tensor(f"{layer}.comfy_quant", {"format": _COMFY_FORMAT[fmt]}),
+    )
+
+
+def _bnb(key: str, fmt: str, shape: Shape, dtype: str) -> tuple[Packed, ...]:
+    if fmt != "nf4":
+        return _plain(key, fmt, shape, dtype)
+    _layer(key, "bnb")
+    row = format_named(fmt)
+    weight, absmax = row.parts
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": dtype, "shape": list(shape)}
+    return (
+        Packed(TensorSpec(key, "U8", (math.ceil(math.prod(shape) / 2), 1)), weight.name),
+        Packed(TensorSpec(f"{key}.absmax", "F32", absmax.shape(shape)), absmax.name),
+        Packed(TensorSpec(f"{key}.quant_map", "F32", (16,)), "", struct.pack("<16f", *NF4_TABLE)),
+        _json_tensor(f"{key}{NF4_QUANT_STATE}", state),
+    )
+
+
+DIALECTS = {"plain": _plain, "gguf": _plain, "comfy": _comfy, "bnb": _bnb}
+
+_TORCH_NAMES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+
+
+def pack(dialect: str, key: str, fmt: str, shape: Shape, source: str) -> tuple[Packed, ...]:
+    """Say what a dialect writes for one encoded weight.
+
+    Args:
+        dialect: DIALECTS name.
+        key: the weight's full output key.
+        fmt: FORMATS name.
+        shape: logical shape.
+        source: the source's cast format; bitsandbytes records it as the dtype to decode to.
+
+    Raises:
+        PolicyError: the dialect cannot hold the format under this key.
+    """
+    return DIALECTS[dialect](key, fmt, shape, _TORCH_NAMES.get(source, "float32"))

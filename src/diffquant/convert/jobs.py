@@ -1,0 +1,378 @@
+"""quantize() and convert(): from a path to a committed file, through every room once.
+
+open -> bind -> detect -> plan -> check resources -> sink -> stream -> commit -> re-open. Both
+return frozen reports; the command line only renders them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffquant.convert.detect import Match, detect
+from diffquant.convert.engine import (
+    StepResult,
+    chunk_extents,
+    default_workers,
+    peak_nbytes,
+    run_plan,
+)
+from diffquant.convert.logical import LogicalSource, bind
+from diffquant.convert.output import configs_of, file_metadata, folder_configs
+from diffquant.convert.plan import Plan, Request, make_plan
+from diffquant.core.errors import ResourceError, UsageError, VerificationError
+from diffquant.core.progress import NO_PROGRESS, Progress
+from diffquant.core.tensors import TensorSource
+from diffquant.io import open_sink, open_source
+from diffquant.quant.formats import FORMATS
+from diffquant.quant.metrics import verdict_of
+
+__all__ = ["JobReport", "PartTotal", "TensorRow", "container_for", "opened", "run_job"]
+
+_FOLDER_NEEDS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """One weight of the output. `error` is its relative RMSE, None where bytes were copied."""
+
+    key: str
+    target: str
+    part: str
+    stored: str
+    reason: str
+    parameters: int
+    nbytes: int
+    passes: int
+    error: float | None = None
+    verdict: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PartTotal:
+    """Totals of one part; `formats` maps what weights are stored as to how many weights."""
+
+    name: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    bits_per_weight: float
+    formats: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class JobReport:
+    """What a quantize or convert run planned or did.
+
+    Attributes:
+        output: path written, or planned.
+        nbytes: bytes of all tensors written.
+        bits_per_weight: of the denoiser, scales included.
+        parts: totals per part.
+        tensors: every weight, in file order.
+        dropped: source key -> why it is not in the output.
+        peak_nbytes: predicted working memory.
+        error: relative RMSE over all quantized weights, weighted by size, None in a dry run.
+        verdict: pass, warn or fail at tensor level, None when not checked.
+    """
+
+    output: str
+    source: str
+    architecture: str
+    variant: str
+    type: str
+    container: str
+    dry_run: bool
+    nbytes: int
+    bits_per_weight: float
+    parts: tuple[PartTotal, ...]
+    tensors: tuple[TensorRow, ...]
+    dropped: Mapping[str, str]
+    missing: tuple[str, ...]
+    read_nbytes: int
+    peak_nbytes: int
+    workers: int
+    mixed: bool
+    verify: str
+    error: float | None
+    verdict: str | None
+    warnings: tuple[str, ...]
+
+
+def container_for(output: Path) -> str:
+    """The container an output path asks for: by extension, a folder without one.
+
+    Raises:
+        UsageError: an extension we do not write.
+    """
+    known = {".gguf": "gguf", ".safetensors": "safetensors", "": "folder"}
+    suffix = output.suffix.lower()
+    if output.is_dir():
+        return "folder"
+    if suffix not in known:
+        raise UsageError(
+            f"{output}: cannot write {suffix} files; use .gguf, .safetensors, or no extension "
+            "for a Diffusers folder"
+        )
+    return known[suffix]
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[TensorSource, LogicalSource, Match]]:
+    """Open, bind and recognise a source."""
+    with open_source(path) as source:
+        logical = bind(source)
+        yield source, logical, detect(logical.specs(), source.metadata, source.configs)
+
+
+def run_job(
+    src: Path,
+    out: Path,
+    request: Request,
+    *,
+    base: Path | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    workers: int | None = None,
+    verify: str = "tensors",
+    progress: Progress = NO_PROGRESS,
+) -> JobReport:
+    """Plan, and unless `dry_run` write, one output.
+
+    Args:
+        src: any source.
+        out: path to write; its container is `request.container`.
+        request: what to write.
+        base: Diffusers folder that configs and tokenizer files are taken from for a folder output.
+        force: replace an existing output.
+        dry_run: plan only.
+        workers: threads.
+        verify: "none", "load" (the output opens again and holds what was planned) or "tensors"
+            (also every chunk is decoded before it is written, and its hash compared on re-opening).
+        progress: told about bytes.
+
+    Raises:
+        DiffquantError: see core/errors.py; nothing is left behind.
+    """
+    if out.exists() and src.exists() and out.resolve() == src.resolve():
+        raise UsageError(f"{out} is the source itself; choose another output")
+    if out.exists() and not force and not dry_run:
+        raise UsageError(f"{out} exists; use --force to replace it")
+    count = workers or default_workers()
+    with opened(src) as (source, logical, match):
+        plan = make_plan(logical, match, request)
+        configs, files, missing = _surroundings(plan, match, source, base)
+        memory = peak_nbytes(plan, count)
+        results: tuple[StepResult, ...] = ()
+        if not dry_run:
+            _check_memory(memory)
+            with open_sink(
+                out,
+                plan.specs,
+                _metadata(plan, match, source),
+                force=force,
+                configs=configs,
+                files=files,
+            ) as sink:
+                results = run_plan(
+                    logical,
+                    plan,
+                    sink,
+                    workers=count,
+                    progress=progress,
+                    check=verify == "tensors",
+                )
+                sink.commit()
+    if results and verify != "none":
+        _reopen(out, plan, results, hashes=verify == "tensors", progress=progress)
+    return _report(src, out, plan, results, missing, memory, count, verify, dry_run)
+
+
+def _metadata(plan: Plan, match: Match, source: TensorSource) -> dict[str, Any]:
+    ours = file_metadata(plan, match, source)
+    if plan.request.container == "gguf":
+        from diffquant.convert.gguf_metadata import gguf_metadata
+
+        return gguf_metadata(plan, match, source, ours)
+    kept = {
+        key: value
+        for key, value in source.metadata.items()
+        if isinstance(value, str)
+        and source.container in ("safetensors", "sharded")
+        and key != "_quantization_metadata"
+    }
+    return {**kept, **ours}
+
+
+def _surroundings(
+    plan: Plan, match: Match, source: TensorSource, base: Path | None
+) -> tuple[dict[str, Any], dict[str, bytes], tuple[str, ...]]:
+    """Configs and side files of a folder output, and what is missing from it."""
+    if plan.request.container != "folder":
+        return {}, {}, ()
+    configs = configs_of(source)
+    files = _side_files(source)
+    if base is not None:
+        with open_source(base) as other:
+            configs = {**configs_of(other), **configs}
+            files = {**_side_files(other), **files}
+    wanted = folder_configs(plan, match, configs)
+    folders = {step.target.partition("/")[0] for step in plan.steps}
+    tokenizers = {_FOLDER_NEEDS[name] for name in folders if name in _FOLDER_NEEDS}
+    kept = {path: data for path, data in files.items() if path.partition("/")[0] in tokenizers}
+    missing = [
+        f"{folder}/config.json" for folder in folders if f"{folder}/config.json" not in wanted
+    ]
+    missing += [
+        f"{name}/" for name in tokenizers if not any(path.startswith(f"{name}/") for path in kept)
+    ]
+    if "model_index.json" not in wanted:
+        missing.append("model_index.json")
+    return wanted, kept, tuple(sorted(missing))
+
+
+def _side_files(source: TensorSource) -> dict[str, bytes]:
+    names = getattr(source, "files", ())
+    read = getattr(source, "read_file", None)
+    return {name: read(name) for name in names} if read is not None else {}
+
+
+def _check_memory(needed: int) -> None:
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ResourceError(
+            f"needs about {needed / 2**20:.0f} MiB of working memory, {free / 2**20:.0f} MiB are "
+            "free; use fewer --threads"
+        )
+
+
+def _reopen(
+    out: Path,
+    plan: Plan,
+    results: tuple[StepResult, ...],
+    *,
+    hashes: bool,
+    progress: Progress,
+) -> None:
+    """Open the output as a stranger would, and compare what is there with what was planned."""
+    with open_source(out) as source:
+        found = {key: (spec.dtype, spec.shape) for key, spec in source.specs.items()}
+        planned = {spec.key: (spec.dtype, spec.shape) for spec in plan.specs}
+        if found != planned:
+            odd = sorted(set(found.items()) ^ set(planned.items()), key=str)[:3]
+            raise VerificationError(f"{out}: re-opened, it does not hold what was planned: {odd}")
+        if not hashes:
+            return
+        progress.start("re-read", plan.nbytes)
+        for step, result in zip(plan.steps, results, strict=True):
+            for key, digests in result.digests.items():
+                _compare(source, key, digests, chunk_extents(step, key), out)
+                progress.advance(source.specs[key].nbytes, key)
+        progress.stop()
+
+
+def _compare(
+    source: TensorSource,
+    key: str,
+    digests: tuple[str, ...],
+    extents: tuple[tuple[int, int], ...],
+    out: Path,
+) -> None:
+    data = source.read(key)
+    for digest, (start, stop) in zip(digests, extents, strict=True):
+        if hashlib.sha256(data[start:stop].data).hexdigest() != digest:
+            raise VerificationError(f"{out}: {key} reads back other bytes than were written")
+
+
+def _report(
+    src: Path,
+    out: Path,
+    plan: Plan,
+    results: tuple[StepResult, ...],
+    missing: tuple[str, ...],
+    memory: int,
+    workers: int,
+    verify: str,
+    dry_run: bool,
+) -> JobReport:
+    rows = []
+    for index, step in enumerate(plan.steps):
+        error = results[index].error if results else None
+        gaussian = FORMATS[step.stored].gaussian_error if step.stored in FORMATS else 0.0
+        judged = error is not None and step.decision.format and not FORMATS[step.stored].is_cast
+        rows.append(
+            TensorRow(
+                key=step.key,
+                target=step.target,
+                part=step.part,
+                stored=step.stored,
+                reason=step.decision.reason,
+                parameters=step.parameters,
+                nbytes=step.nbytes,
+                passes=step.passes,
+                error=error,
+                verdict=verdict_of(error, gaussian) if judged and error is not None else None,
+            )
+        )
+    verdicts = {row.verdict for row in rows if row.verdict}
+    worst = next((v for v in ("fail", "warn", "pass") if v in verdicts), None)
+    if results and verify == "tensors" and worst is None:
+        worst = "pass"
+    return JobReport(
+        output=str(out),
+        source=str(src),
+        architecture=plan.architecture,
+        variant=plan.variant,
+        type=plan.request.type.name if plan.request.type else (plan.request.dtype or ""),
+        container=plan.request.container,
+        dry_run=dry_run,
+        nbytes=plan.nbytes,
+        bits_per_weight=plan.bits_per_weight(),
+        parts=_totals(plan),
+        tensors=tuple(rows),
+        dropped=dict(plan.dropped),
+        missing=missing,
+        read_nbytes=plan.read_nbytes,
+        peak_nbytes=memory,
+        workers=workers,
+        mixed=plan.mixed,
+        verify=verify if not dry_run else "none",
+        error=_overall(rows),
+        verdict=worst if verify == "tensors" else None,
+        warnings=plan.warnings + tuple(f"missing from the folder: {name}" for name in missing),
+    )
+
+
+def _totals(plan: Plan) -> tuple[PartTotal, ...]:
+    totals = []
+    for name in dict.fromkeys(step.part for step in plan.steps):
+        steps = plan.part_steps(name)
+        formats: dict[str, int] = {}
+        for step in steps:
+            formats[step.stored] = formats.get(step.stored, 0) + step.parameters
+        totals.append(
+            PartTotal(
+                name=name or "other",
+                tensors=len(steps),
+                parameters=sum(step.parameters for step in steps),
+                nbytes=sum(step.nbytes for step in steps),
+                bits_per_weight=plan.bits_per_weight(name),
+                formats=formats,
+            )
+        )
+    return tuple(totals)
+
+
+def _overall(rows: list[TensorRow]) -> float | None:
+    judged = [(row.error, row.parameters) for row in rows if row.verdict and row.error is not None]
+    weights = sum(count for _, count in judged)
+    if not weights:
+        return None
+    # sqrt of the mean squared relative error: each tensor counts by its number of weights
+    return float((sum(error**2 * count for error, count in judged) / weights) ** 0.5)

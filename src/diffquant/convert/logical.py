@@ -1,0 +1,334 @@
+"""Logical tensors: a weight with whatever its file keeps beside it, read as float32 rows.
+
+`bind` folds the physical tensors of a source (weight, scales, quant_state, comfy_quant ...) into
+logical ones, so that recognition, rules and policies see one tensor per weight, in its true shape.
+Values are decoded on read, a range of rows at a time; nothing is held.
+
+Recognised: plain dtypes, ggml blocks, `comfy_quant` layers and `_quantization_metadata`, the legacy
+`scaled_fp8` marker, bitsandbytes nf4 (sources in convert/dialects.py and, for legacy files,
+Comfy-Org/ComfyUI@09708ea:comfy/utils.py convert_old_quants).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffquant.core.dtypes import STORAGE
+from diffquant.core.errors import MalformedFile, UnsupportedDtype
+from diffquant.core.tensors import ByteArray, TensorSource, TensorSpec
+from diffquant.quant.backends import backend
+from diffquant.quant.formats import FORMATS, format_named, matrix_shape
+
+__all__ = ["LogicalSource", "LogicalTensor", "bind"]
+
+_MARKER_LIMIT = 4096  # bytes of a marker tensor that `bind` is willing to read
+_COMFY_FORMATS = {"float8_e4m3fn": "fp8_e4m3_scaled", "int8_tensorwise": "int8_rowwise"}
+_BNB = ".quant_state.bitsandbytes__"
+_FOREIGN = ("F64", "F8_E5M2")
+_CAST = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "F64": "<f8"}
+
+
+@dataclass(frozen=True, slots=True)
+class LogicalTensor:
+    """One weight as its users see it.
+
+    Attributes:
+        key: the source's key of the weight.
+        shape: true shape.
+        format: FORMATS name, or "" where no row describes the numbers (integers, foreign types).
+        parts: FORMATS part name -> physical key.
+        dtype: STORAGE name of the physical weight.
+        why: why the numbers cannot be decoded, where they are packed in a way we do not read.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    format: str
+    parts: Mapping[str, str]
+    dtype: str
+    why: str = ""
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the tensor can be read as floating point numbers."""
+        return bool(self.format) or self._foreign
+
+    @property
+    def _foreign(self) -> bool:
+        """Whether a library or two lines decode what no FORMATS row names."""
+        return not self.why and (self.dtype in _FOREIGN or STORAGE[self.dtype].is_block)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether numbers were already rounded to a low-bit format."""
+        if self.format:
+            return not FORMATS[self.format].is_cast
+        return bool(self.why) or (self._foreign and self.dtype != "F64")
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor as recognition sees it: true shape; blocks and packed weights shown as F32."""
+        plain = self.dtype if not STORAGE[self.dtype].is_block and not self.is_quantized else "F32"
+        return TensorSpec(self.key, plain, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class LogicalSource:
+    """A source with its companions folded away.
+
+    Attributes:
+        source: the container.
+        tensors: source key of the weight -> logical tensor, in file order.
+        consumed: physical keys that belong to a logical tensor other than as its weight.
+        warnings: what looked wrong but could be read.
+    """
+
+    source: TensorSource
+    tensors: Mapping[str, LogicalTensor]
+    consumed: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Logical specs, for recognition."""
+        return {key: tensor.spec for key, tensor in self.tensors.items()}
+
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> NDArray[np.float32]:
+        """Decode rows of a weight to float32.
+
+        Args:
+            key: logical key.
+            rows: half-open range along the first dimension; all when None.
+
+        Returns:
+            (R, K) float32 for two or more dimensions, (1, size) below.
+
+        Raises:
+            UnsupportedDtype: the numbers cannot be decoded.
+        """
+        tensor = self.tensors[key]
+        n, k = matrix_shape(tensor.shape)
+        start, stop = rows or (0, n)
+        if tensor.format:
+            parts = {
+                part.name: self._part(tensor, part.name, part.per_row, (start, stop))
+                for part in format_named(tensor.format).parts
+            }
+            name, scale = tensor.format, parts.get("scale")
+            if name == "fp8_e4m3_scaled" and scale is not None and scale.ndim == 2:
+                plain = backend("fp8_e4m3", "decode")  # some writers keep one fp8 scale per row
+                rowwise: NDArray[np.float32] = plain(parts, (stop - start, k), fmt="fp8_e4m3")
+                scaled: NDArray[np.float32] = rowwise * scale
+                return scaled
+            out: NDArray[np.float32] = backend(format_named(name).codec, "decode")(
+                parts, (stop - start, k), fmt=name
+            )
+            return out
+        raw = self.source.read(tensor.key, (start, stop) if n > 1 else None)
+        return _decode_foreign(tensor, raw, (stop - start, k))
+
+    def _part(
+        self, tensor: LogicalTensor, name: str, per_row: bool, rows: tuple[int, int]
+    ) -> NDArray[Any]:
+        spec = self.source.specs[tensor.parts[name]]
+        n, k = matrix_shape(tensor.shape)
+        start, stop = rows
+        if name == "scale":  # files keep it as (), (1,), (N,) or (N, 1)
+            flat = _view(self.source.read(spec.key), spec.dtype, (-1,))
+            if flat.size > 1:
+                return flat[start:stop, None]
+            return np.full((stop - start, 1), flat[0]) if per_row else flat.reshape(())
+        if spec.rows == n and n > 1:
+            raw = self.source.read(spec.key, rows)
+            return _view(raw, spec.dtype, (stop - start, spec.row_size))
+        raw = self.source.read(spec.key)
+        if (start, stop) == (0, n) or not per_row:
+            return _view(raw, spec.dtype, spec.shape if len(spec.shape) < 2 else (n, -1))
+        if tensor.format == "nf4":  # flat: rows are ranges of elements, bytes hold two
+            if name == "absmax":
+                return _view(raw, "F32", (-1,))[start * k // 64 : math.ceil(stop * k / 64)]
+            return raw[start * k // 2 : math.ceil(stop * k / 2)]
+        return _view(raw, spec.dtype, spec.shape)
+
+
+def _view(raw: ByteArray, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    if dtype in _NUMPY:
+        flat = raw.view(_NUMPY[dtype])
+        return flat.reshape(shape)
+    if STORAGE[dtype].is_block:
+        return raw.reshape(shape[0] if shape else 1, -1)
+    return raw.reshape(shape)
+
+
+def _decode_foreign(
+    tensor: LogicalTensor, raw: ByteArray, shape: tuple[int, int]
+) -> NDArray[np.float32]:
+    if tensor.dtype == "F64":
+        return raw.view("<f8").reshape(shape).astype(np.float32)
+    if tensor.dtype == "F8_E5M2":  # the upper byte of an F16
+        return (raw.astype(np.uint16) << 8).view(np.float16).reshape(shape).astype(np.float32)
+    row = STORAGE[tensor.dtype]
+    if row.is_block and row.ggml_id is not None:
+        import gguf  # a block type we do not encode ourselves yet: the library decodes it
+
+        blocks = raw.reshape(shape[0], -1)
+        out = gguf.dequantize(blocks, gguf.GGMLQuantizationType(row.ggml_id))
+        return np.ascontiguousarray(out.reshape(shape), dtype=np.float32)
+    raise UnsupportedDtype(f"{tensor.key}: {tensor.why or f'cannot decode {tensor.dtype}'}")
+
+
+def bind(source: TensorSource) -> LogicalSource:
+    """Fold a source's physical tensors into logical ones; reads marker tensors of at most 4 KiB.
+
+    Raises:
+        MalformedFile: a marker contradicts the tensors beside it.
+    """
+    specs = source.specs
+    markers = _comfy_markers(source)
+    legacy = {k.removesuffix("scaled_fp8") for k in specs if k.split(".")[-1] == "scaled_fp8"}
+    tensors: dict[str, LogicalTensor] = {}
+    consumed: set[str] = {f"{p}scaled_fp8" for p in legacy}
+    warnings: list[str] = []
+    for key, spec in specs.items():
+        layer = key.removesuffix(".weight") if key.endswith(".weight") else ""
+        if layer and layer in markers:
+            tensor, used = _bind_comfy(source, key, layer, markers[layer])
+        elif layer and any(f"{key}{_BNB}{kind}" in specs for kind in ("nf4", "fp4")):
+            tensor, used = _bind_bnb(source, key)
+        elif layer and spec.dtype.startswith("F8_") and _scale_key(specs, layer):
+            tensor, used = _bind_scaled(source, key, layer)
+            if not any(key.startswith(p) for p in legacy):
+                warnings.append(f"{key}: scale without a marker; it is applied")
+        else:
+            tensor, used = _bind_plain(spec), ()
+        tensors[key] = tensor
+        consumed.update(used)
+    folded = {k: t for k, t in tensors.items() if k not in consumed}
+    return LogicalSource(source, folded, tuple(k for k in specs if k in consumed), tuple(warnings))
+
+
+def _bind_plain(spec: TensorSpec) -> LogicalTensor:
+    row = STORAGE[spec.dtype]
+    name = _CAST.get(spec.dtype, "")
+    if not name and spec.dtype == "F8_E4M3":
+        name = "fp8_e4m3"
+    if not name and row.is_block and spec.dtype.lower() in FORMATS:
+        name = spec.dtype.lower()
+    return LogicalTensor(spec.key, spec.shape, name, {"weight": spec.key}, spec.dtype)
+
+
+def _scale_key(specs: Mapping[str, TensorSpec], layer: str) -> str:
+    # Two spellings circulate: scale_weight (older ComfyUI) and weight_scale (current).
+    return next((k for k in (f"{layer}.weight_scale", f"{layer}.scale_weight") if k in specs), "")
+
+
+def _bind_scaled(
+    source: TensorSource, key: str, layer: str
+) -> tuple[LogicalTensor, tuple[str, ...]]:
+    spec = source.specs[key]
+    scale = _scale_key(source.specs, layer)
+    extra = tuple(k for k in (f"{layer}.scale_input", f"{layer}.input_scale") if k in source.specs)
+    _check_scale(source, scale, spec)
+    parts = {"weight": key, "scale": scale}
+    if spec.dtype != "F8_E4M3":
+        why = f"{spec.dtype} with a scale is not supported yet"
+        return LogicalTensor(key, spec.shape, "", parts, spec.dtype, why), (scale, *extra)
+    tensor = LogicalTensor(key, spec.shape, "fp8_e4m3_scaled", parts, spec.dtype)
+    return tensor, (scale, *extra)
+
+
+def _check_scale(source: TensorSource, scale: str, weight: TensorSpec) -> None:
+    found = source.specs[scale]
+    if found.dtype != "F32" or found.size not in (1, weight.rows):
+        raise MalformedFile(
+            f"{scale}: expected F32 with 1 or {weight.rows} values, found {found.dtype} "
+            f"{found.shape}",
+            path=source.path,
+        )
+
+
+def _bind_comfy(
+    source: TensorSource, key: str, layer: str, marker: Mapping[str, Any]
+) -> tuple[LogicalTensor, tuple[str, ...]]:
+    specs = source.specs
+    spec = specs[key]
+    used = tuple(
+        k
+        for k in (f"{layer}.comfy_quant", f"{layer}.weight_scale", f"{layer}.input_scale")
+        if k in specs
+    )
+    name = _COMFY_FORMATS.get(str(marker.get("format")), "")
+    scale = f"{layer}.weight_scale"
+    if not name or marker.get("convrot") or scale not in specs:
+        others = tuple(k for k in specs if k.startswith(f"{layer}.weight_") and k not in used)
+        why = f"comfy_quant {json.dumps(dict(marker))} is not supported yet"
+        return LogicalTensor(key, spec.shape, "", {"weight": key}, spec.dtype, why), used + others
+    _check_scale(source, scale, spec)
+    parts = {"weight": key, "scale": scale}
+    return LogicalTensor(key, spec.shape, name, parts, spec.dtype), used
+
+
+def _bind_bnb(source: TensorSource, key: str) -> tuple[LogicalTensor, tuple[str, ...]]:
+    specs = source.specs
+    used = tuple(k for k in specs if k.startswith(f"{key}.") and k != key)
+    marker = next(k for k in used if _BNB in k)
+    state = _read_json(source, marker)
+    shape = state.get("shape")
+    if not isinstance(shape, list) or not all(isinstance(v, int) and v > 0 for v in shape):
+        raise MalformedFile(f"{marker}: no usable shape in the quant state", path=source.path)
+    size = math.prod(shape)
+    spec = specs[key]
+    plain = state.get("quant_type") == "nf4" and state.get("blocksize") == 64
+    absmax = specs.get(f"{key}.absmax")
+    if not plain or absmax is None or absmax.dtype != "F32":
+        why = f"bitsandbytes {state.get('quant_type')} with nested or other blocks is not supported"
+        return LogicalTensor(key, tuple(shape), "", {"weight": key}, spec.dtype, why), used
+    if spec.dtype != "U8" or spec.size != -(-size // 2) or absmax.size != -(-size // 64):
+        raise MalformedFile(
+            f"{key}: {spec.size} bytes and {absmax.size} scales do not hold {shape}",
+            path=source.path,
+        )
+    parts = {"weight": key, "absmax": absmax.key}
+    return LogicalTensor(key, tuple(shape), "nf4", parts, spec.dtype), used
+
+
+def _comfy_markers(source: TensorSource) -> dict[str, Mapping[str, Any]]:
+    """Layer -> its comfy_quant object, from marker tensors and from the header."""
+    found: dict[str, Mapping[str, Any]] = {}
+    header = source.metadata.get("_quantization_metadata")
+    if isinstance(header, str):
+        try:
+            layers = json.loads(header).get("layers", {})
+        except (ValueError, AttributeError) as error:
+            raise MalformedFile(
+                "_quantization_metadata in the header is not JSON", path=source.path
+            ) from error
+        found.update({k: v for k, v in layers.items() if isinstance(v, dict)})
+    for key in source.specs:
+        if key.endswith(".comfy_quant"):
+            found[key.removesuffix(".comfy_quant")] = _read_json(source, key)
+    return found
+
+
+def _read_json(source: TensorSource, key: str) -> Mapping[str, Any]:
+    spec = source.specs[key]
+    if spec.dtype != "U8" or spec.nbytes > _MARKER_LIMIT:
+        raise MalformedFile(
+            f"{key}: expected at most {_MARKER_LIMIT} bytes of JSON, found {spec.dtype} "
+            f"{spec.shape}",
+            path=source.path,
+        )
+    try:
+        value = json.loads(bytes(source.read(key)).rstrip(b"\0 "))
+    except ValueError as error:
+        raise MalformedFile(f"{key}: not JSON", path=source.path) from error
+    if not isinstance(value, dict):
+        raise MalformedFile(f"{key}: expected a JSON object", path=source.path)
+    return value

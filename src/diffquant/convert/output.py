@@ -1,0 +1,128 @@
+"""What surrounds the tensors of an output: header metadata, configs, side files.
+
+Every file we write carries `diffquant.*`: version, type, architecture, the source's base name and
+fingerprint (never a path), and `diffquant.config`: the config.json of every part, so that a single
+file can become a Diffusers folder again and the runtime need not guess heads or schedules.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from diffquant import __version__
+from diffquant.convert.detect import Match
+from diffquant.convert.plan import Plan
+from diffquant.core.tensors import TensorSource
+
+__all__ = ["CONFIG_KEY", "configs_of", "file_metadata", "fingerprint", "folder_configs"]
+
+CONFIG_KEY = "diffquant.config"
+_SAMPLES = 64
+_SAMPLE_NBYTES = 4096
+
+
+def fingerprint(source: TensorSource) -> str:
+    """Identify a source without reading all of it: sha256 of specs and of evenly spaced samples.
+
+    Samples are 64 slices of at most 4 KiB, one each from tensors spread over the file. Two
+    fine-tunes of one model share every name and shape, so the samples are what tells them apart.
+    """
+    digest = hashlib.sha256()
+    keys = sorted(source.specs)
+    for key in keys:
+        spec = source.specs[key]
+        digest.update(f"{key}\0{spec.dtype}\0{spec.shape}\n".encode())
+    big = sorted(keys, key=lambda key: (-source.specs[key].nbytes, key))[: _SAMPLES * 4]
+    for key in big[:: max(len(big) // _SAMPLES, 1)][:_SAMPLES]:
+        spec = source.specs[key]
+        if spec.nbytes:
+            middle = spec.rows // 2
+            data = source.read(key, (middle, middle + 1)) if spec.rows > 1 else source.read(key)
+            digest.update(bytes(data[:_SAMPLE_NBYTES]))
+    return digest.hexdigest()
+
+
+def configs_of(source: TensorSource) -> dict[str, Any]:
+    """Configs a source brings: files of a folder, or `diffquant.config` in a header."""
+    if source.configs:
+        return dict(source.configs)
+    text = source.metadata.get(CONFIG_KEY)
+    if not isinstance(text, str):
+        return {}
+    try:
+        found = json.loads(text).get("configs", {})
+    except (ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def file_metadata(plan: Plan, match: Match, source: TensorSource) -> dict[str, str]:
+    """`diffquant.*` strings for a header; deterministic, no date."""
+    out = {
+        "diffquant.version": __version__,
+        "diffquant.architecture": match.architecture,
+        "diffquant.source.name": source.path.name,
+        "diffquant.source.fingerprint": fingerprint(source),
+        CONFIG_KEY: json.dumps({"configs": configs_of(source)}, sort_keys=True),
+    }
+    if match.variant:
+        out["diffquant.variant"] = match.variant
+    if plan.request.type is not None:
+        out["diffquant.type"] = plan.request.type.name
+    if plan.mixed:
+        out["diffquant.mixed"] = "less than half of the weights are stored as the named type"
+    return out
+
+
+def folder_configs(plan: Plan, match: Match, configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Configs of a folder output: the source's, plus quantization_config where needed."""
+    parts = {part.name for part in match.parts if plan.part_steps(part.name)}
+    folders = {step.target.partition("/")[0] for step in plan.steps}
+    known = {path.partition("/")[0] for path in configs if "/" in path}
+    weightless = {name for name in known if name.startswith(("scheduler", "tokenizer"))}
+    out = {
+        path: copy.deepcopy(value)
+        for path, value in configs.items()
+        if "/" not in path or path.partition("/")[0] in folders | weightless
+    }
+    if plan.request.type is not None and plan.request.type.base == "nf4" and parts:
+        for folder in sorted({s.target.partition("/")[0] for s in plan.steps if s.stored == "nf4"}):
+            config = out.setdefault(f"{folder}/config.json", {})
+            config["quantization_config"] = _bnb_config(plan, folder)
+    return out
+
+
+def _bnb_config(plan: Plan, folder: str) -> dict[str, Any]:
+    """What diffusers' bitsandbytes quantizer reads.
+
+    huggingface/diffusers@58eb52c:src/diffusers/quantizers/quantization_config.py:226-280. Its skip
+    list names modules; every linear that is not packed must be in it, or it would be packed on
+    load.
+    """
+    skipped = [
+        step.target.removeprefix(f"{folder}/").removesuffix(".weight")
+        for step in plan.steps
+        if step.target.startswith(f"{folder}/")
+        and step.stored != "nf4"
+        and step.target.endswith(".weight")
+        and len(step.assignment.shape) == 2
+    ]
+    return {
+        "quant_method": "bitsandbytes",
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": skipped or None,
+        "llm_int8_threshold": 6.0,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }

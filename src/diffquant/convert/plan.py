@@ -1,0 +1,478 @@
+"""make_plan(): decide everything from specs, before a weight is read.
+
+A Plan is pure data: every output name, shape, byte count and number of passes is in it. `--dry-run`
+prints it, convert/engine.py runs it, and a sink can reserve the final size from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffquant.convert.adapters import Adapter
+from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.architectures.base import Architecture
+from diffquant.convert.detect import Match, PartMatch, to_canonical, to_diffusers
+from diffquant.convert.dialects import Packed, pack
+from diffquant.convert.logical import LogicalSource, LogicalTensor
+from diffquant.convert.rules import Assignment
+from diffquant.core.errors import (
+    DuplicateTarget,
+    PolicyError,
+    UnsupportedDtype,
+    UsageError,
+    shorten,
+)
+from diffquant.core.tensors import TensorSpec
+from diffquant.quant.formats import FORMATS, format_named
+from diffquant.quant.policy import Candidate, Decision, Policy, Rule, resolve
+from diffquant.quant.types import QuantType, dialect_for
+
+__all__ = ["Plan", "Request", "Step", "make_plan"]
+
+# What GGUF loaders take outside packed linear layers: ComfyUI-GGUF and diffusers count BF16 as
+# quantized, so norms and raw parameters go to F32 and convolutions to F16 (facts/gguf-files, 10).
+_GGUF_HIGH = {"conv": "f16", "bf16": "bf16", "*": "f16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        container: "gguf", "safetensors" or "folder".
+        type: the quantized type, or None to convert only.
+        dtype: cast format for `convert`, None keeps what the source has.
+        parts: write only these parts; empty means the container's default.
+        all_parts: quantize every part, not the denoiser alone.
+        rules: user rules, in order.
+        pure: ignore the type's mix.
+        allow_requantize: whether already quantized weights may be rounded again.
+    """
+
+    container: str
+    type: QuantType | None = None
+    dtype: str | None = None
+    parts: tuple[str, ...] = ()
+    all_parts: bool = False
+    rules: tuple[Rule, ...] = ()
+    pure: bool = False
+    allow_requantize: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One output weight: where its rows come from, how they are encoded, what is written.
+
+    Attributes:
+        part: denoiser, vae, text_encoder ... or "" for leftovers.
+        key: canonical part-local key; what policies match and reports name.
+        target: full key in the output.
+        assignment: source rows; its `shape` is the output's logical shape.
+        decision: format and reason; format "" copies the source's bytes.
+        stored: what the output calls it: a format, or the source's dtype when copied.
+        packed: the tensors written.
+        source_nbytes: bytes read per pass.
+        adapters: LoRA and kin, applied to float32 rows before the codec.
+    """
+
+    part: str
+    key: str
+    target: str
+    assignment: Assignment
+    decision: Decision
+    stored: str
+    packed: tuple[Packed, ...]
+    source_nbytes: int
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def copies_packed(self) -> bool:
+        """Whether an already quantized weight is copied with its companions."""
+        if self.decision.format or self.stored not in FORMATS:
+            return False
+        return not FORMATS[self.stored].is_cast and self.stored != "fp8_e4m3"
+
+    @property
+    def passes(self) -> int:
+        """How often the source rows are read."""
+        return format_named(self.decision.format).passes if self.decision.format else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return sum(one.spec.nbytes for one in self.packed)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        size = 1
+        for length in self.assignment.shape:
+            size *= length
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything `run_plan` will do.
+
+    Attributes:
+        architecture: slug.
+        variant: as detected.
+        request: what was asked.
+        steps: in output order.
+        dropped: (source key, reason) of tensors that are not written.
+        warnings: what the user should know before starting.
+        mixed: whether less than half of the denoiser's weights got the named type.
+    """
+
+    architecture: str
+    variant: str
+    request: Request
+    steps: tuple[Step, ...]
+    dropped: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    mixed: bool = False
+    gguf_architecture: str = field(default="")
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Every output tensor, in file order."""
+        return tuple(one.spec for step in self.steps for one in step.packed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(step.nbytes for step in self.steps)
+
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes read from the source, all passes."""
+        return sum(step.source_nbytes * step.passes for step in self.steps)
+
+    def part_steps(self, part: str) -> tuple[Step, ...]:
+        """Steps of one part."""
+        return tuple(step for step in self.steps if step.part == part)
+
+    def bits_per_weight(self, part: str = "denoiser") -> float:
+        """Stored bits per weight of one part, scales included."""
+        steps = self.part_steps(part)
+        weights = sum(step.parameters for step in steps)
+        return sum(step.nbytes for step in steps) * 8 / weights if weights else 0.0
+
+
+def make_plan(logical: LogicalSource, match: Match, request: Request) -> Plan:
+    """Plan an output from specs alone.
+
+    Raises:
+        UsageError: parts that are not there, or that the container cannot hold.
+        MappingError: keys and rules do not fit.
+        PolicyError, UnsupportedDtype: a weight that cannot be read or packed as asked.
+    """
+    architecture = ARCHITECTURES[match.architecture]
+    wanted = _choose_parts(match, request)
+    dialect = _dialect(request)
+    steps: list[Step] = []
+    for part in wanted:
+        steps.extend(_part_steps(logical, architecture, part, request, dialect, len(wanted)))
+    dropped = [(key, "another part; not asked for") for key in _unwanted(match, wanted)]
+    for key, reason in match.leftovers:
+        if request.container == "safetensors" and not request.parts and not _is_ema(key):
+            steps.append(_copy_step(logical, key, reason))
+        else:
+            dropped.append((key, reason))
+    _check_unique(steps)
+    mixed, warnings = _judge(steps, request)
+    return Plan(
+        architecture=match.architecture,
+        variant=match.variant,
+        request=request,
+        steps=tuple(steps),
+        dropped=tuple(dropped),
+        warnings=(*logical.warnings, *match.warnings, *warnings),
+        mixed=mixed,
+        gguf_architecture=architecture.gguf_architecture,
+    )
+
+
+def _is_ema(key: str) -> bool:
+    return key.startswith("model_ema.")
+
+
+def _choose_parts(match: Match, request: Request) -> tuple[PartMatch, ...]:
+    have = {part.name: part for part in match.parts}
+    missing = [name for name in request.parts if name not in have]
+    if missing:
+        raise UsageError(
+            f"no part {shorten(missing)} in this {match.architecture} source (it has: "
+            f"{', '.join(have)})"
+        )
+    if request.container == "gguf":
+        others = [name for name in request.parts if name != "denoiser"]
+        if others:
+            raise UsageError(
+                f"GGUF holds the denoiser only; write {shorten(others)} to a .safetensors file"
+            )
+        if "denoiser" not in have:
+            raise UsageError("no denoiser in this source, and GGUF holds nothing else")
+        return (have["denoiser"],)
+    return tuple(part for part in match.parts if not request.parts or part.name in request.parts)
+
+
+def _unwanted(match: Match, wanted: Sequence[PartMatch]) -> list[str]:
+    names = {part.name for part in wanted}
+    return [
+        part.prefix + key for part in match.parts if part.name not in names for key in part.shapes
+    ]
+
+
+def _dialect(request: Request) -> str:
+    if request.type is not None:
+        return dialect_for(request.type, request.container)
+    return "gguf" if request.container == "gguf" else "plain"
+
+
+def _part_steps(
+    logical: LogicalSource,
+    architecture: Architecture,
+    part: PartMatch,
+    request: Request,
+    dialect: str,
+    parts: int,
+) -> list[Step]:
+    """Steps of one part: rules, then decisions on canonical names, then the dialect."""
+    canonical = to_canonical(part)
+    names = _canonical_names(canonical)
+    folder = request.container == "folder"
+    assignments = to_diffusers(part) if folder else canonical
+    prefix = _prefix(architecture, part, request, parts)
+    keys = [names.get(a.pieces[0].key, a.target) if folder else a.target for a in assignments]
+    inputs = [_inputs(logical, a) for a in assignments]
+    candidates = [
+        Candidate(key, a.shape, _source_format(tensors))
+        for key, a, tensors in zip(keys, assignments, inputs, strict=True)
+    ]
+    quantize = request.type is not None and (
+        part.name == "denoiser" or request.all_parts or part.name in request.parts
+    )
+    if quantize:
+        policy = _policy(architecture, request, denoiser=part.name == "denoiser")
+        decisions = resolve(policy, candidates)
+    else:
+        decisions = tuple(_cast(one, request) for one in candidates)
+    return [
+        _step(part.name, key, prefix + a.target, a, decision, tensors, dialect, request)
+        for key, a, decision, tensors in zip(keys, assignments, decisions, inputs, strict=True)
+    ]
+
+
+def _canonical_names(canonical: Sequence[Assignment]) -> dict[str, str]:
+    return {piece.key: a.target for a in canonical for piece in a.pieces}
+
+
+def _prefix(architecture: Architecture, part: PartMatch, request: Request, parts: int) -> str:
+    component = architecture.component(part.name)
+    if request.container == "folder":
+        return f"{component.folder}/"
+    if request.container == "gguf":
+        return architecture.gguf_prefix
+    if part.layout == "canonical" and "/" not in part.prefix:
+        return part.prefix  # a single file keeps the names it came with
+    return component.prefixes[0] if parts > 1 else architecture.gguf_prefix
+
+
+def _inputs(logical: LogicalSource, assignment: Assignment) -> tuple[LogicalTensor, ...]:
+    found = tuple(logical.tensors[piece.key] for piece in assignment.pieces)
+    for tensor in found:
+        if tensor.why:
+            raise UnsupportedDtype(f"{tensor.key}: {tensor.why}")
+    return found
+
+
+def _source_format(tensors: Sequence[LogicalTensor]) -> str:
+    """FORMATS name of the source; several pieces that differ count as the first."""
+    first = tensors[0]
+    if not first.is_float:
+        return ""
+    return first.format or first.dtype.lower()
+
+
+def _policy(architecture: Architecture, request: Request, *, denoiser: bool) -> Policy:
+    assert request.type is not None
+    gguf = request.container == "gguf"
+    return Policy(
+        base=request.type.base,
+        mix=request.type.mix,
+        families=tuple((row.name, row.pattern) for row in architecture.families),
+        keep=tuple(Rule(row.pattern, None, row.reason) for row in architecture.keep)
+        if denoiser
+        else (Rule("embed", None, "embedding: high precision"),),
+        user=request.rules,
+        convs=request.type.convs,
+        vector="f32" if gguf else "",
+        high=_GGUF_HIGH if gguf else {},
+        pure=request.pure,
+    )
+
+
+def _cast(one: Candidate, request: Request) -> Decision:
+    if request.type is not None:
+        return Decision("", "part kept as it is: only the denoiser is quantized")
+    if request.dtype is None or not one.dtype:
+        return Decision("", "copied")
+    return Decision(request.dtype, f"cast to {request.dtype}")
+
+
+def _step(
+    part: str,
+    key: str,
+    target: str,
+    assignment: Assignment,
+    decision: Decision,
+    tensors: tuple[LogicalTensor, ...],
+    dialect: str,
+    request: Request,
+) -> Step:
+    """Turn a decision into what is written; a copy that cannot be one becomes a stated cast."""
+    source = _source_format(tensors)
+    quantized = any(tensor.is_quantized for tensor in tensors)
+    wanted = decision.format
+    if wanted and quantized and not FORMATS[wanted].is_cast and wanted != source:
+        if not request.allow_requantize:
+            raise PolicyError(
+                f"{tensors[0].key} is already {source}: rounding it again to {wanted} adds to the "
+                "error of the first rounding; use an unquantized source or --allow-requantize"
+            )
+        decision = Decision(wanted, f"{decision.reason}; requantized from {source}")
+    if wanted and wanted == source and _is_whole(assignment, tensors):
+        decision = Decision("", f"{decision.reason}; already {source}", decision.wanted)
+    if not decision.format and quantized:
+        decision = _keep_packed(decision, assignment, tensors, dialect, request)
+    if not decision.format:
+        packed = _copy_packed(target, assignment, tensors, request)
+        stored = source or tensors[0].dtype.lower()
+    else:
+        packed = pack(dialect, target, decision.format, assignment.shape, source)
+        stored = decision.format
+    nbytes = sum(_read_nbytes(assignment, tensors))
+    return Step(part, key, target, assignment, decision, stored, packed, nbytes)
+
+
+def _is_whole(assignment: Assignment, tensors: Sequence[LogicalTensor]) -> bool:
+    return (
+        len(tensors) == 1
+        and not assignment.transpose
+        and assignment.shape == tensors[0].shape
+        and (assignment.pieces[0].start, assignment.pieces[0].stop)
+        == (0, tensors[0].shape[0] if tensors[0].shape else 1)
+    )
+
+
+def _keep_packed(
+    decision: Decision,
+    assignment: Assignment,
+    tensors: tuple[LogicalTensor, ...],
+    dialect: str,
+    request: Request,
+) -> Decision:
+    """An already quantized weight can be copied only whole, into a container that holds it."""
+    source = tensors[0].format
+    gguf = request.container == "gguf"
+    block = bool(source) and FORMATS[source].strategy == "block" and source != "nf4"
+    fits = bool(source) and block == gguf and not (gguf and source.startswith("fp8"))
+    if fits and _is_whole(assignment, tensors):
+        return decision
+    why = "split or fused" if fits else f"not storable in {request.container}"
+    return Decision("bf16", f"{decision.reason}; {source or tensors[0].dtype} {why}: bf16")
+
+
+def _copy_packed(
+    target: str,
+    assignment: Assignment,
+    tensors: tuple[LogicalTensor, ...],
+    request: Request,
+) -> tuple[Packed, ...]:
+    first = tensors[0]
+    if first.is_quantized:  # companions change names with the container's dialect, not their bytes
+        dialect = {"nf4": "bnb", "fp8_e4m3_scaled": "comfy", "int8_rowwise": "comfy"}
+        name = dialect.get(first.format, "plain")
+        return pack(name, target, first.format, first.shape, "bf16")
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        raise PolicyError(
+            f"{target}: its pieces are stored as {', '.join(sorted(dtypes))}; give --dtype"
+        )
+    if request.container == "gguf" and first.dtype == "F64":
+        raise PolicyError(f"{target}: F64 in GGUF; give --tensor-type")
+    return (Packed(TensorSpec(target, first.dtype, assignment.shape), "weight"),)
+
+
+def _read_nbytes(assignment: Assignment, tensors: Sequence[LogicalTensor]) -> list[int]:
+    sizes = []
+    for piece, tensor in zip(assignment.pieces, tensors, strict=True):
+        rows = tensor.shape[0] if tensor.shape else 1
+        size = 1
+        for length in tensor.shape:
+            size *= length
+        per = FORMATS[tensor.format].nbytes(tensor.shape) if tensor.format else size * 2
+        sizes.append(per * (piece.stop - piece.start) // max(rows, 1))
+    return sizes
+
+
+def _copy_step(logical: LogicalSource, key: str, reason: str) -> Step:
+    tensor = logical.tensors[key]
+    rows = tensor.shape[0] if tensor.shape else 1
+    from diffquant.convert.rules import Piece
+
+    assignment = Assignment(key, tensor.shape, (Piece(key, 0, rows),))
+    packed = (Packed(TensorSpec(key, tensor.dtype, tensor.shape), "weight"),)
+    decision = Decision("", f"{reason}: copied")
+    nbytes = packed[0].spec.nbytes
+    return Step("", key, key, assignment, decision, tensor.dtype.lower(), packed, nbytes)
+
+
+def _check_unique(steps: Sequence[Step]) -> None:
+    seen: set[str] = set()
+    for step in steps:
+        for one in step.packed:
+            if one.spec.key in seen:
+                raise DuplicateTarget(f"two steps write {one.spec.key}", keys=(one.spec.key,))
+            seen.add(one.spec.key)
+
+
+def _judge(steps: Sequence[Step], request: Request) -> tuple[bool, list[str]]:
+    """Warn when the label would promise more than the file holds."""
+    if request.type is None or FORMATS[request.type.base].is_cast:
+        return False, []
+    steps = [step for step in steps if step.part == "denoiser"]
+    named = {request.type.base, *(f for _, a, b in request.type.mix.values() for f in (a, b))}
+    total = sum(step.parameters for step in steps)
+    got = sum(step.parameters for step in steps if step.stored in named)
+    fallbacks = [step for step in steps if step.decision.wanted]
+    warnings = []
+    if fallbacks:
+        counts: dict[str, int] = {}
+        for step in fallbacks:
+            label = f"{step.decision.wanted} -> {step.stored}"
+            counts[label] = counts.get(label, 0) + 1
+        listed = ", ".join(f"{n} tensors {label}" for label, n in counts.items())
+        warnings.append(f"rows too short or uneven for {request.type.name}: {listed}")
+    mixed = total > 0 and got * 2 < total
+    if mixed:
+        warnings.append(
+            f"MIXED: only {got / total:.0%} of the denoiser's weights are stored as "
+            f"{request.type.name}"
+        )
+    return mixed, warnings
+
+
+def describe(plan: Plan) -> Mapping[str, Any]:
+    """Count weights and bytes per stored format, for tables and metadata."""
+    out: dict[str, dict[str, int]] = {}
+    for step in plan.steps:
+        row = out.setdefault(step.stored, {"tensors": 0, "parameters": 0, "nbytes": 0})
+        row["tensors"] += 1
+        row["parameters"] += step.parameters
+        row["nbytes"] += step.nbytes
+    return out

@@ -1,0 +1,3 @@
+"""The ground floor: errors, dtypes, tensor specs, reports. Imports nothing from other rooms."""
+
+__all__: list[str] = []

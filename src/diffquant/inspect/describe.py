@@ -1,0 +1,165 @@
+"""describe(): a file's facts as frozen data, from its header and tensors of at most 4 KiB."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffquant.convert.detect import Match, detect, detect_component, kind_of
+from diffquant.convert.logical import LogicalSource, LogicalTensor, bind
+from diffquant.core.errors import ArchitectureError, UnknownArchitecture
+from diffquant.io import open_source
+
+__all__ = ["FileReport", "PartReport", "StorageCount", "describe"]
+
+_METADATA_LIMIT = 200  # characters of a metadata value worth printing
+
+
+@dataclass(frozen=True, slots=True)
+class StorageCount:
+    """Tensors and bytes stored as one dtype."""
+
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartReport:
+    """One part of a checkpoint. `formats` maps what weights are stored as to how many weights."""
+
+    name: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    kind: str
+    layout: str
+    formats: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class FileReport:
+    """What `diffquant inspect` says about one file.
+
+    Attributes:
+        kind: checkpoint, diffusion_model, lora, vae, text_encoder, textual_inversion, controlnet or
+            unknown.
+        architecture: slug, or "unknown".
+        layout: "single" or "diffusers".
+        nbytes: bytes of all tensors.
+        storage: dtype on disk -> count.
+        evidence: what recognition rests on, and what the header cannot tell.
+        candidates: for unknown files, the nearest architectures and the keys they miss.
+    """
+
+    path: str
+    container: str
+    kind: str
+    architecture: str
+    variant: str
+    layout: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    storage: Mapping[str, StorageCount]
+    parts: tuple[PartReport, ...]
+    evidence: tuple[str, ...]
+    leftovers: Mapping[str, str]
+    candidates: Mapping[str, tuple[str, ...]]
+    metadata: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+def describe(path: str | Path) -> FileReport:
+    """Describe a file or folder from its header.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with open_source(Path(path)) as source:
+        logical = bind(source)
+        specs = logical.specs()
+        storage: dict[str, StorageCount] = {}
+        for spec in source.specs.values():
+            seen = storage.get(spec.dtype, StorageCount(0, 0))
+            storage[spec.dtype] = StorageCount(seen.tensors + 1, seen.nbytes + spec.nbytes)
+        match, candidates = _recognise(logical, source.metadata, source.configs)
+        parts = _parts(logical, match)
+        kind = kind_of(specs)
+        if match is not None:
+            kind = "checkpoint" if len(match.parts) > 1 else "diffusion_model"
+        elif not parts:
+            component = detect_component(specs)
+            if component is not None:
+                kind = "vae" if component.name == "vae" else "text_encoder"
+        return FileReport(
+            path=str(path),
+            container=source.container,
+            kind=kind,
+            architecture=match.architecture if match else "unknown",
+            variant=match.variant if match else "",
+            layout=match.layout if match else "",
+            tensors=len(source.specs),
+            parameters=sum(tensor.spec.size for tensor in logical.tensors.values()),
+            nbytes=sum(spec.nbytes for spec in source.specs.values()),
+            storage=storage,
+            parts=parts,
+            evidence=tuple(match.evidence) if match else (),
+            leftovers=dict(match.leftovers) if match else {},
+            candidates=candidates,
+            metadata=_metadata(source.metadata),
+            warnings=(*logical.warnings, *(match.warnings if match else ())),
+        )
+
+
+def _recognise(
+    logical: LogicalSource, metadata: Mapping[str, Any], configs: Mapping[str, Any]
+) -> tuple[Match | None, dict[str, tuple[str, ...]]]:
+    try:
+        return detect(logical.specs(), metadata, configs), {}
+    except UnknownArchitecture as error:
+        return None, dict(error.candidates)
+    except ArchitectureError:
+        return None, {}
+
+
+def _parts(logical: LogicalSource, match: Match | None) -> tuple[PartReport, ...]:
+    if match is None:
+        return ()
+    found = []
+    for part in match.parts:
+        tensors = [logical.tensors[part.prefix + key] for key in part.shapes]
+        formats: dict[str, int] = {}
+        for tensor in tensors:
+            name = tensor.format or tensor.dtype.lower()
+            formats[name] = formats.get(name, 0) + tensor.spec.size
+        found.append(
+            PartReport(
+                name=part.name,
+                tensors=len(tensors),
+                parameters=sum(tensor.spec.size for tensor in tensors),
+                nbytes=sum(_stored_nbytes(logical, tensor) for tensor in tensors),
+                kind=part.kind,
+                layout=part.layout,
+                formats=formats,
+            )
+        )
+    return tuple(found)
+
+
+def _stored_nbytes(logical: LogicalSource, tensor: LogicalTensor) -> int:
+    keys = {tensor.key, *tensor.parts.values()}
+    return sum(logical.source.specs[key].nbytes for key in keys)
+
+
+def _metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
+    out = {}
+    for key in metadata:
+        value = metadata[key]
+        if isinstance(value, str | int | float | bool):
+            text = str(value)
+            out[key] = text if len(text) <= _METADATA_LIMIT else f"{len(text)} characters"
+        else:
+            out[key] = f"{len(value)} values" if hasattr(value, "__len__") else type(value).__name__
+    return out

@@ -1,0 +1,180 @@
+"""Open files read by position, and the source whose tensors are byte ranges of one file.
+
+Files are read with `preadv`, not mapped: several threads read at once without a lock, a file that
+shrinks under us is an error instead of a SIGBUS, peak memory is what was asked for and not what the
+kernel happened to map, and Windows can replace the file once it is closed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from diffquant.core.errors import (
+    CheckpointError,
+    MalformedFile,
+    MissingKeys,
+    PlanMismatch,
+    TruncatedFile,
+    closest,
+)
+from diffquant.core.tensors import ByteArray, TensorSpec
+
+__all__ = ["FlatSource", "RandomFile", "checked_shape", "find_spec", "row_extent"]
+
+_MAX_DIMS = 32
+_MAX_ELEMENTS = 2**62
+
+
+class RandomFile:
+    """A file opened for reading at any offset, from any thread."""
+
+    __slots__ = ("_file", "_lock", "path", "size")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise CheckpointError("no such file", path=path) from None
+        except OSError as error:
+            raise CheckpointError(f"cannot be opened: {error.strerror}", path=path) from error
+        self.size = os.fstat(self._file.fileno()).st_size
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, nbytes: int) -> ByteArray:
+        """Return `nbytes` bytes from `offset` as a flat, read-only array of its own.
+
+        Raises:
+            TruncatedFile: the file ends before offset + nbytes.
+            CheckpointError: the file is closed, or the disk reports an error.
+        """
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise TruncatedFile(
+                f"bytes {offset} to {offset + nbytes} asked for, the file has {self.size}",
+                path=self.path,
+            )
+        array = np.empty(nbytes, np.uint8)
+        view = array.data
+        try:
+            done = 0
+            while done < nbytes:
+                count = self._read_into(view[done:], offset + done)
+                if not count:
+                    raise TruncatedFile(
+                        f"ends at byte {offset + done}, it had {self.size} when it was opened",
+                        path=self.path,
+                    )
+                done += count
+        except ValueError:
+            raise CheckpointError("read after close", path=self.path) from None
+        except OSError as error:
+            raise CheckpointError(f"read failed: {error.strerror}", path=self.path) from error
+        array.flags.writeable = False
+        return array
+
+    def _read_into(self, view: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [view], offset)
+        with self._lock:  # Windows has no positional read
+            self._file.seek(offset)
+            return self._file.readinto(view) or 0
+
+    def close(self) -> None:
+        """Close the file; harmless when closed."""
+        self._file.close()
+
+
+def find_spec(specs: Mapping[str, TensorSpec], key: str, path: Path) -> TensorSpec:
+    """Look a key up.
+
+    Raises:
+        MissingKeys: the source has no such tensor.
+    """
+    spec = specs.get(key)
+    if spec is None:
+        near = closest(key, specs)
+        hint = f", did you mean {near!r}?" if near else ""
+        raise MissingKeys(f"{path}: no tensor {key!r}{hint}", keys=(key,))
+    return spec
+
+
+def row_extent(spec: TensorSpec, rows: tuple[int, int] | None) -> tuple[int, int]:
+    """Turn a half-open range of rows into (first byte, bytes) inside the tensor.
+
+    Raises:
+        PlanMismatch: the range does not lie inside the tensor.
+    """
+    if rows is None:
+        return 0, spec.nbytes
+    start, stop = rows
+    if not 0 <= start <= stop <= spec.rows:
+        raise PlanMismatch(f"{spec.key}: rows {start}:{stop} asked for, the tensor has {spec.rows}")
+    return start * spec.row_nbytes, (stop - start) * spec.row_nbytes
+
+
+def checked_shape(dims: object, key: str, path: Path) -> tuple[int, ...]:
+    """Check that `dims` is a list of plausible dimensions, outermost first.
+
+    Raises:
+        MalformedFile: a dimension that is no integer >= 0, too many, or a product over 2**62.
+    """
+    if not isinstance(dims, list | tuple) or len(dims) > _MAX_DIMS:
+        raise MalformedFile(
+            f"shape of {key!r} is no list of at most {_MAX_DIMS} dimensions", path=path
+        )
+    for dim in dims:
+        if type(dim) is not int or not 0 <= dim < _MAX_ELEMENTS:
+            raise MalformedFile(f"shape of {key!r} has a bad dimension {dim!r:.40}", path=path)
+    if math.prod(dims) >= _MAX_ELEMENTS:
+        raise MalformedFile(f"shape of {key!r} is too large: {list(dims)}", path=path)
+    return tuple(dims)
+
+
+class FlatSource:
+    """A TensorSource whose tensors are byte ranges of one open file."""
+
+    def __init__(
+        self,
+        file: RandomFile,
+        container: str,
+        *,
+        specs: Mapping[str, TensorSpec],
+        offsets: Mapping[str, int],
+        metadata: Mapping[str, Any],
+    ) -> None:
+        self.path = file.path
+        self.container = container
+        self.specs: Mapping[str, TensorSpec] = specs
+        self.metadata: Mapping[str, Any] = metadata
+        self.configs: Mapping[str, Any] = {}
+        self.nbytes = file.size
+        self.offsets = offsets
+        self._file = file
+
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> ByteArray:
+        """Return the bytes of `rows` (half open; all when None) as a flat, read-only array."""
+        start, nbytes = row_extent(find_spec(self.specs, key, self.path), rows)
+        return self._file.read(self.offsets[key] + start, nbytes)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

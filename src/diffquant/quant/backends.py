@@ -1,0 +1,67 @@
+"""BACKENDS: which function serves (codec, operation, device); reading it imports nothing heavy.
+
+Operations, on numpy arrays; `weight` is float32 (R, K), a chunk of whole rows of a weight seen as a
+matrix; parts are keyed as the FORMATS row names them:
+
+- `encode(weight, stats=None, *, fmt) -> dict[str, ndarray]`: parts of these rows. Block types
+  return uint8 (R, bytes), fp8 its bit patterns as uint8 (R, K), bf16 its bits as uint16.
+- `decode(parts, shape, *, fmt) -> float32 (R, K)`, the inverse, exact in float32; `shape` is (R,
+  K).
+- `reduce(weight, stats=None, *, fmt) -> stats`: two-pass formats only; folds a chunk into a float.
+
+`fmt` is the FORMATS name: one codec may serve several (`cast`).
+
+A function is named "module:attribute" and loaded when asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from diffquant.core.errors import UnknownFormat
+
+__all__ = ["BACKENDS", "backend"]
+
+_CODECS = (
+    "cast",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+    "fp8_e4m3",
+    "fp8_e4m3_scaled",
+    "int8_rowwise",
+    "nf4",
+)
+_TWO_PASS = ("fp8_e4m3_scaled",)
+_ROOM = "diffquant.quant.codecs"
+
+# device "reference" is the plain specification, "cpu" what the engine runs.
+BACKENDS: dict[tuple[str, str, str], str] = {
+    (codec, operation, device): f"{_ROOM}{'.numba' if device == 'cpu' else ''}.{codec}:{operation}"
+    for codec in _CODECS
+    for operation in ("encode", "decode", *(("reduce",) if codec in _TWO_PASS else ()))
+    for device in ("reference", "cpu")
+}
+
+
+def backend(codec: str, operation: str, device: str = "cpu") -> Callable[..., Any]:
+    """Load the function for (codec, operation, device).
+
+    Raises:
+        UnknownFormat: no such row.
+    """
+    try:
+        module, _, attribute = BACKENDS[codec, operation, device].partition(":")
+    except KeyError:
+        raise UnknownFormat(
+            f"{codec}/{operation}/{device}", sorted({c for c, _, _ in BACKENDS})
+        ) from None
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return loaded

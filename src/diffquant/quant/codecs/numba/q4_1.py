@@ -1,0 +1,51 @@
+"""Fast twin of codecs/q4_1.py."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from diffquant.quant.codecs.arrays import Bytes, Float32
+from diffquant.quant.codecs.ggml_rows import row_codec
+from diffquant.quant.codecs.numba import blocks
+from diffquant.quant.codecs.numba.compile import inlined, kernel
+from diffquant.quant.codecs.numba.floats import truncate
+
+__all__ = ["decode", "encode"]
+
+_TOP = np.int32(15)
+_ROUND = np.float32(0.5)
+
+
+@inlined
+def _level(scaled: np.float32) -> np.int32:
+    level = truncate(np.float32(scaled + _ROUND))
+    return level if level < _TOP else _TOP
+
+
+@kernel
+def _encode_kernel(weight: Float32, packed: Bytes) -> None:
+    for b in range(weight.shape[0]):
+        least, most = blocks.spread(weight, b)
+        scale = np.float32(np.float32(most - least) / np.float32(15))
+        blocks.store_half(packed, b, 0, scale)
+        blocks.store_half(packed, b, 2, least)
+        inverse = blocks.inverse(scale)
+        for j in range(16):
+            low = _level(np.float32(np.float32(weight[b, j] - least) * inverse))
+            high = _level(np.float32(np.float32(weight[b, 16 + j] - least) * inverse))
+            packed[b, 4 + j] = np.uint8(low | np.int32(high << np.int32(4)))
+
+
+@kernel
+def _decode_kernel(packed: Bytes, weight: Float32) -> None:
+    for b in range(packed.shape[0]):
+        scale = blocks.load_half(packed, b, 0)
+        least = blocks.load_half(packed, b, 2)
+        for j in range(16):
+            low = np.int32(packed[b, 4 + j] & np.uint8(15))
+            high = np.int32(packed[b, 4 + j] >> np.uint8(4))
+            weight[b, j] = np.float32(np.float32(np.int32(low)) * scale) + least
+            weight[b, 16 + j] = np.float32(np.float32(np.int32(high)) * scale) + least
+
+
+encode, decode = row_codec(blocks.encoder(_encode_kernel, 20), blocks.decoder(_decode_kernel, 32))

@@ -1,0 +1,1 @@
+"""The bundled runtime: generates pictures from packed weights with torch, and judges them."""

@@ -1,0 +1,126 @@
+"""The control that must fail: a candidate damaged on purpose, in one block.
+
+A gate that passes a broken model proves nothing. So every image verification also runs the
+candidate with one block's scales shuffled within each tensor, or its output rows where a tensor
+has fewer than two scales (unpacked and single-scale formats), and demands that this falls below
+the gate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from diffquant.runtime.layers import PackedLayer, PackedWeight, Segment
+
+__all__ = ["SCALE_BYTES", "damaged", "shuffle"]
+
+# Where a ggml block keeps what its numbers are multiplied with: (block bytes, first, one past
+# last).
+SCALE_BYTES: Mapping[str, tuple[int, int, int]] = {
+    "q4_0": (18, 0, 2),
+    "q4_1": (20, 0, 4),
+    "q5_0": (22, 0, 2),
+    "q5_1": (24, 0, 4),
+    "q8_0": (34, 0, 2),
+    "q4_k": (144, 0, 16),
+    "q5_k": (176, 0, 16),
+    "q6_k": (210, 192, 210),
+}
+_SCALE_PARTS = {"int8_rowwise": "scale", "nf4": "absmax"}
+
+
+def shuffle(segment: Segment, generator: torch.Generator, *, rows: bool = False) -> Segment:
+    """Return a segment with its scales, or its output rows, in another order.
+
+    Args:
+        segment: packed rows of a weight.
+        generator: source of the permutation.
+        rows: shuffle output rows even where there are scales.
+    """
+    parts = dict(segment.parts)
+    if rows:
+        return _shuffle_rows(segment, generator)
+    if segment.format in SCALE_BYTES:
+        size, start, stop = SCALE_BYTES[segment.format]
+        blocks = parts["weight"].reshape(-1, size).clone()
+        if len(blocks) > 1:
+            blocks[:, start:stop] = blocks[_order(len(blocks), generator), start:stop]
+            parts["weight"] = blocks.reshape(parts["weight"].shape)
+            return Segment(segment.format, segment.shape, parts)
+    name = _SCALE_PARTS.get(segment.format)
+    if name is not None and parts[name].numel() > 1:
+        scales = parts[name].reshape(-1)
+        parts[name] = scales[_order(len(scales), generator)].reshape(parts[name].shape)
+        return Segment(segment.format, segment.shape, parts)
+    return _shuffle_rows(segment, generator)
+
+
+def _shuffle_rows(segment: Segment, generator: torch.Generator) -> Segment:
+    """Permute output rows; scales per row go with them, flat NF4 is cut into as many pieces."""
+    parts = dict(segment.parts)
+    count = segment.shape[0] if segment.shape else 1
+    if segment.format == "nf4" and parts["weight"].numel() % max(count, 1):
+        count = 1
+    if count > 1:
+        order = _order(count, generator)
+        weight = parts["weight"]
+        raw = weight.view(torch.uint8) if weight.element_size() == 1 else weight
+        shuffled = raw.reshape(count, -1)[order].reshape(raw.shape)
+        parts["weight"] = shuffled.view(weight.dtype)
+    return Segment(segment.format, segment.shape, parts)
+
+
+def _order(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(count, generator=generator)
+
+
+def _blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Children of the denoiser's module lists: the units a network repeats."""
+    return [
+        (f"{name}.{index}", block)
+        for name, stack in denoiser.named_children()
+        if isinstance(stack, nn.ModuleList)
+        for index, block in enumerate(stack)
+    ]
+
+
+@contextlib.contextmanager
+def damaged(denoiser: nn.Module, *, seed: int = 0, rows: bool = False) -> Iterator[str]:
+    """Shuffle the scales (or `rows`) of one block for the duration; yields the block's name.
+
+    The block is the one with the most weights, the first of several: damage there cannot hide.
+    """
+    candidates = _blocks(denoiser)
+    name, block = (
+        max(candidates, key=lambda row: _weights(row[1]))
+        if candidates
+        else (
+            "denoiser",
+            denoiser,
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    kept: list[tuple[PackedLayer, PackedWeight]] = []
+    for layer in block.modules():
+        if isinstance(layer, PackedLayer) and layer.packed is not None:
+            kept.append((layer, layer.packed))
+            layer.packed = PackedWeight(
+                tuple(shuffle(one, generator, rows=rows) for one in layer.packed.segments)
+            )
+    try:
+        yield name
+    finally:
+        for layer, weight in kept:
+            layer.packed = weight
+
+
+def _weights(block: nn.Module) -> int:
+    return sum(
+        torch.Size(layer.packed.shape).numel()
+        for layer in block.modules()
+        if isinstance(layer, PackedLayer) and layer.packed is not None
+    )

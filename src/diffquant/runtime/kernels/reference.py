@@ -1,0 +1,182 @@
+"""The torch reference decoder of every number format: one function per format, one table.
+
+Each function takes the stored parts of a weight, its logical shape and the wanted dtype; it decodes
+in float32 and casts at the end, on whatever device the parts are on. Nothing here is fast on
+purpose: these functions say what the bytes mean, run everywhere, and judge the fast kernels.
+
+Stored parts (N is the first dimension of the logical shape, K the product of the others)::
+
+    f32 f16 bf16        weight: the tensor itself
+    q*_0 q*_1 q*_k      weight: uint8 (N, bytes per row), ggml blocks of 32 or 256 along a row
+    fp8_e4m3            weight: float8_e4m3fn (N, K)
+    fp8_e4m3_scaled     the same, and scale: float32 ()
+    int8_rowwise        weight: int8 (N, K); scale: float32 (N, 1)
+    nf4                 weight: uint8 (ceil(N K / 2),), high nibble first; absmax: float32 (ceil(N K
+        / 64),)
+
+Sources: ggml-org/ggml ggml-common.h (block structs) and ggml-quants.c (dequantize_row_*);
+bitsandbytes 0.50.2 backends/default/ops.py (dequantize_4bit) and functional.py (NF4 table).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["KERNELS", "ROWWISE", "Kernel", "Parts"]
+
+Parts: TypeAlias = Mapping[str, Tensor]
+Kernel: TypeAlias = Callable[[Parts, tuple[int, ...], torch.dtype], Tensor]
+
+NF4_BLOCK = 64
+NF4_TABLE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def _plain(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return parts["weight"].reshape(shape).to(dtype)
+
+
+def _ggml(nbytes: int, decode: Callable[[Tensor], Tensor]) -> Kernel:
+    """Wrap `decode`, which maps blocks (B, nbytes) uint8 to values float32 with B rows."""
+
+    def kernel(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        blocks = parts["weight"].reshape(-1, nbytes)
+        return decode(blocks).reshape(shape).to(dtype)
+
+    return kernel
+
+
+def _half(blocks: Tensor, start: int) -> Tensor:
+    """The float16 at byte `start` of every block, as float32 (B, 1)."""
+    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
+
+
+def _shifted(packed: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
+    """Unpack fields `byte >> shift & mask`: (..., n) bytes to (..., len(shifts), n)."""
+    by = torch.tensor(shifts, dtype=torch.uint8, device=packed.device)[:, None]
+    return (packed.unsqueeze(-2) >> by) & mask
+
+
+def _high_bits(blocks: Tensor, start: int) -> Tensor:
+    """The 32 bits of a little-endian uint32 per block, as fifth bits of nibbles: (B, 32)."""
+    by = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    bits = (blocks[:, start : start + 4, None] >> by) & 1  # (B, 4, 8)
+    return bits.flatten(1) << 4
+
+
+def _q8_0(blocks: Tensor) -> Tensor:  # d f16, q int8[32]
+    return blocks[:, 2:].contiguous().view(torch.int8).float() * _half(blocks, 0)
+
+
+def _q4_0(blocks: Tensor) -> Tensor:  # d f16, q[16]: low nibbles are elements 0-15
+    q = _shifted(blocks[:, 2:], (0, 4), 15).flatten(1)
+    return (q.float() - 8) * _half(blocks, 0)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:  # d f16, m f16, q[16]
+    q = _shifted(blocks[:, 4:], (0, 4), 15).flatten(1)
+    return q.float() * _half(blocks, 0) + _half(blocks, 2)
+
+
+def _q5_0(blocks: Tensor) -> Tensor:  # d f16, qh u32, q[16]
+    q = _shifted(blocks[:, 6:], (0, 4), 15).flatten(1) | _high_bits(blocks, 2)
+    return (q.float() - 16) * _half(blocks, 0)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:  # d f16, m f16, qh u32, q[16]
+    q = _shifted(blocks[:, 8:], (0, 4), 15).flatten(1) | _high_bits(blocks, 4)
+    return q.float() * _half(blocks, 0) + _half(blocks, 2)
+
+
+def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The eight scales and minima of a Q4_K or Q5_K block: float32 (B, 8, 1) each.
+
+    Twelve bytes at offset 4 hold sixteen 6-bit numbers: bytes 0-3 the scales 0-3 (low six bits),
+    bytes 4-7 the minima 0-3; bytes 8-11 the low nibbles of scales and minima 4-7, whose two high
+    bits are the top bits of bytes 0-3 and 4-7.
+    """
+    first, second, third = blocks[:, 4:16].reshape(-1, 3, 4).unbind(1)
+    scales = torch.cat((first & 63, (third & 15) | ((first >> 2) & 48)), dim=1)
+    minima = torch.cat((second & 63, (third >> 4) | ((second >> 2) & 48)), dim=1)
+    d, dmin = _half(blocks, 0), _half(blocks, 2)
+    return (d * scales.float()).unsqueeze(-1), (dmin * minima.float()).unsqueeze(-1)
+
+
+def _q4_k(blocks: Tensor) -> Tensor:  # d, dmin f16, scales[12], q[128]
+    scale, minimum = _scales_and_mins(blocks)
+    q = _shifted(blocks[:, 16:].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
+    return q.float() * scale - minimum
+
+
+def _q5_k(blocks: Tensor) -> Tensor:  # d, dmin f16, scales[12], qh[32], q[128]
+    scale, minimum = _scales_and_mins(blocks)
+    q = _shifted(blocks[:, 48:].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
+    high = _shifted(blocks[:, 16:48], tuple(range(8)), 1)  # (B, 8, 32)
+    return (q | (high << 4)).float() * scale - minimum
+
+
+def _q6_k(blocks: Tensor) -> Tensor:  # ql[128], qh[64], scales int8[16], d f16
+    low = _shifted(blocks[:, :128].reshape(-1, 2, 64), (0, 4), 15).reshape(-1, 8, 32)
+    high = _shifted(blocks[:, 128:192].reshape(-1, 2, 32), (0, 2, 4, 6), 3).reshape(-1, 8, 32)
+    scales = blocks[:, 192:208].contiguous().view(torch.int8).float() * _half(blocks, 208)
+    q = (low | (high << 4)).float() - 32
+    return q.reshape(-1, 16, 16) * scales.unsqueeze(-1)
+
+
+def _scaled(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return (parts["weight"].float() * parts["scale"]).reshape(shape).to(dtype)
+
+
+def _nf4(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    packed, absmax = parts["weight"].reshape(-1), parts["absmax"].reshape(-1)
+    table = torch.tensor(NF4_TABLE, dtype=torch.float32, device=packed.device)
+    codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1).int()
+    count = 1
+    for size in shape:
+        count *= size
+    values = table[codes[:count]]
+    scales = absmax.repeat_interleave(NF4_BLOCK)[:count]
+    return (values * scales).reshape(shape).to(dtype)
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "f32": _plain,
+    "f16": _plain,
+    "bf16": _plain,
+    "q8_0": _ggml(34, _q8_0),
+    "q4_0": _ggml(18, _q4_0),
+    "q4_1": _ggml(20, _q4_1),
+    "q5_0": _ggml(22, _q5_0),
+    "q5_1": _ggml(24, _q5_1),
+    "q4_k": _ggml(144, _q4_k),
+    "q5_k": _ggml(176, _q5_k),
+    "q6_k": _ggml(210, _q6_k),
+    "fp8_e4m3": _plain,
+    "fp8_e4m3_scaled": _scaled,
+    "int8_rowwise": _scaled,
+    "nf4": _nf4,
+}
+
+# Formats whose parts are stored row by row (or hold one value for all): rows can be picked before
+# decoding. NF4 runs through the flattened weight, so its rows begin anywhere.
+ROWWISE = frozenset(KERNELS) - {"nf4"}

@@ -1,0 +1,274 @@
+"""Layers whose weight stays packed: it is decoded for one call and forgotten.
+
+A `PackedWeight` is a logical weight made of one or more packed segments stacked along the first
+dimension. One segment is the rule; several serve layouts in which a source stores q, k and v apart
+and the model wants them fused (block formats cannot be concatenated across formats, so they are
+not).
+
+Adapters (LoRA and kin) are a side branch, never merged: `y += scale * up(down(x))`. So a weight of
+four bits keeps what a LoRA says, which requantizing the sum would round away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffquant.core.errors import PlanMismatch, UnknownFormat, UnsupportedDtype, UnsupportedShape
+from diffquant.runtime.kernels import KERNELS, ROWWISE
+
+__all__ = [
+    "LowRank",
+    "PackedLayer",
+    "PackedWeight",
+    "QuantConv2d",
+    "QuantEmbedding",
+    "QuantLinear",
+    "Segment",
+]
+
+_PLAIN = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive rows of a weight in one number format.
+
+    Attributes:
+        format: name of a number format, a key of KERNELS.
+        shape: logical shape of these rows.
+        parts: stored tensors by part name, as kernels/reference.py lists them.
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        """Refuse a format nobody can decode, before anything runs."""
+        if self.format not in KERNELS:
+            raise UnknownFormat(self.format, KERNELS)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Decode to `shape`, in float32 and then cast."""
+        return KERNELS[self.format](self.parts, self.shape, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A logical weight: segments stacked along the first dimension.
+
+    Attributes:
+        segments: at least one; all agree on every dimension but the first.
+    """
+
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        """Check that the segments can be stacked."""
+        tails = {segment.shape[1:] for segment in self.segments}
+        if len(tails) != 1:
+            shapes = [segment.shape for segment in self.segments]
+            raise UnsupportedShape(f"segments cannot be stacked along rows: shapes {shapes}")
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        """Wrap a float32, float16 or bfloat16 tensor without copying it.
+
+        Raises:
+            UnsupportedDtype: any other dtype.
+        """
+        if tensor.dtype not in _PLAIN:
+            known = ", ".join(_PLAIN.values())
+            raise UnsupportedDtype(f"a plain weight is one of {known}, found {tensor.dtype}")
+        segment = Segment(_PLAIN[tensor.dtype], tuple(tensor.shape), {"weight": tensor.detach()})
+        return cls((segment,))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape of the stack."""
+        first = self.segments[0].shape
+        if len(self.segments) == 1:
+            return first
+        return (sum(segment.shape[0] for segment in self.segments), *first[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all stored parts."""
+        return sum(part.nbytes for segment in self.segments for part in segment.parts.values())
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Number format of each segment, in order."""
+        return tuple(segment.format for segment in self.segments)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self.segments[0].parts["weight"].device
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Decode the whole weight to `shape`; a plain weight of that dtype is returned uncopied."""
+        rows = [segment.dequantize(dtype) for segment in self.segments]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def take_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Decode only the rows named by `index` (n,) integer: (n, K...).
+
+        Formats that are not stored by rows are decoded whole, then indexed.
+        """
+        segment = self.segments[0]
+        if len(self.segments) > 1 or segment.format not in ROWWISE:
+            return self.dequantize(dtype)[index]
+        rows = segment.shape[0]
+        parts = {
+            name: part[index] if part.ndim and part.shape[0] == rows else part
+            for name, part in segment.parts.items()
+        }
+        return KERNELS[segment.format](parts, (len(index), *segment.shape[1:]), dtype)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """Move every part; dtypes never change."""
+        return PackedWeight(
+            tuple(
+                Segment(s.format, s.shape, {k: v.to(device) for k, v in s.parts.items()})
+                for s in self.segments
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """An adapter beside a layer: `scale * up(down(x))`, added to the layer's output.
+
+    Attributes:
+        down: (r, K) for a linear layer, (r, in, kh, kw) for a convolution.
+        up: (n, r), or (n, r, 1, 1); n is the number of output rows it reaches.
+        scale: weight times alpha / r.
+        rows: first and last + 1 output row it reaches; None: all. Lets an adapter of q alone sit
+            beside a fused qkv.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    rows: tuple[int, int] | None = None
+
+    def to(self, device: torch.device | str) -> LowRank:
+        """Move both factors."""
+        return LowRank(self.down.to(device), self.up.to(device), self.scale, self.rows)
+
+
+class PackedLayer(nn.Module):
+    """What the three layers share: a packed weight, an optional bias, a list of adapters.
+
+    The weight is no Parameter: `.to(dtype)` and `.half()` must not touch packed bytes, while moves
+    to another device must take them along; `_apply` sees to both.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, bias: bool) -> None:
+        """Declare the logical shape of the weight; the weight itself comes with `bind`."""
+        super().__init__()
+        self.logical_shape = shape
+        self.packed: PackedWeight | None = None
+        self.adapters: list[LowRank] = []
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False)
+
+    def bind(self, weight: PackedWeight) -> None:
+        """Take `weight`; a 1x1 convolution kernel is accepted where a matrix is declared.
+
+        Raises:
+            UnsupportedShape: the weight's shape is not the declared one.
+        """
+        wanted, found = self.logical_shape, weight.shape
+        if found != wanted and (
+            found[: len(wanted)] != wanted or math.prod(found[len(wanted) :]) != 1
+        ):
+            raise UnsupportedShape(f"expected a weight of shape {wanted}, found {found}")
+        self.packed = weight
+
+    def bound(self) -> PackedWeight:
+        """The packed weight; calling a layer before `bind` is a bug of ours."""
+        if self.packed is None:
+            raise PlanMismatch("a layer was called before its weight was bound")
+        return self.packed
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """Decode the weight for one call: `logical_shape`."""
+        return self.bound().dequantize(dtype).reshape(self.logical_shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.packed is not None:
+            probe = torch.empty(0, dtype=torch.uint8, device=self.packed.device)
+            device = fn(probe).device
+            if device != probe.device:
+                self.packed = self.packed.to(device)
+                self.adapters = [adapter.to(device) for adapter in self.adapters]
+        return self
+
+
+def _add(y: Tensor, delta: Tensor, rows: tuple[int, int] | None, dim: int) -> Tensor:
+    if rows is None:
+        return y + delta
+    y.narrow(dim, rows[0], rows[1] - rows[0]).add_(delta)
+    return y
+
+
+class QuantLinear(PackedLayer):
+    """`y = x W^T + b`, with W (out_features, in_features) packed."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
+        """Declare the layer; see PackedLayer."""
+        super().__init__((out_features, in_features), bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features) in the dtype of `x`."""
+        y = functional.linear(x, self.weight(x.dtype), self.bias)
+        for adapter in self.adapters:
+            down, up = adapter.down.flatten(1).to(x.dtype), adapter.up.flatten(1).to(x.dtype)
+            delta = functional.linear(functional.linear(x, down), up) * adapter.scale
+            y = _add(y, delta, adapter.rows, -1)
+        return y
+
+
+class QuantConv2d(PackedLayer):
+    """2-D convolution, its kernel (out, in, k, k) packed."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0
+    ) -> None:
+        """Declare the layer; all convolutions of these models are square and have a bias."""
+        super().__init__((out_channels, in_channels, kernel, kernel), bias=True)
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in, H, W) to (B, out, H', W') in the dtype of `x`."""
+        y = functional.conv2d(x, self.weight(x.dtype), self.bias, self.stride, self.padding)
+        for adapter in self.adapters:
+            down, up = adapter.down.to(x.dtype), adapter.up.to(x.dtype)
+            hidden = functional.conv2d(x, down, None, self.stride, self.padding)
+            delta = functional.conv2d(hidden, up[:, :, None, None] if up.ndim == 2 else up)
+            y = _add(y, delta * adapter.scale, adapter.rows, 1)
+        return y
+
+
+class QuantEmbedding(PackedLayer):
+    """A table (rows, width); only the rows asked for are decoded."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        """Declare the table."""
+        super().__init__((rows, width), bias=False)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Look up integer `ids` (...): (..., width) in `dtype`."""
+        rows = self.bound().take_rows(ids.reshape(-1), dtype)
+        return rows.reshape(*ids.shape, self.logical_shape[1])

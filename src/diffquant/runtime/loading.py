@@ -1,0 +1,100 @@
+"""Build a model around packed weights.
+
+The modules of a model are named by the canonical keys, so binding is a walk: each packed layer
+takes its weight as it is, and small parameters (norms, biases) are decoded to the compute dtype.
+The model is built without allocating any large weight; key sets must match exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffquant.core.errors import (
+    MissingKeys,
+    UnknownFormat,
+    UnmappedKeys,
+    UnsupportedShape,
+    shorten,
+)
+from diffquant.runtime.layers import PackedLayer, PackedWeight
+from diffquant.runtime.models import clip, flux, t5, unet, vae_kl
+from diffquant.runtime.models.facts import Hyper, Shapes
+
+__all__ = ["MODELS", "ModelRow", "bind", "build"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """One kind of model: how its config is read, and the module built from it."""
+
+    config_from: Callable[[Shapes, Hyper], Any]
+    module: Callable[[Any], nn.Module]
+
+
+MODELS: Mapping[str, ModelRow] = {
+    "unet": ModelRow(unet.config_from, unet.UNet),
+    "flux": ModelRow(flux.config_from, flux.Flux),
+    "clip": ModelRow(clip.config_from, clip.ClipText),
+    "t5": ModelRow(t5.config_from, t5.T5Encoder),
+    "vae_kl": ModelRow(vae_kl.config_from, vae_kl.AutoencoderKL),
+}
+
+
+def build(
+    model_kind: str,
+    weights: Mapping[str, PackedWeight],
+    hyper: Hyper,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Build the model `model_kind` (a key of MODELS) and bind `weights`.
+
+    Args:
+        model_kind: unet, flux, clip, t5 or vae_kl.
+        weights: canonical part-local key to packed weight, vectors included.
+        hyper: what shapes cannot say, as config.json fields; see the model's `config_from`.
+        dtype: compute dtype; packed weights are decoded to it call by call.
+        device: where weights and parameters go.
+
+    Raises:
+        MissingKeys, UnmappedKeys: the key set is not the model's; every offender is carried.
+        UnsupportedShape: a tensor has another shape than its neighbours imply.
+    """
+    if model_kind not in MODELS:
+        raise UnknownFormat(model_kind, MODELS, what="model kind")
+    row = MODELS[model_kind]
+    config = row.config_from({key: weight.shape for key, weight in weights.items()}, hyper)
+    model = row.module(config).to(dtype)
+    bind(model, weights, label=model_kind)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def bind(model: nn.Module, weights: Mapping[str, PackedWeight], *, label: str) -> None:
+    """Give every packed layer its weight and every small parameter its values; see `build`."""
+    layers = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLayer)
+    }
+    parameters = dict(model.named_parameters())
+    expected = layers.keys() | parameters.keys()
+    if missing := sorted(expected - weights.keys()):
+        raise MissingKeys(f"{label}: missing {shorten(missing)}", keys=tuple(missing))
+    if unknown := sorted(weights.keys() - expected):
+        raise UnmappedKeys(f"{label}: unexpected {shorten(unknown)}", keys=tuple(unknown))
+    for key, layer in layers.items():
+        try:
+            layer.bind(weights[key])
+        except UnsupportedShape as error:
+            raise UnsupportedShape(f"{label}: {key}: {error}") from None
+    for key, parameter in parameters.items():
+        if weights[key].shape != tuple(parameter.shape):
+            found = f"expected shape {tuple(parameter.shape)}, found {weights[key].shape}"
+            raise UnsupportedShape(f"{label}: {key}: {found}")
+        parameter.data = weights[key].dequantize(parameter.dtype)

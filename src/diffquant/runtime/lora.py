@@ -1,0 +1,190 @@
+"""LoRAs beside the packed weights of an opened model: read, matched, attached; nothing is merged.
+
+All files are read and checked before the first adapter is attached, so a refused file leaves the
+model as it was. A LoRA made for another family is an error, one that fits in part is a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.logical import LogicalSource, bind
+from diffquant.convert.lora.match import LoraMatch, LoraTarget, looks_like, match_lora
+from diffquant.convert.lora.parse import LoraFile, LoraLayer, factors, parse_lora
+from diffquant.convert.rules import Shapes
+from diffquant.core.errors import ArchitectureError, shorten
+from diffquant.io import open_source
+from diffquant.runtime.layers import LowRank, PackedLayer, QuantEmbedding
+from diffquant.runtime.opening import Opened
+
+__all__ = ["LoraUse", "attach"]
+
+_STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraUse:
+    """What became of one LoRA.
+
+    Attributes:
+        path: the file.
+        weight: strength it was attached with.
+        matched: layers attached.
+        unmatched: (name in the file, reason) of layers that were not.
+        rank: the largest rank.
+        alpha_stated: the file states alpha for every layer; else alpha is taken to be the rank.
+        warnings: sentences for people.
+    """
+
+    path: str
+    weight: float
+    matched: int
+    unmatched: tuple[tuple[str, str], ...]
+    rank: int
+    alpha_stated: bool
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    use: LoraUse
+    adapters: tuple[tuple[PackedLayer, LowRank], ...]
+
+
+def attach(opened: Opened, loras: tuple[tuple[Path, float], ...]) -> tuple[LoraUse, ...]:
+    """Attach LoRAs to an opened model, all or none of them.
+
+    Args:
+        opened: its modules are changed.
+        loras: (file, weight); deltas add up in any order.
+
+    Raises:
+        ArchitectureError: no LoRA, a kind that is not supported, or one made for another family.
+        CheckpointError: a file that cannot be read.
+    """
+    if not loras:
+        return ()
+    modules = _modules(opened)
+    prepared = [_prepare(opened.architecture, modules, path, weight) for path, weight in loras]
+    for one in prepared:
+        for layer, adapter in one.adapters:
+            layer.adapters.append(adapter)
+    return tuple(one.use for one in prepared)
+
+
+def _modules(opened: Opened) -> dict[str, nn.Module]:
+    """Part name -> module, for the parts a LoRA can reach."""
+    parts = opened.pipeline.parts
+    names = [one.name for one in ARCHITECTURES[opened.architecture].components]
+    encoders = [name for name in names if name.startswith("text_encoder")]
+    return {"denoiser": parts.denoiser, **dict(zip(encoders, parts.text_encoders, strict=True))}
+
+
+def _layers(module: nn.Module) -> dict[str, PackedLayer]:
+    """Canonical key of the weight -> layer."""
+    return {
+        f"{name}.weight": layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, PackedLayer)
+    }
+
+
+def _shapes(module: nn.Module) -> Shapes:
+    """Canonical key -> shape of every weight and parameter."""
+    shapes = {key: layer.bound().shape for key, layer in _layers(module).items()}
+    return {**shapes, **{key: tuple(one.shape) for key, one in module.named_parameters()}}
+
+
+def _prepare(
+    architecture: str, modules: Mapping[str, nn.Module], path: Path, weight: float
+) -> _Prepared:
+    parts = {name: _shapes(module) for name, module in modules.items()}
+    layers = {name: _layers(module) for name, module in modules.items()}
+    with open_source(path) as source:
+        file = parse_lora(source)
+        match = match_lora(file.layers, ARCHITECTURES[architecture], parts)
+        tables = {
+            target.layer.name
+            for target in match.targets
+            if isinstance(layers[target.part].get(target.key), QuantEmbedding)
+        }
+        unmatched = (
+            *match.unmatched,
+            *match.shape_mismatch,
+            *((name, "a table of embeddings takes no LoRA yet") for name in sorted(tables)),
+        )
+        _check_family(path, architecture, file, match)
+        targets = [target for target in match.targets if target.layer.name not in tables]
+        adapters, silent = [], True
+        for target, adapter in _adapters(bind(source), targets, weight):
+            layer = layers[target.part][target.key]
+            adapters.append((layer, adapter.to(layer.bound().device)))
+            silent = silent and not bool(adapter.up.any())
+    matched = match.matched - len(tables)
+    warnings = list(_warnings(path, file, matched, unmatched))
+    if silent:
+        warnings.append(f"{path.name}: every up factor is zero, so the LoRA changes nothing")
+    use = LoraUse(
+        path=str(path),
+        weight=weight,
+        matched=matched,
+        unmatched=unmatched,
+        rank=max(layer.rank for layer in file.layers),
+        alpha_stated=all(layer.alpha is not None for layer in file.layers),
+        warnings=tuple(warnings),
+    )
+    return _Prepared(use, tuple(adapters))
+
+
+def _adapters(
+    source: LogicalSource, targets: list[LoraTarget], weight: float
+) -> Iterator[tuple[LoraTarget, LowRank]]:
+    """Read the factors of each layer once, in the precision the file stores."""
+    last: LoraLayer | None = None
+    for target in targets:
+        if target.layer is not last:
+            last = target.layer
+            arrays = factors(source, last)
+            keys = (last.down, last.up)
+            down, up = (
+                torch.from_numpy(array).to(_STORED.get(source.tensors[key].dtype, torch.float32))
+                for array, key in zip(arrays, keys, strict=True)
+            )
+        rows = slice(*target.up_rows) if target.up_rows else slice(None)
+        yield target, LowRank(down, up[rows], weight * last.scale, target.rows)
+
+
+def _check_family(path: Path, architecture: str, file: LoraFile, match: LoraMatch) -> None:
+    """Refuse a LoRA for another family: most layers of the denoiser do not fit, or shapes tell."""
+    reached = {target.layer.name for target in match.targets}
+    counted = [one for one in file.layers if one.part in ("", "denoiser")] or list(file.layers)
+    fitting = sum(one.name in reached for one in counted)
+    guess = looks_like(file.layers)
+    foreign = bool(guess) and architecture not in guess
+    if 2 * fitting >= len(counted) and not (foreign and match.shape_mismatch):
+        return
+    how_many = f"only {fitting} of {len(counted)}" if fitting else "none"
+    named = f"it looks like {' or '.join(guess)}, " if foreign else ""
+    name, why = next(iter((*match.shape_mismatch, *match.unmatched)))
+    raise ArchitectureError(
+        f"{path}: this LoRA fits {how_many} of the model's layers: {named}the model is "
+        f"{architecture} ({name}: {why})"
+    )
+
+
+def _warnings(
+    path: Path, file: LoraFile, matched: int, unmatched: tuple[tuple[str, str], ...]
+) -> Iterator[str]:
+    if unmatched:
+        examples = shorten([f"{name} ({why})" for name, why in unmatched], 2)
+        total = len(file.layers)
+        yield f"{path.name}: {total - matched} of {total} layers are not used: {examples}"
+    if file.ignored:
+        examples = shorten([f"{key} ({why})" for key, why in file.ignored], 2)
+        yield f"{path.name}: {len(file.ignored)} tensors are not used: {examples}"

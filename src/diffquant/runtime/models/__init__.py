@@ -1,0 +1,1 @@
+"""Model definitions: one file each, named by the keys of the canonical layout."""

@@ -1,0 +1,333 @@
+"""The Flux.1 transformer, named as Black Forest Labs name it.
+
+Picture tokens (2x2 latent pixels each) and text tokens run side by side through `double_blocks`,
+each with its own weights but one attention over both; then joined, text first, through
+`single_blocks`. Widths, depths and the head width come from shapes: any img_in width (Fill, Canny,
+Depth) is served.
+Source: black-forest-labs/flux src/flux/model.py, math.py, modules/layers.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffquant.core.errors import ArchitectureError, UsageError
+from diffquant.runtime.layers import QuantLinear
+from diffquant.runtime.models.facts import (
+    Hyper,
+    Shapes,
+    count,
+    number,
+    param_dtype,
+    shape_of,
+    tanh_gelu,
+    timestep_embedding,
+)
+
+__all__ = ["Flux", "FluxConfig", "config_from", "image_ids", "pack", "rotary", "unpack"]
+
+_DEFAULT_AXES = (16, 56, 56)
+
+
+@dataclass(frozen=True, slots=True)
+class FluxConfig:
+    """Sizes of a Flux transformer.
+
+    Attributes:
+        in_channels, out_channels: per token: latent channels times 4 (more for Fill and Control).
+        context, vector: widths of T5 states and of the pooled CLIP state.
+        time: width of the timestep sinusoids.
+        guidance: whether the model takes a distilled guidance strength (dev) or not (schnell).
+        axes: rotary widths of the three position axes; their sum is head_dim.
+    """
+
+    in_channels: int
+    out_channels: int
+    width: int
+    hidden: int
+    single_hidden: int
+    head_dim: int
+    context: int
+    vector: int
+    time: int
+    double_depth: int
+    single_depth: int
+    guidance: bool
+    axes: tuple[int, ...]
+    theta: float
+    eps: float
+
+
+def config_from(shapes: Shapes, hyper: Hyper) -> FluxConfig:
+    """Read sizes from keys; hyper: axes_dims_rope, theta, eps.
+
+    Raises:
+        ArchitectureError: the rotary axes do not fill a head.
+    """
+    width, in_channels = shape_of(shapes, "img_in.weight")
+    (head_dim,) = shape_of(shapes, "double_blocks.0.img_attn.norm.query_norm.scale")
+    axes = tuple(int(axis) for axis in hyper.get("axes_dims_rope") or _DEFAULT_AXES)
+    if sum(axes) != head_dim:
+        raise ArchitectureError(f"rotary axes {axes} do not add up to the head width {head_dim}")
+    single = count(shapes, "single_blocks")
+    linear2 = shape_of(shapes, "single_blocks.0.linear2.weight")[1] if single else width
+    return FluxConfig(
+        in_channels=in_channels,
+        out_channels=shape_of(shapes, "final_layer.linear.weight")[0],
+        width=width,
+        hidden=shape_of(shapes, "double_blocks.0.img_mlp.0.weight")[0],
+        single_hidden=linear2 - width,
+        head_dim=head_dim,
+        context=shape_of(shapes, "txt_in.weight")[1],
+        vector=shape_of(shapes, "vector_in.in_layer.weight")[1],
+        time=shape_of(shapes, "time_in.in_layer.weight")[1],
+        double_depth=count(shapes, "double_blocks"),
+        single_depth=single,
+        guidance="guidance_in.in_layer.weight" in shapes,
+        axes=axes,
+        theta=number(hyper, "theta", 10000.0),
+        eps=number(hyper, "eps", 1e-6),
+    )
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Fold 2x2 latent pixels into tokens: (B, C, h, w) to (B, h/2 * w/2, 4 C)."""
+    batch, channels, height, width = latents.shape
+    x = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 4 * channels)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Undo `pack`; height and width in latent pixels."""
+    batch, _, channels = tokens.shape
+    x = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
+
+
+def image_ids(height: int, width: int) -> Tensor:
+    """Positions (0, row, column) of picture tokens: (h/2 * w/2, 3) float32; sizes in latents."""
+    rows = torch.arange(height // 2, dtype=torch.float32)
+    columns = torch.arange(width // 2, dtype=torch.float32)
+    grid = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack((torch.zeros_like(grid[0]), *grid), dim=-1).reshape(-1, 3)
+
+
+def rotary(ids: Tensor, axes: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for positions (L, axes): float32 (L, head_dim / 2) each.
+
+    Angles are computed in float64 on the CPU: float32 loses the fine ones, and MPS has no float64.
+    """
+    angles = []
+    for axis, width in enumerate(axes):
+        exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
+        angles.append(ids[:, axis].double().cpu()[:, None] / theta**exponent)
+    angle = torch.cat(angles, dim=-1)
+    return angle.cos().float().to(ids.device), angle.sin().float().to(ids.device)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the last dimension of (B, heads, L, head_dim)."""
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    first, second = pairs.unbind(-1)
+    turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention of (B, heads, L, head_dim), positions rotated in: (B, L, heads * head_dim)."""
+    q, k = _rotate(q, *positions), _rotate(k, *positions)
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without parameters, then the affine map that the timestep commands."""
+    return functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class _RmsNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.scale
+
+
+class _QkNorm(nn.Module):
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.query_norm = _RmsNorm(config.head_dim, config.eps)
+        self.key_norm = _RmsNorm(config.head_dim, config.eps)
+
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split (B, L, 3 width) into heads and normalise q and k: (B, heads, L, head_dim) each."""
+        heads = qkv.reshape(*qkv.shape[:2], 3, -1, len(self.query_norm.scale))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class _Embedder(nn.Module):
+    def __init__(self, before: int, width: int) -> None:
+        super().__init__()
+        self.in_layer = QuantLinear(before, width)
+        self.out_layer = QuantLinear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out_layer(functional.silu(self.in_layer(x)))
+        return out
+
+
+class _Modulation(nn.Module):
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.lin = QuantLinear(width, count * width)
+        self.count = count
+
+    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Rows of (shift, scale, gate), each (B, 1, width)."""
+        out: Tensor = self.lin(functional.silu(vector))
+        return out[:, None].chunk(self.count, dim=-1)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.qkv = QuantLinear(config.width, 3 * config.width)
+        self.norm = _QkNorm(config)
+        self.proj = QuantLinear(config.width, config.width)
+
+
+class _DoubleBlock(nn.Module):
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.hidden
+        self.img_mod, self.txt_mod = _Modulation(width, 6), _Modulation(width, 6)
+        self.img_attn, self.txt_attn = _Attention(config), _Attention(config)
+        gelu = nn.GELU(approximate="tanh")
+        self.img_mlp = nn.Sequential(QuantLinear(width, hidden), gelu, QuantLinear(hidden, width))
+        self.txt_mlp = nn.Sequential(QuantLinear(width, hidden), gelu, QuantLinear(hidden, width))
+
+    def forward(
+        self, img: Tensor, txt: Tensor, vector: Tensor, positions: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        img_mod, txt_mod = self.img_mod(vector), self.txt_mod(vector)  # shift, scale, gate; twice
+        img_qkv = self.img_attn.norm(self.img_attn.qkv(_modulated(img, *img_mod[:2])))
+        txt_qkv = self.txt_attn.norm(self.txt_attn.qkv(_modulated(txt, *txt_mod[:2])))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
+        joined = _attend(q, k, v, positions)
+        length = txt.shape[1]
+        img = img + img_mod[2] * self.img_attn.proj(joined[:, length:])
+        img = img + img_mod[5] * self.img_mlp(_modulated(img, *img_mod[3:5]))
+        txt = txt + txt_mod[2] * self.txt_attn.proj(joined[:, :length])
+        txt = txt + txt_mod[5] * self.txt_mlp(_modulated(txt, *txt_mod[3:5]))
+        return img, _in_range(txt)
+
+
+class _SingleBlock(nn.Module):
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.single_hidden
+        self.split = (3 * width, hidden)
+        self.modulation = _Modulation(width, 3)
+        self.linear1 = QuantLinear(width, 3 * width + hidden)
+        self.norm = _QkNorm(config)
+        self.linear2 = QuantLinear(width + hidden, width)
+
+    def forward(self, x: Tensor, vector: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        shift, scale, gate = self.modulation(vector)
+        qkv, mlp = self.linear1(_modulated(x, shift, scale)).split(self.split, dim=-1)
+        q, k, v = self.norm(qkv)
+        attended = _attend(q, k, v, positions)
+        out = x + gate * self.linear2(torch.cat((attended, tanh_gelu(mlp)), dim=-1))
+        return _in_range(out)
+
+
+class _FinalLayer(nn.Module):
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.linear = QuantLinear(config.width, config.out_channels)
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), QuantLinear(config.width, 2 * config.width)
+        )
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vector)[:, None].chunk(2, dim=-1)
+        out: Tensor = self.linear(_modulated(x, shift, scale))
+        return out
+
+
+def _in_range(x: Tensor) -> Tensor:
+    """Keep float16 activations finite: the text stream of dev leaves its range."""
+    return x.clamp(-65504.0, 65504.0) if x.dtype == torch.float16 else x
+
+
+class Flux(nn.Module):
+    """The denoiser of Flux.1 dev, schnell and their relatives."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        """Build the modules; weights are bound later."""
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.img_in = QuantLinear(config.in_channels, width)
+        self.txt_in = QuantLinear(config.context, width)
+        self.time_in = _Embedder(config.time, width)
+        self.vector_in = _Embedder(config.vector, width)
+        self.guidance_in = _Embedder(config.time, width) if config.guidance else None
+        self.double_blocks = nn.ModuleList(_DoubleBlock(config) for _ in range(config.double_depth))
+        self.single_blocks = nn.ModuleList(_SingleBlock(config) for _ in range(config.single_depth))
+        self.final_layer = _FinalLayer(config)
+
+    def forward(
+        self,
+        img: Tensor,
+        t: Tensor,
+        txt: Tensor,
+        pooled: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the velocity of the flow.
+
+        Args:
+            img: (B, L, in_channels) packed latents.
+            t: (B,) flow time in [0, 1], 1 is noise.
+            txt: (B, T, context) T5 states.
+            pooled: (B, vector) pooled CLIP state.
+            img_ids: (L, 3) positions, from `image_ids`.
+            txt_ids: (T, 3) positions, zeros.
+            guidance: (B,) distilled guidance strength, where the model takes one.
+
+        Returns:
+            (B, L, out_channels).
+
+        Raises:
+            UsageError: guidance is given and the model takes none, or the other way round.
+        """
+        config, dtype = self.config, param_dtype(self)
+        vector = self.time_in(timestep_embedding(t * 1000.0, config.time).to(dtype))
+        if (guidance is None) == config.guidance:
+            raise UsageError(
+                f"this model {'needs' if config.guidance else 'takes no'} guidance strength"
+            )
+        if self.guidance_in is not None and guidance is not None:
+            strength = timestep_embedding(guidance * 1000.0, config.time)
+            vector = vector + self.guidance_in(strength.to(dtype))
+        vector = vector + self.vector_in(pooled.to(dtype))
+        positions = rotary(torch.cat((txt_ids, img_ids)), config.axes, config.theta)
+        img, txt = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vector, positions)
+        x = torch.cat((txt, img), dim=1)
+        for block in self.single_blocks:
+            x = block(x, vector, positions)
+        out: Tensor = self.final_layer(x[:, txt.shape[1] :], vector)
+        return out

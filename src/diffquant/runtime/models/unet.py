@@ -1,0 +1,401 @@
+"""The UNet of the Stable Diffusion family, named as CompVis names it.
+
+`input_blocks` walk down and leave a skip each, `middle_block` stays, `output_blocks` take the skips
+back. What each block holds is read from its keys, so one file serves SD1.5, SD2 and SDXL (with
+their inpainting members), the refiner, and the pruned models that leave blocks out:
+
+    in_layers, emb_layers, out_layers, skip_connection   residual block
+    norm, proj_in, transformer_blocks, proj_out          spatial transformer
+    op                                                   halve the resolution
+    conv                                                 double it
+
+Source: CompVis/stable-diffusion ldm/modules/diffusionmodules/openaimodel.py and
+ldm/modules/attention.py; Stability-AI/generative-models for `label_emb`. Odd sizes are doubled to
+the size of the next skip, as huggingface/diffusers does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffquant.core.errors import ArchitectureError, MissingKeys
+from diffquant.runtime.layers import QuantConv2d, QuantLinear
+from diffquant.runtime.models.facts import (
+    Hyper,
+    Shapes,
+    count,
+    number,
+    param_dtype,
+    per_level,
+    require,
+    shape_of,
+    timestep_embedding,
+)
+
+__all__ = ["AttentionSpec", "ResSpec", "ResampleSpec", "UNet", "UNetConfig", "config_from"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResSpec:
+    """A residual block: channels before and after it."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """A spatial transformer of `depth` blocks.
+
+    Attributes:
+        hidden: width inside the gated feed-forward.
+        convolution: whether proj_in and proj_out are 1x1 convolutions (SD1.5) or matrices.
+    """
+
+    channels: int
+    context: int
+    hidden: int
+    heads: int
+    depth: int
+    convolution: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResampleSpec:
+    """A change of resolution by two; `up` doubles."""
+
+    channels: int
+    up: bool
+
+
+LayerSpec: TypeAlias = ResSpec | AttentionSpec | ResampleSpec
+BlockSpec: TypeAlias = tuple[LayerSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UNetConfig:
+    """Sizes of a UNet.
+
+    Attributes:
+        base: width of the timestep sinusoids and of the first convolution.
+        embedding: width of the timestep embedding.
+        label: width of the extra vector (SDXL: pooled text and sizes), None without `label_emb`.
+        inputs, middle, outputs: what each block holds; inputs[0] is the first convolution and is
+            empty.
+        eps: of the group norms in residual blocks; those of transformers use 1e-6.
+    """
+
+    in_channels: int
+    out_channels: int
+    base: int
+    embedding: int
+    label: int | None
+    inputs: tuple[BlockSpec, ...]
+    middle: BlockSpec
+    outputs: tuple[BlockSpec, ...]
+    groups: int
+    eps: float
+
+
+def _heads(hyper: Hyper, shapes: Shapes, name: str, level: int, channels: int) -> int:
+    """Attention heads at a level.
+
+    `attention_head_dim` of published configs is a head count (8; [5, 10, 20]): diffusers named it
+    wrongly and kept it. Without a config: 8 heads where proj_in is a convolution (SD1.5), else
+    heads of 64.
+    """
+    given = hyper.get("num_attention_heads") or hyper.get("attention_head_dim")
+    if given is not None:
+        return per_level(given, level)
+    return 8 if len(shape_of(shapes, f"{name}.proj_in.weight")) == 4 else channels // 64
+
+
+def _layers(shapes: Shapes, prefix: str, hyper: Hyper, level: int) -> Iterator[LayerSpec]:
+    for index in range(count(shapes, prefix)):
+        name = f"{prefix}.{index}"
+        if f"{name}.in_layers.2.weight" in shapes:
+            after, before, *_ = shape_of(shapes, f"{name}.in_layers.2.weight")
+            yield ResSpec(before, after)
+        elif f"{name}.proj_in.weight" in shapes:
+            channels, *rest = shape_of(shapes, f"{name}.proj_in.weight")
+            block = f"{name}.transformer_blocks.0"
+            yield AttentionSpec(
+                channels=channels,
+                context=shape_of(shapes, f"{block}.attn2.to_k.weight")[1],
+                hidden=shape_of(shapes, f"{block}.ff.net.2.weight")[1],
+                heads=_heads(hyper, shapes, name, level, channels),
+                depth=count(shapes, f"{name}.transformer_blocks"),
+                convolution=len(rest) == 3,
+            )
+        elif f"{name}.op.weight" in shapes:
+            yield ResampleSpec(shape_of(shapes, f"{name}.op.weight")[0], up=False)
+        elif f"{name}.conv.weight" in shapes:
+            yield ResampleSpec(shape_of(shapes, f"{name}.conv.weight")[0], up=True)
+        else:
+            raise MissingKeys(f"{name} is no block this model knows", keys=(name,))
+
+
+def config_from(shapes: Shapes, hyper: Hyper) -> UNetConfig:
+    """Read blocks from keys.
+
+    Hyper: attention_head_dim or num_attention_heads, norm_num_groups, norm_eps.
+    """
+    require(hyper, "act_fn", ("silu", "swish"))
+    require(hyper, "flip_sin_to_cos", (True,))
+    require(hyper, "freq_shift", (0,))
+    require(hyper, "time_cond_proj_dim", ())
+    first = shape_of(shapes, "input_blocks.0.0.weight")
+    level = 0
+    inputs: list[BlockSpec] = [()]
+    for index in range(1, count(shapes, "input_blocks")):
+        block = tuple(_layers(shapes, f"input_blocks.{index}", hyper, level))
+        level += sum(isinstance(layer, ResampleSpec) for layer in block)
+        inputs.append(block)
+    middle = tuple(_layers(shapes, "middle_block", hyper, level))
+    outputs: list[BlockSpec] = []
+    for index in range(count(shapes, "output_blocks")):
+        block = tuple(_layers(shapes, f"output_blocks.{index}", hyper, level))
+        level -= sum(isinstance(layer, ResampleSpec) for layer in block)
+        outputs.append(block)
+    if level != 0 or len(inputs) != len(outputs):
+        raise ArchitectureError(
+            f"{len(inputs)} input and {len(outputs)} output blocks do not match"
+        )
+    embedding, base = shape_of(shapes, "time_embed.0.weight")
+    label = shapes.get("label_emb.0.0.weight")
+    return UNetConfig(
+        in_channels=first[1],
+        out_channels=shape_of(shapes, "out.2.weight")[0],
+        base=base,
+        embedding=embedding,
+        label=None if label is None else label[1],
+        inputs=tuple(inputs),
+        middle=middle,
+        outputs=tuple(outputs),
+        groups=int(number(hyper, "norm_num_groups", 32)),
+        eps=number(hyper, "norm_eps", 1e-5),
+    )
+
+
+class _ResBlock(nn.Module):
+    def __init__(self, spec: ResSpec, config: UNetConfig) -> None:
+        super().__init__()
+        norm = nn.GroupNorm(config.groups, spec.before, eps=config.eps)
+        self.in_layers = nn.Sequential(
+            norm, nn.SiLU(), QuantConv2d(spec.before, spec.after, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), QuantLinear(config.embedding, spec.after))
+        norm = nn.GroupNorm(config.groups, spec.after, eps=config.eps)
+        conv = QuantConv2d(spec.after, spec.after, 3, padding=1)
+        self.out_layers = nn.Sequential(norm, nn.SiLU(), nn.Identity(), conv)
+        same = spec.before == spec.after
+        self.skip_connection = nn.Identity() if same else QuantConv2d(spec.before, spec.after, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        out: Tensor = self.skip_connection(x) + self.out_layers(h)
+        return out
+
+
+class _Attention(nn.Module):
+    def __init__(self, channels: int, context: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = QuantLinear(channels, channels, bias=False)
+        self.to_k = QuantLinear(context, channels, bias=False)
+        self.to_v = QuantLinear(context, channels, bias=False)
+        self.to_out = nn.Sequential(QuantLinear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        y = functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.to_out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+class _GatedGelu(nn.Module):
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = QuantLinear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        out: Tensor = value * functional.gelu(gate)
+        return out
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        layers = (_GatedGelu(channels, hidden), nn.Identity(), QuantLinear(hidden, channels))
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+class _TransformerBlock(nn.Module):
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(spec.channels)
+        self.attn1 = _Attention(spec.channels, spec.channels, spec.heads)
+        self.norm2 = nn.LayerNorm(spec.channels)
+        self.attn2 = _Attention(spec.channels, spec.context, spec.heads)
+        self.norm3 = nn.LayerNorm(spec.channels)
+        self.ff = _FeedForward(spec.channels, spec.hidden)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed)
+        x = x + self.attn2(self.norm2(x), context)
+        out: Tensor = x + self.ff(self.norm3(x))
+        return out
+
+
+class _SpatialTransformer(nn.Module):
+    def __init__(self, spec: AttentionSpec, config: UNetConfig) -> None:
+        super().__init__()
+        channels = spec.channels
+        self.convolution = spec.convolution
+        self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)
+        self.proj_in, self.proj_out = (
+            QuantConv2d(channels, channels, 1)
+            if spec.convolution
+            else QuantLinear(channels, channels)
+            for _ in range(2)
+        )
+        blocks = (_TransformerBlock(spec) for _ in range(spec.depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.norm(x)
+        h = _tokens(self.proj_in(h)) if self.convolution else self.proj_in(_tokens(h))
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = self.proj_out(_grid(h, x)) if self.convolution else _grid(self.proj_out(h), x)
+        out: Tensor = x + h
+        return out
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(B, C, h, w) to (B, h w, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _grid(tokens: Tensor, like: Tensor) -> Tensor:
+    """(B, h w, C) to the shape of `like`, laid out as convolutions want it."""
+    return tokens.transpose(1, 2).reshape(like.shape).contiguous()
+
+
+class _Downsample(nn.Module):
+    def __init__(self, spec: ResampleSpec) -> None:
+        super().__init__()
+        self.op = QuantConv2d(spec.channels, spec.channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.op(x)
+        return out
+
+
+class _Upsample(nn.Module):
+    def __init__(self, spec: ResampleSpec) -> None:
+        super().__init__()
+        self.conv = QuantConv2d(spec.channels, spec.channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        out: Tensor = self.conv(functional.interpolate(x, size=size, mode="nearest"))
+        return out
+
+
+def _build(spec: LayerSpec, config: UNetConfig) -> nn.Module:
+    match spec:
+        case ResSpec():
+            return _ResBlock(spec, config)
+        case AttentionSpec():
+            return _SpatialTransformer(spec, config)
+        case ResampleSpec():
+            return _Upsample(spec) if spec.up else _Downsample(spec)
+
+
+class _Block(nn.ModuleList):
+    """Layers run in order, each handed what it needs."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int]) -> Tensor:
+        for layer in self:
+            match layer:
+                case _ResBlock():
+                    x = layer(x, emb)
+                case _SpatialTransformer():
+                    x = layer(x, context)
+                case _Upsample():
+                    x = layer(x, size)
+                case _:
+                    x = layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """The denoiser of SD1.5, SD2, SDXL and what was pruned or distilled from them."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        """Build the modules; weights are bound later."""
+        super().__init__()
+        self.config = config
+        base, embedding = config.base, config.embedding
+        self.time_embed = nn.Sequential(
+            QuantLinear(base, embedding), nn.SiLU(), QuantLinear(embedding, embedding)
+        )
+        if config.label is not None:
+            label = (
+                QuantLinear(config.label, embedding),
+                nn.SiLU(),
+                QuantLinear(embedding, embedding),
+            )
+            self.label_emb = nn.Sequential(nn.Sequential(*label))
+        first = _Block([QuantConv2d(config.in_channels, base, 3, padding=1)])
+        rest = (_Block(_build(layer, config) for layer in block) for block in config.inputs[1:])
+        self.input_blocks = nn.ModuleList((first, *rest))
+        self.middle_block = _Block(_build(layer, config) for layer in config.middle)
+        outputs = (_Block(_build(layer, config) for layer in block) for block in config.outputs)
+        self.output_blocks = nn.ModuleList(outputs)
+        norm = nn.GroupNorm(config.groups, base, eps=config.eps)
+        self.out = nn.Sequential(
+            norm, nn.SiLU(), QuantConv2d(base, config.out_channels, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, label: Tensor | None = None) -> Tensor:
+        """Predict noise (or velocity).
+
+        Args:
+            x: (B, in_channels, h, w) latents.
+            t: (B,) training timesteps, 0 to 999, fractions allowed.
+            context: (B, T, context width) text states.
+            label: (B, config.label), where the model has `label_emb`.
+
+        Returns:
+            (B, out_channels, h, w).
+        """
+        emb = self.time_embed(timestep_embedding(t, self.config.base).to(param_dtype(self)))
+        if self.config.label is not None:
+            emb = emb + self.label_emb(label)
+        skips: list[Tensor] = []
+        for block in self.input_blocks:
+            x = block(x, emb, context, (0, 0))
+            skips.append(x)
+        x = self.middle_block(x, emb, context, (0, 0))
+        for block in self.output_blocks:
+            x = torch.cat((x, skips.pop()), dim=1)
+            height, width = (skips[-1] if skips else x).shape[2:]
+            x = block(x, emb, context, (height, width))
+        out: Tensor = self.out(x)
+        return out

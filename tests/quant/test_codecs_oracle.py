@@ -1,0 +1,145 @@
+"""Bytes and decoded values against the programs that define the formats: equal, bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from diffquant.core.dtypes import STORAGE
+from diffquant.quant.backends import backend
+from diffquant.quant.formats import FORMATS
+
+pytestmark = pytest.mark.oracle
+
+DEVICES = ("reference", "cpu")
+GGML = tuple(name for name in FORMATS if name.upper() in STORAGE and STORAGE[name.upper()].is_block)
+
+
+def bits(array: np.ndarray) -> bytes:
+    return np.ascontiguousarray(array).tobytes()
+
+
+def imported(name: str) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", GGML)
+def test_blocks_equal_ggmls(
+    name: str,
+    device: str,
+    awkward: Mapping[str, np.ndarray],
+    ggml_encode: Callable[[str, np.ndarray], np.ndarray],
+) -> None:
+    encode = backend(name, "encode", device)
+    for what, weight in awkward.items():
+        found = encode(weight, fmt=name)["weight"]
+        different = int((found != ggml_encode(name, weight)).sum())
+        assert not different, f"{what}: {different} bytes differ"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", GGML)
+def test_decoded_blocks_equal_ggufs(
+    name: str, device: str, awkward: Mapping[str, np.ndarray]
+) -> None:
+    gguf = imported("gguf")
+    kind = gguf.GGMLQuantizationType(STORAGE[name.upper()].ggml_id)
+    decode = backend(name, "decode", device)
+    for what in ("gaussian", "outlier columns", "blocks of all sizes", "1e-7"):
+        weight = awkward[what]
+        packed = backend(name, "encode")(weight, fmt=name)["weight"]
+        with np.errstate(all="ignore"):  # some scales overflow
+            expected = gguf.quants.dequantize(packed, kind)
+        found = decode({"weight": packed}, weight.shape, fmt=name)
+        finite = np.isfinite(expected)
+        assert bits(found[finite]) == bits(expected[finite]), what
+        np.testing.assert_array_equal(found, expected, err_msg=what)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_decoded_blocks_equal_ggufs_for_any_bytes(device: str) -> None:
+    gguf = imported("gguf")
+    rng = np.random.default_rng(5)
+    for name in GGML:
+        storage = STORAGE[name.upper()]
+        packed = rng.integers(0, 256, (4, 16 * storage.block_nbytes), dtype=np.uint8)
+        shape = (4, 16 * storage.block_size)
+        with np.errstate(all="ignore"):
+            expected = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType(storage.ggml_id))
+        found = backend(name, "decode", device)({"weight": packed}, shape, fmt=name)
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nf4_equals_bitsandbytes(device: str, awkward: Mapping[str, np.ndarray]) -> None:
+    bnb = imported("bitsandbytes.functional")
+    encode, decode = (backend("nf4", operation, device) for operation in ("encode", "decode"))
+    for what, whole in awkward.items():
+        for shape in ((96, 1024), (7, 37), (4, 8), (5, 101)):  # the last three end partially
+            weight = np.ascontiguousarray(whole[: shape[0], : shape[1]])
+            packed, state = bnb.quantize_4bit(
+                torch.from_numpy(weight), blocksize=64, compress_statistics=False, quant_type="nf4"
+            )
+            parts = encode(weight, fmt="nf4")
+            assert bits(parts["weight"]) == bits(packed.numpy()), (what, shape)
+            assert bits(parts["absmax"]) == bits(state.absmax.numpy()), (what, shape)
+            expected = bnb.dequantize_4bit(packed, state).numpy()
+            assert bits(decode(parts, shape, fmt="nf4")) == bits(expected), (what, shape)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_int8_equals_comfy_kitchen(device: str, awkward: Mapping[str, np.ndarray]) -> None:
+    eager = imported("comfy_kitchen.backends.eager.quantization")
+    encode, decode = (
+        backend("int8_rowwise", operation, device) for operation in ("encode", "decode")
+    )
+    for what, weight in awkward.items():
+        level, scale = eager.quantize_int8_rowwise(torch.from_numpy(weight.copy()))
+        parts = encode(weight, fmt="int8_rowwise")
+        assert bits(parts["weight"]) == bits(level.numpy()), what
+        assert bits(parts["scale"]) == bits(scale.numpy()), what
+        expected = eager.dequantize_int8_simple(level, scale).numpy()
+        assert bits(decode(parts, weight.shape, fmt="int8_rowwise")) == bits(expected), what
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_scaled_fp8_equals_torch(device: str, awkward: Mapping[str, np.ndarray]) -> None:
+    name = "fp8_e4m3_scaled"
+    for what, weight in awkward.items():
+        tensor = torch.from_numpy(weight)
+        scale = tensor.abs().amax() / 448
+        if not scale:
+            continue  # torch would divide by zero: ours is tested in test_codecs.py
+        expected = (tensor / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        amax = backend(name, "reduce", device)(weight, None, fmt=name)
+        parts = backend(name, "encode", device)(weight, amax, fmt=name)
+        assert bits(parts["weight"]) == bits(expected.view(torch.uint8).numpy()), what
+        assert parts["scale"] == scale.numpy()
+        decoded = backend(name, "decode", device)(parts, weight.shape, fmt=name)
+        assert bits(decoded) == bits((expected.float() * scale).numpy()), what
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("bf16", torch.bfloat16), ("f16", torch.float16), ("fp8_e4m3", torch.float8_e4m3fn)],
+)
+def test_casts_equal_torch(name: str, dtype: torch.dtype, device: str) -> None:
+    every = np.arange(0, 2**32, 1021, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    # NaN payloads are ours to choose; beyond 464 torch's fp8 saturates or not by version.
+    limit = 464 if name == "fp8_e4m3" else np.inf
+    weight = every[np.abs(every) <= limit][None]
+    codec = FORMATS[name].codec
+    found = backend(codec, "encode", device)(weight, fmt=name)["weight"]
+    kind = torch.uint8 if name == "fp8_e4m3" else torch.int16
+    expected = torch.from_numpy(weight).to(dtype)
+    assert bits(found) == bits(expected.view(kind).numpy())
+    decoded = backend(codec, "decode", device)({"weight": found}, weight.shape, fmt=name)
+    assert bits(decoded) == bits(expected.float().numpy())
