@@ -80,7 +80,7 @@ picture = pipe(
 |---|---|---|---|---|
 {history}
 
-- Seed {seed}. Training stops by wall time, so a second run gives similar weights, not the same ones.
+- Seed {seed}. Training stops by wall time: a second run gives similar weights, not the same ones.
 - Command: `scripts/train_demo --only {family.name}`, later stages with `--resume`
 {_unused(family)}
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from diffquant.cli.frame import echo, human, table
 from diffquant.convert.jobs import JobReport
+from diffquant.core.report import to_json
 
-__all__ = ["render_job"]
+__all__ = ["JobOutcome", "render_job"]
 
 _WORST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class JobOutcome:
+    """A job and its pictures' verdict; in JSON the job's fields with `image` among them."""
+
+    job: JobReport
+    image: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The flat object that others rely on."""
+        return {**to_json(self.job), "image": self.image}
 
 
 def render_job(report: JobReport, *, verbose: bool = False) -> None:

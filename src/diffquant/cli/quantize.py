@@ -8,10 +8,13 @@ from pathlib import Path
 import click
 
 from diffquant.cli.frame import Options, Outcome, common, run, threads
-from diffquant.cli.job import render_job
+from diffquant.cli.job import JobOutcome, render_job
+from diffquant.cli.values import prompts_from
+from diffquant.cli.verdict import render_image
 from diffquant.convert.jobs import JobReport, container_for, run_job
 from diffquant.convert.plan import Request
 from diffquant.core.errors import UsageError
+from diffquant.core.report import to_json
 from diffquant.quant.formats import format_named
 from diffquant.quant.policy import Rule
 from diffquant.quant.types import QuantType, type_named
@@ -47,6 +50,9 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
     show_default=True,
     help="How the output is checked.",
 )
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="A prompt per line, for --verify image."
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @threads
@@ -63,6 +69,7 @@ def command(
     allow_requantize: bool,
     base: Path | None,
     verify: str,
+    prompts: Path | None,
     dry_run: bool,
     force: bool,
     options: Options,
@@ -97,17 +104,36 @@ def command(
             verify="tensors" if verify == "image" else verify,
             progress=options.bar(),
         )
-        return _judged(report, source, out, verify, options)
+        return _outcome(report, source, out, verify, prompts, options)
 
-    def render(report: JobReport) -> None:
-        render_job(report, verbose=options.verbose > 0)
+    def render(outcome: JobOutcome) -> None:
+        render_job(outcome.job, verbose=options.verbose > 0)
+        if outcome.image is not None:
+            render_image(outcome.image)
 
     run("quantize", options, work, render)
 
 
-def _judged(report: JobReport, source: Path, out: Path, verify: str, options: Options) -> Outcome:
-    failed = report.verdict == "fail"
-    return Outcome(report, report.warnings, 3 if failed else 0, ok=not failed)
+def _outcome(
+    job: JobReport, source: Path, out: Path, verify: str, prompts: Path | None, options: Options
+) -> Outcome:
+    """Judge a finished job: its weights, and with --verify image its pictures."""
+    warnings = list(job.warnings)
+    verdicts = [job.verdict or "pass"]
+    image = None
+    if verify == "image" and not job.dry_run:
+        from diffquant.runtime.compare import DEFAULT_PROMPTS, ImageSettings, compare_pictures
+
+        lines = prompts_from(prompts) if prompts else DEFAULT_PROMPTS
+        settings = ImageSettings(prompts=lines)
+        report, _, notes = compare_pictures(out, source, settings, progress=options.bar())
+        image = to_json(report)
+        verdicts.append(report.verdict)
+        warnings += notes
+    failed = "fail" in verdicts
+    if failed:
+        warnings.append(f"{out} was written, but verification failed: do not publish it")
+    return Outcome(JobOutcome(job, image), warnings, 3 if failed else 0, ok=not failed)
 
 
 def _default_output(source: Path, kind: QuantType) -> Path:

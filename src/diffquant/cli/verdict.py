@@ -6,7 +6,7 @@ from typing import Any
 
 from diffquant.cli.frame import echo, table
 
-__all__ = ["decibel", "render_verify", "strip_pictures"]
+__all__ = ["decibel", "render_image", "render_verify", "strip_pictures"]
 
 
 def strip_pictures(report: Any) -> dict[str, Any]:  # noqa: ANN401 - runtime.verify.VerifyReport
@@ -47,11 +47,12 @@ def render_verify(result: dict[str, Any]) -> None:
             )
     image = result["image"]
     if image:
-        _render_image(image)
+        render_image(image)
     echo(f"verdict  {result['verdict']}")
 
 
-def _render_image(image: dict[str, Any]) -> None:
+def render_image(image: dict[str, Any]) -> None:
+    """Print pictures: the pooled number, its interval, floor and control, then every pair."""
     interval = image["interval_db"]
     between = f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
     value = decibel(image["psnr_db"], identical=image["identical"])

@@ -57,7 +57,8 @@ def command(
         wanted = size_from(size)
         if level == "image":
             check_device(device)
-        from diffquant.runtime.verify import DEFAULT_PROMPTS, ImageSettings, verify
+        from diffquant.runtime.compare import DEFAULT_PROMPTS, ImageSettings
+        from diffquant.runtime.verify import verify
 
         settings = ImageSettings(
             prompts=lines or DEFAULT_PROMPTS,

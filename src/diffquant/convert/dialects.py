@@ -19,13 +19,14 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from diffquant.core.errors import PolicyError
 from diffquant.core.tensors import TensorSpec
 from diffquant.quant.formats import format_named
 
-__all__ = ["DIALECTS", "NF4_QUANT_STATE", "NF4_TABLE", "Packed", "pack"]
+__all__ = ["DIALECTS", "NF4_QUANT_STATE", "NF4_TABLE", "Packed", "pack", "skip_conflicts"]
 
 Shape = tuple[int, ...]
 
@@ -111,6 +112,30 @@ def _bnb(key: str, fmt: str, shape: Shape, dtype: str) -> tuple[Packed, ...]:
         Packed(TensorSpec(f"{key}.quant_map", "F32", (16,)), "", struct.pack("<16f", *NF4_TABLE)),
         _json_tensor(f"{key}{NF4_QUANT_STATE}", state),
     )
+
+
+def skip_conflicts(kept: Iterable[str], packed: Iterable[str]) -> dict[str, str]:
+    """Find kept modules whose entry in diffusers' skip list would hide a packed module too.
+
+    An entry hides every module whose last name it equals, and every module below it: with Flux's
+    own `proj_out` in the list, no `single_transformer_blocks.*.proj_out` would load packed.
+    huggingface/diffusers@58eb52c:src/diffusers/quantizers/bitsandbytes/utils.py:53-63.
+
+    Args:
+        kept: module paths that are to stay unpacked.
+        packed: module paths that are packed.
+
+    Returns:
+        kept module -> the first packed module it would hide.
+    """
+    names = tuple(packed)
+    leaves = {name.rpartition(".")[2]: name for name in reversed(names)}
+    found = {}
+    for entry in kept:
+        below = next((name for name in names if f"{entry}." in name), "")
+        if hidden := leaves.get(entry) or below:
+            found[entry] = hidden
+    return found
 
 
 DIALECTS = {"plain": _plain, "gguf": _plain, "comfy": _comfy, "bnb": _bnb}

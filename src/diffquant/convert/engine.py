@@ -159,11 +159,11 @@ def _chunks(step: Step) -> tuple[tuple[int, int], ...]:
 def chunk_extents(step: Step, key: str) -> tuple[tuple[int, int], ...]:
     """Byte range of every chunk inside the output tensor `key` of a step, in chunk order.
 
-    Constants and whole-tensor parts are written with the first chunk alone.
+    Constants, whole-tensor parts and copied scales are written with the first chunk alone.
     """
     one = next(packed for packed in step.packed if packed.spec.key == key)
     chunks = _chunks(step)
-    if len(chunks) == 1 or not one.part:
+    if len(chunks) == 1 or not one.part or (step.copies_packed and one.part != "weight"):
         return ((0, one.spec.nbytes),)
     shape = step.assignment.shape
     name = step.decision.format or (step.stored if step.copies_packed else "")
@@ -319,10 +319,17 @@ class _Job:
                 continue
             start, stop = extents[index]
             if one.part:
-                data = self.logical.source.read(tensor.parts[one.part])[start:stop]
+                data = self._raw_range(tensor.parts[one.part], start, stop)
             else:
                 data = np.frombuffer(one.constant, np.uint8)
             self._put(state, index, one, start, data)
+
+    def _raw_range(self, key: str, start: int, stop: int) -> ByteArray:
+        """Bytes [start, stop) of a physical tensor; rows are read alone where they are whole."""
+        per_row = self.logical.source.specs[key].row_nbytes
+        if per_row and not start % per_row and not stop % per_row:
+            return self.logical.source.read(key, (start // per_row, stop // per_row))
+        return self.logical.source.read(key)[start:stop]
 
     def _put(self, state: _State, index: int, one: Packed, offset: int, data: ByteArray) -> None:
         self.sink.write(one.spec.key, offset, data)
@@ -337,7 +344,7 @@ def _spans(step: Step, rows: tuple[int, int]) -> Iterator[tuple[str, tuple[int, 
     for piece in step.assignment.pieces:
         length = piece.stop - piece.start
         start, stop = max(rows[0] - at, 0), min(rows[1] - at, length)
-        if start < stop:
+        if start < stop or rows[0] == rows[1]:  # an empty tensor still has its row length
             yield piece.key, (piece.start + start, piece.start + stop)
         at += length
 

@@ -22,8 +22,9 @@ from diffquant.convert.engine import (
     run_plan,
 )
 from diffquant.convert.logical import LogicalSource, bind
-from diffquant.convert.output import configs_of, file_metadata, folder_configs
+from diffquant.convert.output import configs_of, file_metadata, fingerprint, folder_configs
 from diffquant.convert.plan import Plan, Request, make_plan
+from diffquant.convert.remember import remember
 from diffquant.core.errors import ResourceError, UsageError, VerificationError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.core.tensors import TensorSource
@@ -111,7 +112,7 @@ def container_for(output: Path) -> str:
     """
     known = {".gguf": "gguf", ".safetensors": "safetensors", "": "folder"}
     suffix = output.suffix.lower()
-    if output.is_dir():
+    if output.is_dir() or suffix[1:].isdigit():  # stable-diffusion-v1.5
         return "folder"
     if suffix not in known:
         raise UsageError(
@@ -158,14 +159,14 @@ def run_job(
     Raises:
         DiffquantError: see core/errors.py; nothing is left behind.
     """
-    if out.exists() and src.exists() and out.resolve() == src.resolve():
-        raise UsageError(f"{out} is the source itself; choose another output")
+    if out.exists():
+        _refuse_own_source(src, out, base)
     if out.exists() and not force and not dry_run:
         raise UsageError(f"{out} exists; use --force to replace it")
     count = workers or default_workers()
     with opened(src) as (source, logical, match):
         plan = make_plan(logical, match, request)
-        configs, files, missing = _surroundings(plan, match, source, base)
+        configs, files, missing = _surroundings(plan, source, base)
         memory = peak_nbytes(plan, count)
         results: tuple[StepResult, ...] = ()
         if not dry_run:
@@ -187,9 +188,23 @@ def run_job(
                     check=verify == "tensors",
                 )
                 sink.commit()
+            remember(fingerprint(source), src)
     if results and verify != "none":
         _reopen(out, plan, results, hashes=verify == "tensors", progress=progress)
     return _report(src, out, plan, results, missing, memory, count, verify, dry_run)
+
+
+def _refuse_own_source(src: Path, out: Path, base: Path | None) -> None:
+    """Never replace what is being read, whole or in part, whatever --force says."""
+    target, read = out.resolve(), src.resolve()
+    if target == read:
+        raise UsageError(f"{out} is the source itself; choose another output")
+    if target in read.parents:
+        raise UsageError(f"{out} contains the source {src}, and would replace it; choose another")
+    if read in target.parents:
+        raise UsageError(f"{out} is part of the source {src}; choose another output")
+    if base is not None and (target == base.resolve() or target in base.resolve().parents):
+        raise UsageError(f"{out} holds --base {base}, and would replace it; choose another output")
 
 
 def _metadata(plan: Plan, match: Match, source: TensorSource) -> dict[str, Any]:
@@ -209,7 +224,7 @@ def _metadata(plan: Plan, match: Match, source: TensorSource) -> dict[str, Any]:
 
 
 def _surroundings(
-    plan: Plan, match: Match, source: TensorSource, base: Path | None
+    plan: Plan, source: TensorSource, base: Path | None
 ) -> tuple[dict[str, Any], dict[str, bytes], tuple[str, ...]]:
     """Configs and side files of a folder output, and what is missing from it."""
     if plan.request.container != "folder":
@@ -220,7 +235,7 @@ def _surroundings(
         with open_source(base) as other:
             configs = {**configs_of(other), **configs}
             files = {**_side_files(other), **files}
-    wanted = folder_configs(plan, match, configs)
+    wanted = folder_configs(plan, configs)
     folders = {step.target.partition("/")[0] for step in plan.steps}
     tokenizers = {_FOLDER_NEEDS[name] for name in folders if name in _FOLDER_NEEDS}
     kept = {path: data for path, data in files.items() if path.partition("/")[0] in tokenizers}

@@ -33,6 +33,7 @@ _COMFY_FORMATS = {"float8_e4m3fn": "fp8_e4m3_scaled", "int8_tensorwise": "int8_r
 _BNB = ".quant_state.bitsandbytes__"
 _FOREIGN = ("F64", "F8_E5M2")
 _CAST = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_TORCH_CAST = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "F64": "<f8"}
 
 
@@ -47,6 +48,7 @@ class LogicalTensor:
         parts: FORMATS part name -> physical key.
         dtype: STORAGE name of the physical weight.
         why: why the numbers cannot be decoded, where they are packed in a way we do not read.
+        decodes_to: cast format that the file says its numbers had before they were packed, or "".
     """
 
     key: str
@@ -55,6 +57,7 @@ class LogicalTensor:
     parts: Mapping[str, str]
     dtype: str
     why: str = ""
+    decodes_to: str = ""
 
     @property
     def is_float(self) -> bool:
@@ -116,6 +119,8 @@ class LogicalSource:
         tensor = self.tensors[key]
         n, k = matrix_shape(tensor.shape)
         start, stop = rows or (0, n)
+        if tensor.format == "nf4":
+            return self._read_nf4(tensor, start * k, stop * k).reshape(stop - start, k)
         if tensor.format:
             parts = {
                 part.name: self._part(tensor, part.name, part.per_row, (start, stop))
@@ -149,13 +154,21 @@ class LogicalSource:
             raw = self.source.read(spec.key, rows)
             return _view(raw, spec.dtype, (stop - start, spec.row_size))
         raw = self.source.read(spec.key)
-        if (start, stop) == (0, n) or not per_row:
-            return _view(raw, spec.dtype, spec.shape if len(spec.shape) < 2 else (n, -1))
-        if tensor.format == "nf4":  # flat: rows are ranges of elements, bytes hold two
-            if name == "absmax":
-                return _view(raw, "F32", (-1,))[start * k // 64 : math.ceil(stop * k / 64)]
-            return raw[start * k // 2 : math.ceil(stop * k / 2)]
-        return _view(raw, spec.dtype, spec.shape)
+        return _view(raw, spec.dtype, spec.shape if len(spec.shape) < 2 else (n, k))
+
+    def _read_nf4(self, tensor: LogicalTensor, start: int, stop: int) -> NDArray[np.float32]:
+        """Decode elements [start, stop) of the flattened weight; blocks run over row ends."""
+        first, last = start // 64 * 64, min(-(-stop // 64) * 64, math.prod(tensor.shape))
+        nbytes = first // 2, -(-last // 2)
+        spec = self.source.specs[tensor.parts["weight"]]
+        if spec.row_nbytes == 1:  # (bytes, 1), as bitsandbytes stores it
+            packed = self.source.read(spec.key, nbytes)
+        else:
+            packed = self.source.read(spec.key)[slice(*nbytes)]
+        absmax = _view(self.source.read(tensor.parts["absmax"]), "F32", (-1,))
+        parts = {"weight": packed, "absmax": absmax[first // 64 : -(-last // 64)]}
+        out: NDArray[np.float32] = backend("nf4", "decode")(parts, (1, last - first), fmt="nf4")
+        return out.reshape(-1)[start - first : stop - first]
 
 
 def _view(raw: ByteArray, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -163,7 +176,8 @@ def _view(raw: ByteArray, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
         flat = raw.view(_NUMPY[dtype])
         return flat.reshape(shape)
     if STORAGE[dtype].is_block:
-        return raw.reshape(shape[0] if shape else 1, -1)
+        rows = shape[0] if shape else 1
+        return raw.reshape(rows, raw.size // max(rows, 1))
     return raw.reshape(shape)
 
 
@@ -270,6 +284,13 @@ def _bind_comfy(
         others = tuple(k for k in specs if k.startswith(f"{layer}.weight_") and k not in used)
         why = f"comfy_quant {json.dumps(dict(marker))} is not supported yet"
         return LogicalTensor(key, spec.shape, "", {"weight": key}, spec.dtype, why), used + others
+    stored = format_named(name).parts[0].dtype
+    if spec.dtype != stored or len(spec.shape) < 2:
+        raise MalformedFile(
+            f"{key}: {marker['format']} needs {stored} with 2 or more dimensions, found "
+            f"{spec.dtype} {spec.shape}",
+            path=source.path,
+        )
     _check_scale(source, scale, spec)
     parts = {"weight": key, "scale": scale}
     return LogicalTensor(key, spec.shape, name, parts, spec.dtype), used
@@ -281,7 +302,7 @@ def _bind_bnb(source: TensorSource, key: str) -> tuple[LogicalTensor, tuple[str,
     marker = next(k for k in used if _BNB in k)
     state = _read_json(source, marker)
     shape = state.get("shape")
-    if not isinstance(shape, list) or not all(isinstance(v, int) and v > 0 for v in shape):
+    if not isinstance(shape, list) or not all(type(v) is int and v > 0 for v in shape):
         raise MalformedFile(f"{marker}: no usable shape in the quant state", path=source.path)
     size = math.prod(shape)
     spec = specs[key]
@@ -296,7 +317,8 @@ def _bind_bnb(source: TensorSource, key: str) -> tuple[LogicalTensor, tuple[str,
             path=source.path,
         )
     parts = {"weight": key, "absmax": absmax.key}
-    return LogicalTensor(key, tuple(shape), "nf4", parts, spec.dtype), used
+    before = _TORCH_CAST.get(str(state.get("dtype")), "")
+    return LogicalTensor(key, tuple(shape), "nf4", parts, spec.dtype, "", before), used
 
 
 def _comfy_markers(source: TensorSource) -> dict[str, Mapping[str, Any]]:
@@ -306,11 +328,11 @@ def _comfy_markers(source: TensorSource) -> dict[str, Mapping[str, Any]]:
     if isinstance(header, str):
         try:
             layers = json.loads(header).get("layers", {})
-        except (ValueError, AttributeError) as error:
+            found.update({k: v for k, v in layers.items() if isinstance(v, dict)})
+        except (ValueError, AttributeError, RecursionError) as error:
             raise MalformedFile(
-                "_quantization_metadata in the header is not JSON", path=source.path
+                "_quantization_metadata in the header is not JSON with layers", path=source.path
             ) from error
-        found.update({k: v for k, v in layers.items() if isinstance(v, dict)})
     for key in source.specs:
         if key.endswith(".comfy_quant"):
             found[key.removesuffix(".comfy_quant")] = _read_json(source, key)
@@ -327,7 +349,7 @@ def _read_json(source: TensorSource, key: str) -> Mapping[str, Any]:
         )
     try:
         value = json.loads(bytes(source.read(key)).rstrip(b"\0 "))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedFile(f"{key}: not JSON", path=source.path) from error
     if not isinstance(value, dict):
         raise MalformedFile(f"{key}: expected a JSON object", path=source.path)

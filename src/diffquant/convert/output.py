@@ -78,9 +78,8 @@ def file_metadata(plan: Plan, match: Match, source: TensorSource) -> dict[str, s
     return out
 
 
-def folder_configs(plan: Plan, match: Match, configs: Mapping[str, Any]) -> dict[str, Any]:
+def folder_configs(plan: Plan, configs: Mapping[str, Any]) -> dict[str, Any]:
     """Configs of a folder output: the source's, plus quantization_config where needed."""
-    parts = {part.name for part in match.parts if plan.part_steps(part.name)}
     folders = {step.target.partition("/")[0] for step in plan.steps}
     known = {path.partition("/")[0] for path in configs if "/" in path}
     weightless = {name for name in known if name.startswith(("scheduler", "tokenizer"))}
@@ -89,10 +88,12 @@ def folder_configs(plan: Plan, match: Match, configs: Mapping[str, Any]) -> dict
         for path, value in configs.items()
         if "/" not in path or path.partition("/")[0] in folders | weightless
     }
-    if plan.request.type is not None and plan.request.type.base == "nf4" and parts:
-        for folder in sorted({s.target.partition("/")[0] for s in plan.steps if s.stored == "nf4"}):
-            config = out.setdefault(f"{folder}/config.json", {})
-            config["quantization_config"] = _bnb_config(plan, folder)
+    packed = {step.target.partition("/")[0] for step in plan.steps if step.stored == "nf4"}
+    for folder in sorted(packed):
+        config = out.setdefault(f"{folder}/config.json", {})
+        config["quantization_config"] = _bnb_config(plan, folder)
+    for folder in folders - packed:  # what the source said of weights that are now decoded
+        out.get(f"{folder}/config.json", {}).pop("quantization_config", None)
     return out
 
 

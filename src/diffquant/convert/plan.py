@@ -14,9 +14,10 @@ from diffquant.convert.adapters import Adapter
 from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.detect import Match, PartMatch, to_canonical, to_diffusers
-from diffquant.convert.dialects import Packed, pack
+from diffquant.convert.dialects import Packed, pack, skip_conflicts
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.rules import Assignment
+from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import (
     DuplicateTarget,
     PolicyError,
@@ -34,6 +35,7 @@ __all__ = ["Plan", "Request", "Step", "make_plan"]
 # What GGUF loaders take outside packed linear layers: ComfyUI-GGUF and diffusers count BF16 as
 # quantized, so norms and raw parameters go to F32 and convolutions to F16 (facts/gguf-files, 10).
 _GGUF_HIGH = {"conv": "f16", "bf16": "bf16", "*": "f16"}
+_COMFY_ONLY = ("fp8_e4m3_scaled", "int8_rowwise")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +180,17 @@ def make_plan(logical: LogicalSource, match: Match, request: Request) -> Plan:
         steps.extend(_part_steps(logical, architecture, part, request, dialect, len(wanted)))
     dropped = [(key, "another part; not asked for") for key in _unwanted(match, wanted)]
     for key, reason in match.leftovers:
-        if request.container == "safetensors" and not request.parts and not _is_ema(key):
-            steps.append(_copy_step(logical, key, reason))
-        else:
+        if request.container != "safetensors" or request.parts or _is_ema(key):
             dropped.append((key, reason))
+        elif not _is_plain(logical, key):
+            dropped.append((key, f"{reason}; packed, and copied with a part it belongs to only"))
+        else:
+            steps.append(_copy_step(logical, key, reason))
+    dropped += [
+        (key, "scale of the layer's input: used by no format written here")
+        for key in logical.consumed
+        if key.endswith((".input_scale", ".scale_input"))
+    ]
     _check_unique(steps)
     mixed, warnings = _judge(steps, request)
     return Plan(
@@ -249,6 +258,7 @@ def _part_steps(
     prefix = _prefix(architecture, part, request, parts)
     keys = [names.get(a.pieces[0].key, a.target) if folder else a.target for a in assignments]
     inputs = [_inputs(logical, a) for a in assignments]
+    specs = logical.source.specs
     candidates = [
         Candidate(key, a.shape, _source_format(tensors))
         for key, a, tensors in zip(keys, assignments, inputs, strict=True)
@@ -261,10 +271,43 @@ def _part_steps(
         decisions = resolve(policy, candidates)
     else:
         decisions = tuple(_cast(one, request) for one in candidates)
-    return [
-        _step(part.name, key, prefix + a.target, a, decision, tensors, dialect, request)
+    rows = [
+        (part.name, key, prefix + a.target, a, decision, tensors, dialect, request, specs)
         for key, a, decision, tensors in zip(keys, assignments, decisions, inputs, strict=True)
     ]
+    steps = [_step(*row) for row in rows]
+    if not folder:
+        return steps
+    forced = _bnb_forced(steps)
+    return [
+        _step(*row[:4], forced[step.target], row[5], "bnb", request, specs)
+        if step.target in forced
+        else step
+        for row, step in zip(rows, steps, strict=True)
+    ]
+
+
+def _bnb_forced(steps: Sequence[Step]) -> dict[str, Decision]:
+    """Kept layers that a folder has to pack: diffusers cannot skip them without skipping others."""
+
+    def module(step: Step) -> str:
+        return step.target.partition("/")[2].removesuffix(".weight")
+
+    packed = [step for step in steps if step.stored == "nf4"]
+    kept = {
+        module(step): step
+        for step in steps
+        if step.stored != "nf4" and len(step.assignment.shape) == 2
+    }
+    conflicts = skip_conflicts(kept, [module(step) for step in packed])
+    return {
+        kept[name].target: Decision(
+            "nf4",
+            f"{kept[name].decision.reason}; but diffusers cannot load it unpacked beside "
+            f"{other}: nf4",
+        )
+        for name, other in conflicts.items()
+    }
 
 
 def _canonical_names(canonical: Sequence[Assignment]) -> dict[str, str]:
@@ -311,9 +354,14 @@ def _policy(architecture: Architecture, request: Request, *, denoiser: bool) -> 
         user=request.rules,
         convs=request.type.convs,
         vector="f32" if gguf else "",
-        high=_GGUF_HIGH if gguf else {},
+        high=_high(request.type.base) if gguf else {},
         pure=request.pure,
     )
+
+
+def _high(base: str) -> Mapping[str, str]:
+    """F32 asked for is F32 throughout: the F16 of kept layers would be a loss nobody wanted."""
+    return {"*": "f32"} if base == "f32" else _GGUF_HIGH
 
 
 def _cast(one: Candidate, request: Request) -> Decision:
@@ -333,6 +381,7 @@ def _step(
     tensors: tuple[LogicalTensor, ...],
     dialect: str,
     request: Request,
+    source_specs: Mapping[str, TensorSpec],
 ) -> Step:
     """Turn a decision into what is written; a copy that cannot be one becomes a stated cast."""
     source = _source_format(tensors)
@@ -350,7 +399,7 @@ def _step(
     if not decision.format and quantized:
         decision = _keep_packed(decision, assignment, tensors, dialect, request)
     if not decision.format:
-        packed = _copy_packed(target, assignment, tensors, request)
+        packed = _copy_packed(target, assignment, tensors, request, source_specs)
         stored = source or tensors[0].dtype.lower()
     else:
         packed = pack(dialect, target, decision.format, assignment.shape, source)
@@ -381,6 +430,8 @@ def _keep_packed(
     gguf = request.container == "gguf"
     block = bool(source) and FORMATS[source].strategy == "block" and source != "nf4"
     fits = bool(source) and block == gguf and not (gguf and source.startswith("fp8"))
+    if request.container == "folder" and source in _COMFY_ONLY:
+        fits = False  # diffusers ignores scales it does not know: the weights would be wrong
     if fits and _is_whole(assignment, tensors):
         return decision
     why = "split or fused" if fits else f"not storable in {request.container}"
@@ -392,12 +443,14 @@ def _copy_packed(
     assignment: Assignment,
     tensors: tuple[LogicalTensor, ...],
     request: Request,
+    source_specs: Mapping[str, TensorSpec],
 ) -> tuple[Packed, ...]:
     first = tensors[0]
     if first.is_quantized:  # companions change names with the container's dialect, not their bytes
         dialect = {"nf4": "bnb", "fp8_e4m3_scaled": "comfy", "int8_rowwise": "comfy"}
         name = dialect.get(first.format, "plain")
-        return pack(name, target, first.format, first.shape, "bf16")
+        packed = pack(name, target, first.format, first.shape, first.decodes_to or "bf16")
+        return tuple(_as_stored(one, first, source_specs) for one in packed)
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:
         raise PolicyError(
@@ -406,6 +459,16 @@ def _copy_packed(
     if request.container == "gguf" and first.dtype == "F64":
         raise PolicyError(f"{target}: F64 in GGUF; give --tensor-type")
     return (Packed(TensorSpec(target, first.dtype, assignment.shape), "weight"),)
+
+
+def _as_stored(
+    one: Packed, tensor: LogicalTensor, source_specs: Mapping[str, TensorSpec]
+) -> Packed:
+    """Give a scale the shape it has in the source: some files keep one per row, some one in all."""
+    if one.part != "scale":
+        return one
+    shape = source_specs[tensor.parts["scale"]].shape
+    return Packed(TensorSpec(one.spec.key, one.spec.dtype, shape), one.part)
 
 
 def _read_nbytes(assignment: Assignment, tensors: Sequence[LogicalTensor]) -> list[int]:
@@ -418,6 +481,13 @@ def _read_nbytes(assignment: Assignment, tensors: Sequence[LogicalTensor]) -> li
         per = FORMATS[tensor.format].nbytes(tensor.shape) if tensor.format else size * 2
         sizes.append(per * (piece.stop - piece.start) // max(rows, 1))
     return sizes
+
+
+def _is_plain(logical: LogicalSource, key: str) -> bool:
+    """Whether one tensor is all there is to a weight, in a dtype that safetensors has."""
+    tensor = logical.tensors[key]
+    alone = len(tensor.parts) == 1 and not tensor.why
+    return alone and STORAGE[tensor.dtype].safetensors
 
 
 def _copy_step(logical: LogicalSource, key: str, reason: str) -> Step:

@@ -18,7 +18,13 @@ SCHEMA_VERSION = 1
 
 
 def to_json(value: object) -> Any:  # noqa: ANN401 - JSON is exactly "any of these"
-    """Turn frozen data into JSON values. NaN and infinities become null: JSON has none of them."""
+    """Turn frozen data into JSON values; data with a `to_json` of its own decides for itself.
+
+    NaN and infinities become null: JSON has none of them.
+    """
+    own = getattr(value, "to_json", None)
+    if callable(own):
+        return own()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

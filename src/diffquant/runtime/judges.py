@@ -94,14 +94,17 @@ def defects(picture: Picture) -> tuple[str, ...]:
     if not np.isfinite(picture).all():
         return ("not finite",)
     found = []
-    grey = picture.mean(axis=2, dtype=np.float64)
-    deviation = float(grey.std())
-    if float(grey.mean()) < _DARK:
+    if float(picture.mean(dtype=np.float64)) < _DARK:
         found.append("black")
+    # By channel: red on blue is flat in grey.
+    deviation = float(picture.std(axis=(0, 1), dtype=np.float64).max())
     if deviation < _FLAT:
         found.append("flat")
     else:
-        steps = np.concatenate([np.diff(grey, axis=0).ravel(), np.diff(grey, axis=1).ravel()])
-        if float(np.sqrt((steps**2).mean())) > _NOISE * deviation:
+        steps = max(
+            float(np.sqrt((np.diff(picture, axis=axis).astype(np.float64) ** 2).mean()))
+            for axis in (0, 1)
+        )
+        if steps > _NOISE * deviation:
             found.append("noise")
     return tuple(found)

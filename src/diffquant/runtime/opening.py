@@ -49,6 +49,7 @@ _KINDS = {
     "clip_text": "clip",
     "t5_encoder": "t5",
 }
+_LARGEST = 4096  # pixels; a config that says more is not followed
 _TORCH = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -364,12 +365,17 @@ def _tokenizer(providers: list[_Provider], encoder: str, model: Path) -> Tokeniz
 def _native_size(
     providers: list[_Provider], architecture: str, vae: AutoencoderKL
 ) -> tuple[int, int]:
-    folder = ARCHITECTURES[architecture].component("denoiser").folder
-    for provider in providers:
-        config = configs_of(provider.source).get(f"{folder}/config.json")
-        size = config.get("sample_size") if isinstance(config, dict) else None
-        if isinstance(size, int):
-            return size * vae.config.factor, size * vae.config.factor
+    """Picture size by the configs: the denoiser's in latents, else the VAE's, else the default.
+
+    Flux transformers state no size; their VAE's config does (1024 in the published ones).
+    """
+    for part, factor in (("denoiser", vae.config.factor), ("vae", 1)):
+        folder = ARCHITECTURES[architecture].component(part).folder
+        for provider in providers:
+            config = configs_of(provider.source).get(f"{folder}/config.json")
+            size = config.get("sample_size") if isinstance(config, dict) else None
+            if isinstance(size, int) and 0 < size * factor <= _LARGEST:
+                return size * factor, size * factor
     match = providers[0].match
     assert match is not None
     sampling = ARCHITECTURES[architecture].sampling_for(match.variant)

@@ -1,0 +1,160 @@
+"""The main job end to end on the demo checkpoints: pack, open, generate, judge."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffquant.convert.jobs import container_for, run_job
+from diffquant.convert.plan import Request
+from diffquant.core.errors import ArchitectureError, UsageError
+from diffquant.quant.types import type_named
+from diffquant.runtime import scorers
+from diffquant.runtime.compare import ImageSettings, compare_pictures, make_reference
+from diffquant.runtime.opening import open_pipeline
+from diffquant.runtime.verify import verify
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SD15, FLUX = EXAMPLES / "sd15-shapes", EXAMPLES / "flux1-shapes"
+PROMPT = scorers.DEMO_PROMPTS[1]
+SETTINGS = ImageSettings(prompts=(PROMPT,), seeds=(0,), steps=6, size=(128, 128))
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("DIFFQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def packed(tmp_path, source, name, suffix):
+    out = tmp_path / f"{source.name}-{name}{suffix}"
+    run_job(source, out, Request(container=container_for(out), type=type_named(name)))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("source", "steps", "options"),
+    [(SD15, 20, {"cfg": 3.0, "sampler": "ddim"}), (FLUX, 20, {})],
+    ids=["sd15", "flux1"],
+)
+def test_originals_show_what_the_prompt_asks_for(source, steps, options):
+    opened = open_pipeline(source)
+    made = opened.pipeline.generate(PROMPT, seed=0, steps=steps, width=128, height=128, **options)
+    assert scorers.score(made.images[0].numpy(), PROMPT).total > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "least"),
+    [
+        ("q8_0", ".gguf", 50),
+        ("q4_k_s", ".gguf", 30),
+        ("fp8_scaled", ".safetensors", 35),
+        ("int8_rowwise", ".safetensors", 45),
+        ("nf4", ".safetensors", 28),
+        ("nf4", "", 28),
+    ],
+)
+def test_packed_flux_draws_the_same_picture_and_its_control_does_not(tmp_path, name, suffix, least):
+    out = packed(tmp_path, FLUX, name, suffix)
+    reference = make_reference(FLUX, SETTINGS)
+    report, pictures, _ = compare_pictures(out, FLUX, SETTINGS, reference=reference)
+    assert report.verdict == "pass"
+    assert report.psnr_db > least
+    assert report.control_psnr_db < report.min_psnr_db
+    assert len(pictures.candidate) == 1
+
+
+def test_packed_sd15_verifies_at_every_level(tmp_path):
+    out = packed(tmp_path, SD15, "q8_0", ".gguf")
+    report = verify(out, SD15, settings=replace(SETTINGS, cfg=3.0))
+    assert (report.verdict, report.load.verdict, report.tensors.verdict) == ("pass",) * 3
+    assert report.image.psnr_db > 50
+    assert report.image.noise_floor_psnr_db > 30
+
+
+def test_a_gate_above_what_the_file_reaches_fails(tmp_path):
+    out = packed(tmp_path, FLUX, "nf4", ".safetensors")
+    report, _, _ = compare_pictures(out, FLUX, replace(SETTINGS, min_psnr=70.0))
+    assert report.verdict == "fail"
+    assert "below the gate of 70 dB" in report.problems[0]
+
+
+def test_a_gate_that_the_control_passes_is_no_gate(tmp_path):
+    out = packed(tmp_path, FLUX, "q8_0", ".gguf")
+    report, _, _ = compare_pictures(out, FLUX, replace(SETTINGS, min_psnr=1.0))
+    assert report.verdict == "fail"
+    assert "this gate cannot fail" in report.problems[-1]
+
+
+def test_another_model_fails_at_load_level():
+    report = verify(FLUX, SD15, level="load")
+    assert report.verdict == "fail"
+    assert "expected sd15, found flux1" in report.load.problems[0]
+
+
+def test_a_damaged_weight_fails_at_tensor_level(tmp_path):
+    out = packed(tmp_path, FLUX, "q8_0", ".gguf")
+    data = bytearray(out.read_bytes())
+    data[-200_000:-100_000] = np.random.default_rng(0).bytes(100_000)
+    out.write_bytes(bytes(data))
+    report = verify(out, FLUX, level="tensors")
+    assert report.verdict == "fail"
+    assert report.tensors.worst[0].verdict == "fail"
+
+
+def test_every_part_stays_packed_in_memory(tmp_path):
+    out = packed(tmp_path, FLUX, "q4_k_s", ".gguf")
+    opened = open_pipeline(out, base=FLUX)
+    denoiser = next(part for part in opened.origins if part.name == "denoiser")
+    assert denoiser.formats["q4_k"] > 0.8 * sum(denoiser.formats.values())
+    assert denoiser.nbytes < out.stat().st_size
+    assert opened.warnings == ()
+
+
+def test_the_source_is_remembered_and_its_parts_are_used(tmp_path):
+    out = packed(tmp_path, FLUX, "q8_0", ".gguf")
+    opened = open_pipeline(out)
+    assert {part.path for part in opened.origins if part.name != "denoiser"} == {str(FLUX)}
+
+
+def test_missing_parts_are_all_listed(tmp_path, monkeypatch):
+    out = packed(tmp_path, FLUX, "q8_0", ".gguf")
+    monkeypatch.setenv("DIFFQUANT_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(UsageError, match=r"has no vae, text_encoder, text_encoder_2.*--base"):
+        open_pipeline(out)
+
+
+def test_a_family_without_runtime_says_so():
+    with pytest.raises(ArchitectureError, match="qwen_image has no runtime yet"):
+        open_pipeline(EXAMPLES / "qwen-image-shapes")
+
+
+def test_a_vae_file_replaces_the_models_own(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(SD15 / "vae" / "diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_out.bias"] += 0.3  # a visible change of colour
+    save_file(weights, tmp_path / "vae.safetensors")
+    plain, other = open_pipeline(SD15), open_pipeline(SD15, vae=tmp_path / "vae.safetensors")
+    latents = torch.zeros(1, 4, 8, 8)
+    assert float((other.pipeline.decode(latents) - plain.pipeline.decode(latents)).mean()) > 0.02
+    with pytest.raises(UsageError, match="expected a vae, found"):
+        open_pipeline(SD15, vae=SD15 / "text_encoder" / "model.safetensors")
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("source", [SD15, FLUX], ids=["sd15", "flux1"])
+def test_diffusers_draws_the_same_picture_from_the_same_seed(source):
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"height": 128, "width": 128, "num_inference_steps": 5, "output_type": "np"}
+    options["guidance_scale"] = 3.0 if source is SD15 else 3.5
+    generator = torch.Generator("cpu").manual_seed(7)
+    theirs = pipeline(PROMPT, generator=generator, **options).images[0]
+    ours = open_pipeline(source).pipeline.generate(
+        PROMPT, seed=7, steps=5, width=128, height=128, cfg=3.0 if source is SD15 else None
+    )
+    assert np.abs(ours.images[0].numpy() - theirs).max() < 1e-2
