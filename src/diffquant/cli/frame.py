@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -27,6 +27,10 @@ from diffquant.core.report import SCHEMA_VERSION, envelope
 __all__ = ["Options", "Outcome", "common", "echo", "human", "run", "table", "threads"]
 
 _DEBUG_VERBOSITY = 2
+# Names and metadata come from files: no escape sequence of theirs reaches the terminal.
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+_ONE_LINE = {**_CONTROL, ord("\n"): " "}
+_TEXT = {code: text for code, text in _CONTROL.items() if chr(code) not in "\n\t"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +51,16 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a command produced: report data, warnings, and the exit code it asks for."""
+    """What a command produced: report data, warnings, and the exit code it asks for.
+
+    `errors` are of items that failed beside others that did not; shown however quiet.
+    """
 
     result: object
     warnings: Sequence[str] = ()
     exit_code: int = 0
     ok: bool = True
-    notes: Sequence[str] = field(default=())
+    errors: Sequence[str] = ()
 
 
 def common(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,7 +156,7 @@ def _print_error(name: str, options: Options, code: int, message: str) -> None:
             "result": None,
         }
         click.echo(json.dumps(body, indent=2))
-    click.echo(f"diffquant {name}: {message}", err=True)
+    click.echo(f"diffquant {name}: {message.translate(_ONE_LINE)}", err=True)
 
 
 def _print_outcome(
@@ -157,13 +164,16 @@ def _print_outcome(
 ) -> None:
     try:
         if options.as_json:
-            body = envelope(name, outcome.result, ok=outcome.ok, warnings=outcome.warnings)
+            told = [*outcome.errors, *outcome.warnings]
+            body = envelope(name, outcome.result, ok=outcome.ok, warnings=told)
             click.echo(json.dumps(body, indent=2))
         else:
             render(outcome.result)
+        for text in outcome.errors:
+            click.echo(f"diffquant {name}: {text.translate(_ONE_LINE)}", err=True)
         if not options.quiet:
             for warning in outcome.warnings:
-                click.echo(f"warning: {warning}", err=True)
+                click.echo(f"warning: {warning.translate(_ONE_LINE)}", err=True)
         sys.stdout.flush()
     except BrokenPipeError:  # `diffquant ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -180,8 +190,8 @@ def _set_up_logging(options: Options) -> None:
 
 
 def echo(text: str = "") -> None:
-    """Print a result line."""
-    click.echo(text)
+    """Print a result line; control characters are shown, not sent."""
+    click.echo(text.translate(_TEXT))
 
 
 def human(nbytes: float) -> str:
@@ -206,9 +216,9 @@ def table(
             str(cell).rjust(width) if i in right else str(cell).ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        click.echo("  ".join(cells).rstrip())
+        echo("  ".join(cells).rstrip())
         if index == 0:
-            click.echo("  ".join("-" * width for width in widths))
+            echo("  ".join("-" * width for width in widths))
 
 
 class _Bar:

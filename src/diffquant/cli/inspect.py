@@ -33,10 +33,10 @@ def command(files: tuple[str, ...], explain: bool, options: Options) -> None:
                 if len(files) == 1:
                     raise
                 failures.append(error)
-        warnings = [str(error) for error in failures]
-        warnings += [f"{r.path}: {text}" for r in reports for text in r.warnings]
+        warnings = [f"{r.path}: {text}" for r in reports for text in r.warnings]
         code = max((error.exit_code for error in failures), default=0)
-        return Outcome({"files": reports}, warnings, code, ok=not failures)
+        errors = [str(error) for error in failures]
+        return Outcome({"files": reports}, warnings, code, ok=not failures, errors=errors)
 
     def render(result: dict[str, Any]) -> None:
         for index, report in enumerate(result["files"]):

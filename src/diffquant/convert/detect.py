@@ -437,7 +437,7 @@ def _configs(metadata: Mapping[str, object], configs: Mapping[str, object]) -> _
     text = metadata.get("diffquant.config")
     try:
         found = json.loads(text).get("configs", {}) if isinstance(text, str) else {}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         found = {}
     return _Configs(found if isinstance(found, dict) else {}, "diffquant.config")
 

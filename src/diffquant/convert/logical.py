@@ -31,6 +31,10 @@ __all__ = ["LogicalSource", "LogicalTensor", "bind"]
 _MARKER_LIMIT = 4096  # bytes of a marker tensor that `bind` is willing to read
 _COMFY_FORMATS = {"float8_e4m3fn": "fp8_e4m3_scaled", "int8_tensorwise": "int8_rowwise"}
 _BNB = ".quant_state.bitsandbytes__"
+# bitsandbytes 0.50.2 functional.py, QuantState.as_dict(packed=True)
+_BNB_ENDINGS = (
+    ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{_BNB}nf4", f"{_BNB}fp4",
+)  # fmt: skip
 _FOREIGN = ("F64", "F8_E5M2")
 _CAST = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _TORCH_CAST = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -298,7 +302,7 @@ def _bind_comfy(
 
 def _bind_bnb(source: TensorSource, key: str) -> tuple[LogicalTensor, tuple[str, ...]]:
     specs = source.specs
-    used = tuple(k for k in specs if k.startswith(f"{key}.") and k != key)
+    used = tuple(k for k in (f"{key}{ending}" for ending in _BNB_ENDINGS) if k in specs)
     marker = next(k for k in used if _BNB in k)
     state = _read_json(source, marker)
     shape = state.get("shape")

@@ -55,7 +55,7 @@ def configs_of(source: TensorSource) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(text).get("configs", {})
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -8,6 +8,10 @@ mapped file into torch tensors of their stored type, one at a time; nothing is u
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +62,9 @@ _TORCH = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+# glibc's malloc.h; blocks of this many bytes and more are given back to the system when freed.
+_M_MMAP_THRESHOLD = -3
+_GIVE_BACK_NBYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +240,29 @@ def _choose(providers: list[_Provider], architecture: str, own_vae: bool) -> dic
 
 
 def packed_weights(logical: LogicalSource, part: PartMatch) -> dict[str, PackedWeight]:
-    """Load a part's weights by canonical key, packed as they are stored."""
+    """Load a part's weights by canonical key, packed as they are stored.
+
+    On Linux this also tells the C library, for the whole process, to give large freed blocks back.
+    """
+    _give_back_freed_blocks()
     return {
         assignment.target: PackedWeight(_segments(logical, assignment))
         for assignment in to_canonical(part)
     }
+
+
+@functools.cache
+def _give_back_freed_blocks() -> None:
+    """Keep layers that were decoded for one call from staying part of the process.
+
+    Left alone, glibc raises its threshold to 32 MiB with use. A freed layer below a living block
+    then stays resident, which cost up to a third of what packed weights save (docs/lab-log.md).
+    A user's own MALLOC_MMAP_THRESHOLD_ is left alone; other C libraries have no such setting.
+    """
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, _GIVE_BACK_NBYTES)
 
 
 def _segments(logical: LogicalSource, assignment: Assignment) -> tuple[Segment, ...]:

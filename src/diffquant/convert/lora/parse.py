@@ -295,7 +295,7 @@ def _peft_configs(source: TensorSource) -> Iterator[tuple[str, Any]]:
     if isinstance(text, str):
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise MalformedFile(f"{where} is not JSON", path=source.path) from error
         if isinstance(found, dict):
             yield from found.items()

@@ -1,0 +1,258 @@
+"""`quantize` and `convert` from the command line: contract, exit codes, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from diffquant.core.tensors import TensorSpec
+from diffquant.io import open_sink, open_source
+
+TOTAL = {"name", "tensors", "parameters", "nbytes", "bits_per_weight", "formats"}
+
+
+@pytest.fixture
+def flux(examples):
+    return examples / "flux1-shapes"
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_quantize_keeps_its_json_contract(command, flux, tmp_path, dry):
+    out = tmp_path / "flux.gguf"
+    ran = command("quantize", flux, "-o", out, "-t", "q4_k_s", "--json", *dry)
+    assert ran.code == 0
+    body = ran.json
+    assert set(body) == {"schema_version", "command", "ok", "warnings", "result"}
+    assert (body["command"], body["ok"]) == ("quantize", True)
+    result = body["result"]
+    assert result["output"] == str(out)
+    assert 4 < result["bits_per_weight"] < 16
+    assert [set(part) for part in result["parts"]] == [TOTAL]
+    assert sum(row["nbytes"] for row in result["tensors"]) == result["nbytes"]
+    for row in result["tensors"]:
+        assert all(isinstance(row[name], str) and row[name] for name in ("key", "stored", "reason"))
+    assert out.exists() == (not dry)
+    assert result["dry_run"] == bool(dry)
+    if not dry:
+        with open_source(out) as source:
+            stored = {key: spec.dtype.lower() for key, spec in source.specs.items()}
+        assert {row["target"]: row["stored"] for row in result["tensors"]} == stored
+
+
+def test_text_names_every_format_and_reason_and_the_verdict(command, flux, tmp_path):
+    out = tmp_path / "flux.gguf"
+    ran = command("quantize", flux, "-o", out, "-t", "Q4_K_S")  # case as in llama-quantize
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith(f"wrote {out}\n")
+    assert "vector: high precision" in ran.out
+    assert "verified (tensors): pass" in ran.out
+    planned = command("quantize", flux, "-o", out, "-t", "q8_0", "--dry-run", "--force", "-v")
+    assert planned.out.startswith(f"would write {out}\n")
+    assert "single_blocks.0.linear1.weight" in planned.out
+
+
+def test_the_default_output_is_named_after_source_and_type(command, flux, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command("quantize", flux, "-t", "q8_0", "-q").code == 0
+    assert (tmp_path / "flux1-shapes-Q8_0.gguf").exists()
+
+
+def test_threads_do_not_change_the_bytes(command, flux, tmp_path):
+    for count in (1, 3):
+        out = tmp_path / f"{count}.safetensors"
+        args = ("-o", out, "-t", "fp8_scaled", "--threads", count)
+        assert command("quantize", flux, *args).code == 0
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "3.safetensors").read_bytes()
+
+
+def test_user_rules_win_and_say_so(command, flux, tmp_path):
+    args = ("-o", tmp_path / "a.gguf", "-t", "q4_k_s", "--json", "--dry-run")
+    rules = ("--tensor-type", r"linear1\.weight=q8_0", "--exclude", "linear2", "--pure")
+    rows = command("quantize", flux, *args, *rules).result["tensors"]
+    found = {row["key"]: row for row in rows}
+    assert found["single_blocks.0.linear1.weight"]["stored"] == "q8_0"
+    assert (
+        r"--tensor-type linear1\.weight=q8_0" in found["single_blocks.0.linear1.weight"]["reason"]
+    )
+    assert found["single_blocks.0.linear2.weight"]["stored"] == "bf16"
+    assert found["single_blocks.0.linear2.weight"]["reason"].startswith("--exclude linear2")
+
+
+REFUSED = {
+    "unknown type": (["-t", "q4_k_x"], "a.gguf", 4, "did you mean 'q4_k_s'? (known: f32, bf16"),
+    "unknown format": (["-t", "q8_0", "--tensor-type", "x=q9"], "a.gguf", 4, "unknown format 'q9'"),
+    "no type given": (["-t", ""], "a.gguf", 4, "unknown type ''"),
+    "type in a wrong container": (["-t", "nf4"], "a.gguf", 2, "nf4 cannot go into a .gguf file"),
+    "scaled fp8 in a folder": (["-t", "fp8_scaled"], "a", 2, "write it to a .safetensors file"),
+    "extension nobody writes": (["-t", "q8_0"], "a.ckpt", 2, "cannot write .ckpt"),
+    "bad regex": (["-t", "q8_0", "--exclude", "("], "a.gguf", 2, "(: not a regular expression"),
+    "bad rule": (["-t", "q8_0", "--tensor-type", "x"], "a.gguf", 2, "expected REGEX=FORMAT"),
+    "bad regex in rule": (
+        ["-t", "q8_0", "--tensor-type", "[=q8_0"],
+        "a.gguf",
+        2,
+        "[: not a regular expression",
+    ),
+    "missing part": (["-t", "q8_0", "--part", "clip"], "a.gguf", 2, "no part clip"),
+    "part gguf cannot hold": (["-t", "q8_0", "--part", "vae"], "a.gguf", 2, "denoiser only"),
+    "no folder to write to": (["-t", "q8_0"], "no/where/a.gguf", 2, "create it first"),
+    "a file for a parent": (["-t", "q8_0"], "file/a.gguf", 2, "create it first"),
+    "existing output": (["-t", "q8_0"], "file.gguf", 2, "--force"),
+    "directory that is no model": (["-t", "nf4", "--force"], "home", 2, "is no Diffusers folder"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_requests_that_fail_are_one_line_and_leave_nothing(command, flux, tmp_path, name):
+    args, target, code, message = REFUSED[name]
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "file.gguf").write_text("precious")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("precious")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    ran = command("quantize", flux, "-o", tmp_path / target, *args)
+    assert (ran.code, ran.out) == (code, "")
+    assert ran.err.startswith("diffquant quantize: ")
+    assert ran.err.count("\n") == 1
+    assert message in ran.err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["quantize", "convert"])
+def test_unknown_architectures_are_four(command, tmp_path, name):
+    path = tmp_path / "odd.safetensors"
+    with open_sink(path, [TensorSpec("odd.weight", "F32", (2, 2))], {}) as sink:
+        sink.write("odd.weight", 0, np.zeros(16, np.uint8))
+        sink.commit()
+    kind = ["-t", "q8_0"] if name == "quantize" else []
+    ran = command(name, path, "-o", tmp_path / "a.gguf", *kind, "--json")
+    assert ran.code == 4
+    assert "no known architecture has these 1 tensors" in ran.json["error"]["message"]
+    assert ran.json["error"]["message"] in ran.err
+
+
+@pytest.mark.parametrize("name", ["quantize", "convert"])
+def test_a_missing_source_is_one(command, tmp_path, name):
+    kind = ["-t", "q8_0"] if name == "quantize" else []
+    ran = command(name, tmp_path / "gone", "-o", tmp_path / "a.gguf", *kind)
+    assert (ran.code, ran.out) == (1, "")
+    assert "no such file" in ran.err
+
+
+def test_a_missing_base_is_one(command, unet, tmp_path):
+    ran = command("convert", unet, "-o", tmp_path / "out", "--base", tmp_path / "gone")
+    assert ran.code == 1
+    assert str(tmp_path / "gone") in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["a.gguf", "a.safetensors", "a"])
+def test_an_unwritable_folder_is_one(command, flux, tmp_path, monkeypatch, target):
+    """By a refusing system call, since the super-user may write anywhere."""
+    plain, mkdir = os.open, os.mkdir
+
+    def refuse(path, *args, **kwargs):
+        if ".partial-" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return (plain if args and args[0] & os.O_CREAT else mkdir)(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", lambda p, f, *a, **k: refuse(p, f, *a, **k)
+                        if f & os.O_CREAT else plain(p, f, *a, **k))  # fmt: skip
+    monkeypatch.setattr(os, "mkdir", refuse)
+    ran = command("convert", flux, "-o", tmp_path / target)
+    assert (ran.code, ran.out) == (1, "")
+    assert str(tmp_path / target) in ran.err
+    assert "Permission denied" in ran.err
+    assert ran.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+def test_a_full_disk_is_six(command, flux, tmp_path, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    ran = command("quantize", flux, "-o", tmp_path / "a.gguf", "-t", "q8_0")
+    assert ran.code == 6
+    assert "disk full" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_disk_is_six_before_the_work(command, flux, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    ran = command("quantize", flux, "-o", tmp_path / "a.gguf", "-t", "q8_0")
+    assert ran.code == 6
+    assert "10 bytes are free" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupts_are_130(command, flux, tmp_path, monkeypatch):
+    from diffquant.io.atomic import FlatSink
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FlatSink, "write", interrupted)
+    ran = command("quantize", flux, "-o", tmp_path / "a.gguf", "-t", "q8_0")
+    assert ran.code == 130
+    assert ran.err == "diffquant quantize: interrupted; nothing was left behind\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_already_quantized_sources_need_the_flag(command, gguf_file, tmp_path):
+    args = ("quantize", gguf_file, "-o", tmp_path / "a.gguf", "-t", "q8_0")
+    ran = command(*args)
+    assert ran.code == 1
+    assert "--allow-requantize" in ran.err
+    assert not (tmp_path / "a.gguf").exists()
+    again = command(*args, "--allow-requantize", "--json")
+    assert again.code == 0
+    assert "requantized from q4_k" in json.dumps(again.result["tensors"])
+
+
+def test_a_weight_with_nan_is_named_and_nothing_written(command, examples, unet, tmp_path):
+    path = tmp_path / "nan.safetensors"
+    with open_source(unet) as source, open_sink(path, source.specs.values(), {}) as sink:
+        for key in source.specs:
+            data = source.read(key).copy()
+            if key.endswith("attn1.to_q.weight"):
+                data[10:12] = (0x00, 0x7E)  # NaN in float16
+            sink.write(key, 0, data)
+        sink.commit()
+    ran = command("quantize", path, "-o", tmp_path / "a.gguf", "-t", "q8_0")
+    assert (ran.code, ran.out) == (1, "")
+    assert "attn1.to_q.weight: 1 values are NaN or infinite" in ran.err
+    assert [one.name for one in tmp_path.iterdir()] == ["nan.safetensors"]
+
+
+def test_mixed_outputs_warn_on_stderr_unless_quiet(command, examples, tmp_path):
+    args = ("quantize", examples / "sd15-shapes", "-o", tmp_path / "a.gguf", "-t", "q6_k")
+    ran = command(*args, "--dry-run")
+    assert "warning: MIXED: only 23% of the denoiser's weights" in ran.err
+    assert "warning" not in ran.out
+    quiet = command(*args, "--dry-run", "-q")
+    assert (quiet.err, quiet.out) == ("", ran.out)
+    assert any("MIXED" in text for text in command(*args, "--dry-run", "--json").json["warnings"])
+
+
+def test_convert_casts_and_says_what_is_missing(command, unet, tmp_path):
+    out = tmp_path / "out"
+    ran = command("convert", unet, "-o", out, "--dtype", "bf16")
+    assert ran.code == 0
+    assert "warning: missing from the folder: model_index.json" in ran.err
+    with open_source(out) as source:
+        assert {spec.dtype for spec in source.specs.values()} == {"BF16"}
+
+
+@pytest.mark.parametrize("args", [("--dtype", "f8"), ("--threads", "0"), ("--frob",)])
+def test_wrong_option_values_are_two(command, unet, tmp_path, args):
+    ran = command("convert", unet, "-o", tmp_path / "a.gguf", *args)
+    assert ran.code == 2
+    assert ran.err.startswith("Usage: ")
