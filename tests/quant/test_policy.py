@@ -142,7 +142,7 @@ def test_a_format_without_a_fallback_keeps_the_source_and_says_so():
     given = Policy(base="int8_rowwise", mix={}, user=(Rule("", "nf4", "asked"),))
     found = one(given, "a.weight", (512,))
     assert (found.format, found.wanted) == ("", "nf4")
-    assert found.reason == "asked; nf4 needs at least 2 dimensions: kept"
+    assert found.reason == "asked; a vector is not packed"
 
 
 def test_every_fallback_ends_where_any_shape_fits():
@@ -224,3 +224,10 @@ def test_unknown_formats_name_the_known_and_the_closest():
         one(policy(user=(Rule("", "q4k", "typo"),)))
     assert set(error.value.known) == set(FORMATS)
     assert all(name in str(error.value) for name in FORMATS)
+
+
+def test_a_user_rule_that_hits_a_vector_keeps_it_in_high_precision():
+    policy = Policy(base="q8_0", mix={}, user=(Rule("linear1", "q8_0", "asked"),), vector="f32")
+    (decision,) = resolve(policy, [Candidate("linear1.bias", (64,), "bf16")])
+    assert decision.format == "f32"
+    assert "a vector is not packed" in decision.reason

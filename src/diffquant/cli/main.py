@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import click
 
@@ -49,5 +50,13 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    cli(prog_name="diffquant")
+    """Entry point of the console script; Ctrl-C is 130 wherever it strikes."""
+    try:
+        code = cli.main(prog_name="diffquant", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("diffquant: interrupted; nothing was left behind", err=True)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

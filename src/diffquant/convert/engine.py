@@ -350,8 +350,7 @@ def _spans(step: Step, rows: tuple[int, int]) -> Iterator[tuple[str, tuple[int, 
 
 
 def _refuse_non_finite(weight: NDArray[np.float32], step: Step, fmt: QuantFormat) -> None:
-    # The sum of |w| is finite exactly when every element is, short of overflow at 1e38 weights.
-    if not math.isfinite(float(np.abs(weight).max(initial=0.0))):
+    if not _is_finite(weight):
         bad = int((~np.isfinite(weight)).sum())
         raise QuantError(
             f"{step.key}: {bad} values are NaN or infinite, which {fmt.name} cannot hold; keep the "
@@ -359,11 +358,18 @@ def _refuse_non_finite(weight: NDArray[np.float32], step: Step, fmt: QuantFormat
         )
 
 
+def _is_finite(values: NDArray[np.float32]) -> bool:
+    """Whether every element is finite: extremes carry NaN along, and need no temporary array."""
+    if not values.size:
+        return True
+    return math.isfinite(float(values.max())) and math.isfinite(float(values.min()))
+
+
 def _refuse_overflow(
     weight: NDArray[np.float32], decoded: NDArray[np.float32], step: Step, fmt: QuantFormat
 ) -> None:
     """A value or a scale beyond the format's range turned into infinity or NaN."""
-    if math.isfinite(float(np.abs(decoded).max(initial=0.0))):
+    if _is_finite(decoded):
         return
     if np.isfinite(weight).all():
         largest = float(np.abs(weight).max())

@@ -193,9 +193,10 @@ class VerificationError(DiffquantError):
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name most like `name`, or None."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
+    """Return the known name most like `name`, whatever its case, or None."""
+    folded = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
+    return folded[found[0]] if found else None
 
 
 def shorten(items: Iterable[str], limit: int = 5) -> str:

@@ -108,6 +108,8 @@ def open_source(path: str | Path) -> TensorSource:
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
+    if path.exists() and not path.is_file():
+        raise CheckpointError("not a regular file: a pipe or device cannot be read", path=path)
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_NBYTES)

@@ -124,6 +124,9 @@ def _decide(policy: Policy, one: Candidate, counts: dict[str, int]) -> Decision:
         if re.search(rule.pattern, one.key):
             if rule.format is None:
                 return _keep(policy, one, rule.reason)
+            if len(one.shape) < 2 and format_named(rule.format).check(one.shape):
+                kept = _vector(policy, one, f"{rule.reason}; a vector is not packed")
+                return Decision(kept.format, kept.reason, rule.format)
             return _fit(rule.format, one, rule.reason)
     if not one.dtype:
         return Decision("", "not floating point: copied")

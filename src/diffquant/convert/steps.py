@@ -1,0 +1,373 @@
+"""Steps of a plan: for each output weight its source rows, its format and reason, what is written.
+
+Decisions are made on canonical names, which policies speak; targets are named as the output's
+layout has them; a copy that the output cannot hold becomes a cast that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from diffquant.convert.adapters import Adapter
+from diffquant.convert.architectures.base import Architecture
+from diffquant.convert.detect import PartMatch, to_canonical, to_diffusers
+from diffquant.convert.dialects import Packed, pack, skip_conflicts
+from diffquant.convert.logical import LogicalSource, LogicalTensor
+from diffquant.convert.rules import Assignment, Piece
+from diffquant.core.dtypes import STORAGE
+from diffquant.core.errors import PolicyError, UnsupportedDtype
+from diffquant.core.tensors import TensorSpec
+from diffquant.quant.formats import FORMATS, format_named
+from diffquant.quant.policy import Candidate, Decision, Policy, Rule, resolve
+from diffquant.quant.types import QuantType, dialect_for
+
+__all__ = ["Request", "Step", "copy_step", "dialect_of", "is_plain", "part_steps"]
+
+# What GGUF loaders take outside packed linear layers: ComfyUI-GGUF and diffusers count BF16 as
+# quantized, so norms and raw parameters go to F32 and convolutions to F16 (facts/gguf-files, 10).
+_GGUF_HIGH = {"conv": "f16", "bf16": "bf16", "*": "f16"}
+_COMFY_ONLY = ("fp8_e4m3_scaled", "int8_rowwise")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        container: "gguf", "safetensors" or "folder".
+        type: the quantized type, or None to convert only.
+        dtype: cast format for `convert`, None keeps what the source has.
+        parts: write only these parts; empty means the container's default.
+        all_parts: quantize every part, not the denoiser alone.
+        rules: user rules, in order.
+        pure: ignore the type's mix.
+        allow_requantize: whether already quantized weights may be rounded again.
+    """
+
+    container: str
+    type: QuantType | None = None
+    dtype: str | None = None
+    parts: tuple[str, ...] = ()
+    all_parts: bool = False
+    rules: tuple[Rule, ...] = ()
+    pure: bool = False
+    allow_requantize: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One output weight: where its rows come from, how they are encoded, what is written.
+
+    Attributes:
+        part: denoiser, vae, text_encoder ... or "" for leftovers.
+        key: canonical part-local key; what policies match and reports name.
+        target: full key in the output.
+        assignment: source rows; its `shape` is the output's logical shape.
+        decision: format and reason; format "" copies the source's bytes.
+        stored: what the output calls it: a format, or the source's dtype when copied.
+        packed: the tensors written.
+        source_nbytes: bytes read per pass.
+        adapters: LoRA and kin, applied to float32 rows before the codec.
+    """
+
+    part: str
+    key: str
+    target: str
+    assignment: Assignment
+    decision: Decision
+    stored: str
+    packed: tuple[Packed, ...]
+    source_nbytes: int
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def copies_packed(self) -> bool:
+        """Whether an already quantized weight is copied with its companions."""
+        if self.decision.format or self.stored not in FORMATS:
+            return False
+        return not FORMATS[self.stored].is_cast and self.stored != "fp8_e4m3"
+
+    @property
+    def passes(self) -> int:
+        """How often the source rows are read."""
+        return format_named(self.decision.format).passes if self.decision.format else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return sum(one.spec.nbytes for one in self.packed)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        size = 1
+        for length in self.assignment.shape:
+            size *= length
+        return size
+
+
+def dialect_of(request: Request) -> str:
+    """The dialect that writes the request's type into its container."""
+    if request.type is not None:
+        return dialect_for(request.type, request.container)
+    return "gguf" if request.container == "gguf" else "plain"
+
+
+def part_steps(
+    logical: LogicalSource,
+    architecture: Architecture,
+    part: PartMatch,
+    request: Request,
+    dialect: str,
+    parts: int,
+) -> list[Step]:
+    """Steps of one part: rules, then decisions on canonical names, then the dialect."""
+    canonical = to_canonical(part)
+    names = _canonical_names(canonical)
+    folder = request.container == "folder"
+    assignments = to_diffusers(part) if folder else canonical
+    prefix = _prefix(architecture, part, request, parts)
+    keys = [names.get(a.pieces[0].key, a.target) if folder else a.target for a in assignments]
+    inputs = [_inputs(logical, a) for a in assignments]
+    specs = logical.source.specs
+    candidates = [
+        Candidate(key, a.shape, _source_format(tensors))
+        for key, a, tensors in zip(keys, assignments, inputs, strict=True)
+    ]
+    quantize = request.type is not None and (
+        part.name == "denoiser" or request.all_parts or part.name in request.parts
+    )
+    if quantize:
+        policy = _policy(architecture, request, denoiser=part.name == "denoiser")
+        decisions = resolve(policy, candidates)
+    else:
+        decisions = tuple(_cast(one, request) for one in candidates)
+    rows = [
+        (part.name, key, prefix + a.target, a, decision, tensors, dialect, request, specs)
+        for key, a, decision, tensors in zip(keys, assignments, decisions, inputs, strict=True)
+    ]
+    steps = [_step(*row) for row in rows]
+    if not folder:
+        return steps
+    forced = _bnb_forced(steps)
+    return [
+        _step(*row[:4], forced[step.target], row[5], "bnb", request, specs)
+        if step.target in forced
+        else step
+        for row, step in zip(rows, steps, strict=True)
+    ]
+
+
+def _bnb_forced(steps: Sequence[Step]) -> dict[str, Decision]:
+    """Kept layers that a folder has to pack: diffusers cannot skip them without skipping others."""
+
+    def module(step: Step) -> str:
+        return step.target.partition("/")[2].removesuffix(".weight")
+
+    packed = [step for step in steps if step.stored == "nf4"]
+    kept = {
+        module(step): step
+        for step in steps
+        if step.stored != "nf4" and len(step.assignment.shape) == 2
+    }
+    conflicts = skip_conflicts(kept, [module(step) for step in packed])
+    return {
+        kept[name].target: Decision(
+            "nf4",
+            f"{kept[name].decision.reason}; but diffusers cannot load it unpacked beside "
+            f"{other}: nf4",
+        )
+        for name, other in conflicts.items()
+    }
+
+
+def _canonical_names(canonical: Sequence[Assignment]) -> dict[str, str]:
+    return {piece.key: a.target for a in canonical for piece in a.pieces}
+
+
+def _prefix(architecture: Architecture, part: PartMatch, request: Request, parts: int) -> str:
+    component = architecture.component(part.name)
+    if request.container == "folder":
+        return f"{component.folder}/"
+    if request.container == "gguf":
+        return architecture.gguf_prefix
+    if part.layout == "canonical" and "/" not in part.prefix:
+        return part.prefix  # a single file keeps the names it came with
+    return component.prefixes[0] if parts > 1 else architecture.gguf_prefix
+
+
+def _inputs(logical: LogicalSource, assignment: Assignment) -> tuple[LogicalTensor, ...]:
+    found = tuple(logical.tensors[piece.key] for piece in assignment.pieces)
+    for tensor in found:
+        if tensor.why:
+            raise UnsupportedDtype(f"{tensor.key}: {tensor.why}")
+    return found
+
+
+def _source_format(tensors: Sequence[LogicalTensor]) -> str:
+    """FORMATS name of the source; several pieces that differ count as the first."""
+    first = tensors[0]
+    if not first.is_float:
+        return ""
+    return first.format or first.dtype.lower()
+
+
+def _policy(architecture: Architecture, request: Request, *, denoiser: bool) -> Policy:
+    assert request.type is not None
+    gguf = request.container == "gguf"
+    return Policy(
+        base=request.type.base,
+        mix=request.type.mix,
+        families=tuple((row.name, row.pattern) for row in architecture.families),
+        keep=tuple(Rule(row.pattern, None, row.reason) for row in architecture.keep)
+        if denoiser
+        else (Rule("embed", None, "embedding: high precision"),),
+        user=request.rules,
+        convs=request.type.convs,
+        vector="f32" if gguf else "",
+        high=_high(request.type.base) if gguf else {},
+        pure=request.pure,
+    )
+
+
+def _high(base: str) -> Mapping[str, str]:
+    """F32 asked for is F32 throughout: the F16 of kept layers would be a loss nobody wanted."""
+    return {"*": "f32"} if base == "f32" else _GGUF_HIGH
+
+
+def _cast(one: Candidate, request: Request) -> Decision:
+    if request.type is not None:
+        return Decision("", "part kept as it is: only the denoiser is quantized")
+    if request.dtype is None or not one.dtype:
+        return Decision("", "copied")
+    return Decision(request.dtype, f"cast to {request.dtype}")
+
+
+def _step(
+    part: str,
+    key: str,
+    target: str,
+    assignment: Assignment,
+    decision: Decision,
+    tensors: tuple[LogicalTensor, ...],
+    dialect: str,
+    request: Request,
+    source_specs: Mapping[str, TensorSpec],
+) -> Step:
+    """Turn a decision into what is written; a copy that cannot be one becomes a stated cast."""
+    source = _source_format(tensors)
+    quantized = any(tensor.is_quantized for tensor in tensors)
+    wanted = decision.format
+    if wanted and quantized and not FORMATS[wanted].is_cast and wanted != source:
+        if not request.allow_requantize:
+            raise PolicyError(
+                f"{tensors[0].key} is already {source}: rounding it again to {wanted} adds to the "
+                "error of the first rounding; use an unquantized source or --allow-requantize"
+            )
+        decision = Decision(wanted, f"{decision.reason}; requantized from {source}")
+    if wanted and wanted == source and _is_whole(assignment, tensors):
+        decision = Decision("", f"{decision.reason}; already {source}", decision.wanted)
+    if not decision.format and quantized:
+        decision = _keep_packed(decision, assignment, tensors, dialect, request)
+    if not decision.format:
+        packed = _copy_packed(target, assignment, tensors, request, source_specs)
+        stored = source or tensors[0].dtype.lower()
+    else:
+        packed = pack(dialect, target, decision.format, assignment.shape, source)
+        stored = decision.format
+    nbytes = sum(_read_nbytes(assignment, tensors))
+    return Step(part, key, target, assignment, decision, stored, packed, nbytes)
+
+
+def _is_whole(assignment: Assignment, tensors: Sequence[LogicalTensor]) -> bool:
+    return (
+        len(tensors) == 1
+        and not assignment.transpose
+        and assignment.shape == tensors[0].shape
+        and (assignment.pieces[0].start, assignment.pieces[0].stop)
+        == (0, tensors[0].shape[0] if tensors[0].shape else 1)
+    )
+
+
+def _keep_packed(
+    decision: Decision,
+    assignment: Assignment,
+    tensors: tuple[LogicalTensor, ...],
+    dialect: str,
+    request: Request,
+) -> Decision:
+    """An already quantized weight can be copied only whole, into a container that holds it."""
+    source = tensors[0].format
+    gguf = request.container == "gguf"
+    block = bool(source) and FORMATS[source].strategy == "block" and source != "nf4"
+    fits = bool(source) and block == gguf and not (gguf and source.startswith("fp8"))
+    if request.container == "folder" and source in _COMFY_ONLY:
+        fits = False  # diffusers ignores scales it does not know: the weights would be wrong
+    if fits and _is_whole(assignment, tensors):
+        return decision
+    why = "split or fused" if fits else f"not storable in {request.container}"
+    return Decision("bf16", f"{decision.reason}; {source or tensors[0].dtype} {why}: bf16")
+
+
+def _copy_packed(
+    target: str,
+    assignment: Assignment,
+    tensors: tuple[LogicalTensor, ...],
+    request: Request,
+    source_specs: Mapping[str, TensorSpec],
+) -> tuple[Packed, ...]:
+    first = tensors[0]
+    if first.is_quantized:  # companions change names with the container's dialect, not their bytes
+        dialect = {"nf4": "bnb", "fp8_e4m3_scaled": "comfy", "int8_rowwise": "comfy"}
+        name = dialect.get(first.format, "plain")
+        packed = pack(name, target, first.format, first.shape, first.decodes_to or "bf16")
+        return tuple(_as_stored(one, first, source_specs) for one in packed)
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        raise PolicyError(
+            f"{target}: its pieces are stored as {', '.join(sorted(dtypes))}; give --dtype"
+        )
+    if request.container == "gguf" and first.dtype == "F64":
+        raise PolicyError(f"{target}: F64 in GGUF; give --tensor-type")
+    return (Packed(TensorSpec(target, first.dtype, assignment.shape), "weight"),)
+
+
+def _as_stored(
+    one: Packed, tensor: LogicalTensor, source_specs: Mapping[str, TensorSpec]
+) -> Packed:
+    """Give a scale the shape it has in the source: some files keep one per row, some one in all."""
+    if one.part != "scale":
+        return one
+    shape = source_specs[tensor.parts["scale"]].shape
+    return Packed(TensorSpec(one.spec.key, one.spec.dtype, shape), one.part)
+
+
+def _read_nbytes(assignment: Assignment, tensors: Sequence[LogicalTensor]) -> list[int]:
+    sizes = []
+    for piece, tensor in zip(assignment.pieces, tensors, strict=True):
+        rows = tensor.shape[0] if tensor.shape else 1
+        size = 1
+        for length in tensor.shape:
+            size *= length
+        per = FORMATS[tensor.format].nbytes(tensor.shape) if tensor.format else size * 2
+        sizes.append(per * (piece.stop - piece.start) // max(rows, 1))
+    return sizes
+
+
+def is_plain(logical: LogicalSource, key: str) -> bool:
+    """Whether one tensor is all there is to a weight, in a dtype that safetensors has."""
+    tensor = logical.tensors[key]
+    alone = len(tensor.parts) == 1 and not tensor.why
+    return alone and STORAGE[tensor.dtype].safetensors
+
+
+def copy_step(logical: LogicalSource, key: str, reason: str) -> Step:
+    """A step that copies a tensor of no part, under its own name."""
+    tensor = logical.tensors[key]
+    rows = tensor.shape[0] if tensor.shape else 1
+    assignment = Assignment(key, tensor.shape, (Piece(key, 0, rows),))
+    packed = (Packed(TensorSpec(key, tensor.dtype, tensor.shape), "weight"),)
+    decision = Decision("", f"{reason}: copied")
+    nbytes = packed[0].spec.nbytes
+    return Step("", key, key, assignment, decision, tensor.dtype.lower(), packed, nbytes)
