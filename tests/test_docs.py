@@ -1,0 +1,160 @@
+"""What the documents show parses, and what the tables hold is documented."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from diffquant.cli.main import cli
+from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.io import CONTAINERS
+from diffquant.quant.formats import FORMATS
+from diffquant.quant.types import TYPES, type_named
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")) if path.is_file()
+)
+_FENCE = re.compile(r"^( *)```\w*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"^(?:    .*\n)+", re.MULTILINE)
+_SPAN = re.compile(r"`(diffquant [^`]+)`")
+_ANCHOR = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)")
+
+
+def _blocks(text: str) -> list[str]:
+    fenced = [found.group(2) for found in _FENCE.finditer(text)]
+    return fenced + [found.group(0) for found in _INDENTED.finditer(_FENCE.sub("", text))]
+
+
+def _lines(path: Path) -> list[str]:
+    """Command lines of a document: in blocks, and whole ones between backticks."""
+    text = path.read_text(encoding="utf-8")
+    joined = "\n".join(_blocks(text)).replace("\\\n", " ")
+    lines = [line.strip().removeprefix("$ ") for line in joined.splitlines()]
+    return [line for line in lines if line.startswith("diffquant ")]
+
+
+COMMANDS = [(path.name, line) for path in DOCUMENTS for line in _lines(path)]
+SPANS = [
+    (path.name, span)
+    for path in DOCUMENTS
+    for span in _SPAN.findall(_FENCE.sub("", path.read_text(encoding="utf-8")))
+    if "..." not in span and "," not in span
+]
+
+
+def command_named(name: str) -> click.Command:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None, name
+    return command
+
+
+def parse(line: str) -> tuple[click.Command, dict[str, object]]:
+    """Parse a line with click, without running it."""
+    words = shlex.split(line, comments=True)[1:]
+    command = command_named(words[0])
+    with command.make_context(words[0], words[1:]) as context:
+        return command, dict(context.params)
+
+
+def test_documents_have_commands() -> None:
+    assert {name for name, _ in COMMANDS} >= {"README.md", "formats.md", "architectures.md"}
+
+
+@pytest.mark.parametrize(("name", "line"), COMMANDS)
+def test_command_lines_parse(name: str, line: str) -> None:
+    _, options = parse(line)
+    if options.get("type_name"):
+        type_named(str(options["type_name"]))
+    for value in (options.get("source"), *_sequence(options.get("files"))):
+        if value and str(value).startswith("examples/"):
+            assert (ROOT / str(value)).exists(), value
+
+
+def _sequence(value: object) -> tuple[object, ...]:
+    return tuple(value) if isinstance(value, tuple) else ()
+
+
+@pytest.mark.parametrize(("name", "span"), SPANS)
+def test_commands_between_backticks_exist(name: str, span: str) -> None:
+    words = shlex.split(span)
+    if words[1].startswith("-"):
+        return
+    command = command_named(words[1])
+    known = {text for one in command.params for text in (*one.opts, *one.secondary_opts)}
+    assert {word for word in words[2:] if word.startswith("-")} <= known | {"--help", "-h"}
+
+
+@pytest.mark.parametrize(
+    "line", [line for _, line in COMMANDS if shlex.split(line)[1] in ("quantize", "convert")]
+)
+def test_jobs_on_the_examples_plan(line: str, tmp_path: Path) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    if not any(word.startswith("examples/") for word in words):
+        pytest.skip("not on an example")
+    words = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
+    for flag in ("-o", "--output"):
+        if flag in words:
+            at = words.index(flag) + 1
+            words[at] = str(tmp_path / Path(words[at]).name)
+    result = CliRunner().invoke(cli, [*words, "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *TYPES, *CONTAINERS])
+def test_every_format_type_and_container_is_documented(name: str) -> None:
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| `{re.escape(name)}` \|", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("row", FORMATS.values(), ids=lambda row: row.name)
+def test_documented_bits_and_errors_are_the_rows(row) -> None:
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    section = text.split("## Number formats")[1].split("## ")[0]
+    cells = next(line for line in section.splitlines() if line.startswith(f"| `{row.name}` |"))
+    _, _, bits, _, error, _, _ = (cell.strip() for cell in cells.split("|"))
+    assert float(bits) == row.bits
+    assert float(error) == pytest.approx(row.gaussian_error, rel=0.03)  # two digits are shown
+
+
+@pytest.mark.parametrize("slug", ARCHITECTURES)
+def test_every_architecture_is_documented(slug: str) -> None:
+    text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{slug}` |"))
+    architecture = ARCHITECTURES[slug]
+    variants = {one.name for one in architecture.variants} - {""}
+    variants |= {name for _, name in architecture.pipelines.values()}
+    assert variants <= set(re.findall(r"[\w.]+", row))
+    assert f"`{architecture.gguf_architecture}`" in row
+    for one in architecture.keep:
+        assert f"`{one.pattern}`" in text
+    for family in architecture.families:
+        assert f"`{family.pattern}`" in text.replace("\\|", "|")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target, anchor in _ANCHOR.findall(path.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert anchor in slugs, f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_named_in_documents_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for named in re.findall(r"`((?:src|tests|benchmarks|scripts|docs)/[\w./]+\w)`", text):
+        assert (ROOT / named).exists(), named
+    for named in re.findall(r"`((?:quant|convert|runtime|io|core|cli)/[\w./]+\.py)`", text):
+        assert (ROOT / "src" / "diffquant" / named).exists(), named
