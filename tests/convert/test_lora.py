@@ -17,7 +17,7 @@ from diffquant.convert.lora.parse import factors, parse_lora
 from diffquant.core.errors import ArchitectureError, MalformedFile
 from diffquant.core.tensors import TensorSpec
 
-MANIFESTS = Path("/work/shared/data/manifests")
+MANIFESTS = Path(__file__).parents[3] / "shared" / "data" / "manifests"
 
 UNET = {  # LDM names: one level with attention, its downsampler, the middle, the way up
     "time_embed.0.weight": (32, 8),

@@ -21,7 +21,7 @@ from diffquant.core.errors import (
 )
 from diffquant.io import open_source, pickle_scan, torch_unpickle
 
-REAL = Path("/work/shared/data/real")
+REAL = Path(__file__).parents[3] / "shared" / "data" / "real"
 torch = pytest.importorskip("torch")
 
 DTYPES = {

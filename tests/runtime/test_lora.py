@@ -19,7 +19,7 @@ from diffquant.runtime.models import flux
 from diffquant.runtime.opening import Opened, open_pipeline
 
 TOLERANCE = 1e-4
-SHARED = Path("/work/shared")
+SHARED = Path(__file__).parents[3] / "shared"
 UNET = {
     "in_channels": 4,
     "out_channels": 4,

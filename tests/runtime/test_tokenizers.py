@@ -11,7 +11,7 @@ import torch
 from diffquant.core.errors import MalformedFile
 from diffquant.runtime.tokenizers import load_tokenizer
 
-REAL = Path("/work/shared/data/tokenizers")
+REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 PROMPTS = [
     "",
     "a photo of a red fox in the snow, 35mm",
