@@ -244,3 +244,16 @@ def test_containers_follow_the_extension(tmp_path, name, container):
 def test_unwritable_extensions_are_usage_errors(tmp_path):
     with pytest.raises(UsageError, match=r"cannot write \.ckpt"):
         container_for(tmp_path / "a.ckpt")
+
+
+def test_keys_that_a_layout_has_no_name_for_are_listed(examples):
+    from diffquant.convert.jobs import opened
+    from diffquant.convert.plan import _without_target
+
+    with opened(examples / "flux1-shapes") as (_, logical, match):
+        plan = make_plan(logical, match, Request(container="safetensors"))
+        assert _without_target(match.parts, plan.steps) == []
+        shorter = [step for step in plan.steps if not step.target.endswith("img_in.weight")]
+        assert _without_target(match.parts, shorter) == [
+            ("transformer/x_embedder.weight", "no counterpart in the output's layout")
+        ]

@@ -84,6 +84,7 @@ def make_plan(logical: LogicalSource, match: Match, request: Request) -> Plan:
     for part in wanted:
         steps.extend(part_steps(logical, architecture, part, request, dialect, len(wanted)))
     dropped = [(key, "another part; not asked for") for key in _unwanted(match, wanted)]
+    dropped += _without_target(wanted, steps)
     for key, reason in match.leftovers:
         if request.container != "safetensors" or request.parts or _is_ema(key):
             dropped.append((key, reason))
@@ -139,6 +140,13 @@ def _unwanted(match: Match, wanted: Sequence[PartMatch]) -> list[str]:
     return [
         part.prefix + key for part in match.parts if part.name not in names for key in part.shapes
     ]
+
+
+def _without_target(parts: Sequence[PartMatch], steps: Sequence[Step]) -> list[tuple[str, str]]:
+    """Keys of written parts that the output's layout has no name for (rules.Drop)."""
+    used = {piece.key for step in steps for piece in step.assignment.pieces}
+    keys = [part.prefix + key for part in parts for key in part.shapes]
+    return [(key, "no counterpart in the output's layout") for key in keys if key not in used]
 
 
 def _check_unique(steps: Sequence[Step]) -> None:
