@@ -231,3 +231,12 @@ def test_a_user_rule_that_hits_a_vector_keeps_it_in_high_precision():
     (decision,) = resolve(policy, [Candidate("linear1.bias", (64,), "bf16")])
     assert decision.format == "f32"
     assert "a vector is not packed" in decision.reason
+
+
+def test_an_excluded_vector_still_follows_the_vector_rule():
+    policy = Policy(base="q8_0", mix={}, user=(Rule("linear1", None, "--exclude"),), vector="f32")
+    bias, weight = resolve(
+        policy,
+        [Candidate("linear1.bias", (64,), "bf16"), Candidate("linear1.weight", (64, 64), "bf16")],
+    )
+    assert (bias.format, weight.format) == ("f32", "")

@@ -82,3 +82,10 @@ def test_plain_formats_are_not_copied(dtype):
 
 def test_only_nf4_cannot_be_cut_by_rows():
     assert frozenset(KERNELS) - ROWWISE == {"nf4"}
+
+
+def test_every_number_format_has_a_kernel():
+    from diffquant.quant.formats import FORMATS
+    from diffquant.runtime.kernels import KERNELS
+
+    assert FORMATS.keys() <= KERNELS.keys()

@@ -25,7 +25,7 @@ from diffquant.quant.types import QuantType, dialect_for
 __all__ = ["Request", "Step", "copy_step", "dialect_of", "is_plain", "part_steps"]
 
 # What GGUF loaders take outside packed linear layers: ComfyUI-GGUF and diffusers count BF16 as
-# quantized, so norms and raw parameters go to F32 and convolutions to F16 (facts/gguf-files, 10).
+# quantized, so norms and raw parameters go to F32 and convolutions to F16 (docs/formats.md).
 _GGUF_HIGH = {"conv": "f16", "bf16": "bf16", "*": "f16"}
 _COMFY_ONLY = ("fp8_e4m3_scaled", "int8_rowwise")
 

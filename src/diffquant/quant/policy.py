@@ -123,7 +123,8 @@ def _decide(policy: Policy, one: Candidate, counts: dict[str, int]) -> Decision:
     for rule in policy.user:
         if re.search(rule.pattern, one.key):
             if rule.format is None:
-                return _keep(policy, one, rule.reason)
+                vector = len(one.shape) < 2 and bool(one.dtype)
+                return (_vector if vector else _keep)(policy, one, rule.reason)
             if len(one.shape) < 2 and format_named(rule.format).check(one.shape):
                 kept = _vector(policy, one, f"{rule.reason}; a vector is not packed")
                 return Decision(kept.format, kept.reason, rule.format)

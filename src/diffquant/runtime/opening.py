@@ -43,7 +43,6 @@ __all__ = ["Opened", "PartOrigin", "open_pipeline", "packed_weights"]
 # What a picture needs, in the order PipelineParts wants text encoders.
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "sd15": ("denoiser", "vae", "text_encoder"),
-    "sd2": ("denoiser", "vae", "text_encoder"),
     "flux1": ("denoiser", "vae", "text_encoder", "text_encoder_2"),
 }
 _KINDS = {
