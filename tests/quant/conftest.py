@@ -68,8 +68,21 @@ def awkward() -> Mapping[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def ggml_encode() -> Callable[[str, np.ndarray], np.ndarray]:
-    """ggml_quantize_chunk without importance: (format, weight) -> uint8 (R, bytes per row)."""
+def importances() -> Mapping[str, np.ndarray]:
+    """Importance rows of COLUMNS values: ones as sd.cpp passes, and such as layers really have."""
+    rng = np.random.default_rng(12)
+    squares = rng.standard_normal(COLUMNS, dtype=np.float32) ** 2
+    return {
+        "ones": np.ones(COLUMNS, np.float32),
+        "mean squares": squares,
+        "a few columns": np.where(rng.random(COLUMNS) < 0.1, squares, np.float32(0)),
+        "of all sizes": np.exp(rng.standard_normal(COLUMNS, dtype=np.float32) * np.float32(5)),
+    }
+
+
+@pytest.fixture(scope="session")
+def ggml_encode() -> Callable[..., np.ndarray]:
+    """ggml_quantize_chunk: (format, weight, importance or None) -> uint8 (R, bytes per row)."""
     found = importlib.util.find_spec("pywhispercpp")
     if found is None or found.origin is None:
         pytest.skip("pywhispercpp, which carries ggml's library, is not installed")
@@ -88,13 +101,14 @@ def ggml_encode() -> Callable[[str, np.ndarray], np.ndarray]:
         ctypes.c_void_p,
     ]
 
-    def encode(name: str, weight: np.ndarray) -> np.ndarray:
+    def encode(name: str, weight: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
         storage = STORAGE[name.upper()]
         rows, columns = weight.shape
         packed = np.empty((rows, columns // storage.block_size * storage.block_nbytes), np.uint8)
         library.ggml_quantize_init(storage.ggml_id)
+        columns_at = None if importance is None else importance.ctypes.data
         written = library.ggml_quantize_chunk(
-            storage.ggml_id, weight.ctypes.data, packed.ctypes.data, 0, rows, columns, None
+            storage.ggml_id, weight.ctypes.data, packed.ctypes.data, 0, rows, columns, columns_at
         )
         assert written == packed.nbytes
         return packed

@@ -16,7 +16,7 @@ from diffquant.quant.formats import FORMATS, QuantFormat
 from diffquant.quant.metrics import relative_error
 
 DEVICES = ("reference", "cpu")
-ROWS = tuple(FORMATS.values())
+ROWS = tuple(row for row in FORMATS.values() if row.encodes)
 SCALED = tuple(row for row in ROWS if row.strategy != "none")
 NUMPY_OF = {
     "F32": np.float32,
@@ -51,12 +51,26 @@ def by_name(row: QuantFormat) -> str:
     return row.name
 
 
-def encode(row: QuantFormat, device: str, weight: np.ndarray) -> dict[str, np.ndarray]:
+def encode(
+    row: QuantFormat, device: str, weight: np.ndarray, importance: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     stats = None
     if row.passes == 2:
         stats = backend(row.codec, "reduce", device)(weight, None, fmt=row.name)
-    parts: dict[str, np.ndarray] = backend(row.codec, "encode", device)(weight, stats, fmt=row.name)
+    extra = weigh(row, weight.shape[1], importance)
+    parts: dict[str, np.ndarray] = backend(row.codec, "encode", device)(
+        weight, stats, fmt=row.name, **extra
+    )
     return parts
+
+
+def weigh(
+    row: QuantFormat, width: int, importance: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The `importance` argument of an encoder: ones where a format cannot do without."""
+    if importance is None and row.importance == "required":
+        importance = np.ones(width, np.float32)
+    return {} if importance is None else {"importance": importance}
 
 
 def decode(
@@ -98,8 +112,12 @@ def assert_same_parts(left: Mapping[str, np.ndarray], right: Mapping[str, np.nda
 def test_every_codec_has_both_functions_on_both_devices() -> None:
     needed = {
         (row.codec, operation, device)
-        for row in ROWS
-        for operation in ("encode", "decode", *(("reduce",) if row.passes == 2 else ()))
+        for row in FORMATS.values()
+        for operation in (
+            *(("encode",) if row.encodes else ()),
+            "decode",
+            *(("reduce",) if row.passes == 2 else ()),
+        )
         for device in DEVICES
     }
     assert needed <= BACKENDS.keys()
@@ -222,7 +240,8 @@ def test_chunks_of_rows_give_the_bytes_of_the_whole(row: QuantFormat, device: st
             for chunk in chunks:
                 stats = reduce(chunk, stats, fmt=row.name)
         function = backend(row.codec, "encode", device)
-        pieces = [function(chunk, stats, fmt=row.name) for chunk in chunks]
+        extra = weigh(row, shape[1])
+        pieces = [function(chunk, stats, fmt=row.name, **extra) for chunk in chunks]
         for part in row.parts:
             if part.per_row:
                 joined = b"".join(piece[part.name].tobytes() for piece in pieces)

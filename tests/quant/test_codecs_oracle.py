@@ -17,10 +17,27 @@ pytestmark = pytest.mark.oracle
 
 DEVICES = ("reference", "cpu")
 GGML = tuple(name for name in FORMATS if name.upper() in STORAGE and STORAGE[name.upper()].is_block)
+PLAIN = tuple(n for n in GGML if FORMATS[n].encodes and FORMATS[n].importance != "required")
+WEIGHED = tuple(name for name in GGML if FORMATS[name].importance != "unused")
 
 
 def bits(array: np.ndarray) -> bytes:
     return np.ascontiguousarray(array).tobytes()
+
+
+def packed_by(name: str, weight: np.ndarray) -> np.ndarray:
+    """Bytes to decode: encoded where the format can be, else random."""
+    row = FORMATS[name]
+    if not row.encodes:
+        storage = STORAGE[name.upper()]
+        rows, columns = weight.shape
+        nbytes = columns // storage.block_size * storage.block_nbytes
+        return np.random.default_rng(7).integers(0, 256, (rows, nbytes), dtype=np.uint8)
+    extra = {}
+    if row.importance == "required":
+        extra["importance"] = np.ones(weight.shape[1], np.float32)
+    packed: np.ndarray = backend(row.codec, "encode")(weight, fmt=name, **extra)["weight"]
+    return packed
 
 
 def imported(name: str) -> object:
@@ -30,18 +47,37 @@ def imported(name: str) -> object:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", GGML)
+@pytest.mark.parametrize("name", PLAIN)
 def test_blocks_equal_ggmls(
     name: str,
     device: str,
     awkward: Mapping[str, np.ndarray],
-    ggml_encode: Callable[[str, np.ndarray], np.ndarray],
+    ggml_encode: Callable[..., np.ndarray],
 ) -> None:
     encode = backend(name, "encode", device)
     for what, weight in awkward.items():
         found = encode(weight, fmt=name)["weight"]
         different = int((found != ggml_encode(name, weight)).sum())
         assert not different, f"{what}: {different} bytes differ"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", WEIGHED)
+def test_blocks_with_importance_equal_ggmls(
+    name: str,
+    device: str,
+    awkward: Mapping[str, np.ndarray],
+    importances: Mapping[str, np.ndarray],
+    ggml_encode: Callable[..., np.ndarray],
+) -> None:
+    encode = backend(name, "encode", device)
+    for what, weight in awkward.items():
+        for kind, importance in importances.items():
+            if device == "reference" and kind in ("ones", "of all sizes") and what != "gaussian":
+                continue  # the plain reference is slow
+            found = encode(weight, fmt=name, importance=importance)["weight"]
+            different = int((found != ggml_encode(name, weight, importance)).sum())
+            assert not different, f"{what}, {kind}: {different} bytes differ"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -54,7 +90,7 @@ def test_decoded_blocks_equal_ggufs(
     decode = backend(name, "decode", device)
     for what in ("gaussian", "outlier columns", "blocks of all sizes", "1e-7"):
         weight = awkward[what]
-        packed = backend(name, "encode")(weight, fmt=name)["weight"]
+        packed = packed_by(name, weight)
         with np.errstate(all="ignore"):  # some scales overflow
             expected = gguf.quants.dequantize(packed, kind)
         found = decode({"weight": packed}, weight.shape, fmt=name)

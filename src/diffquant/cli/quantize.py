@@ -150,6 +150,8 @@ def _rules(tensor_types: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[Rul
         if not separator:
             raise UsageError(f"--tensor-type {text}: expected REGEX=FORMAT")
         fmt = format_named(name.lower())
+        if not fmt.encodes:
+            raise UsageError(f"--tensor-type {text}: {fmt.name} is read, not written")
         rules.append(Rule(_pattern(pattern), fmt.name, f"--tensor-type {text}"))
     return tuple(rules)
 

@@ -103,6 +103,7 @@ def run_plan(
     workers: int | None = None,
     progress: Progress = NO_PROGRESS,
     check: bool = True,
+    importance: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> tuple[StepResult, ...]:
     """Run every step and write every byte; the caller commits the sink.
 
@@ -113,6 +114,7 @@ def run_plan(
         workers: threads; None means one per processor.
         progress: told about source bytes.
         check: decode each chunk again and measure the error before it is written.
+        importance: canonical key -> (K,) values per column, for formats that weigh errors.
 
     Raises:
         QuantError: a weight has values its format cannot hold; names the tensor.
@@ -120,7 +122,7 @@ def run_plan(
     progress.start("quantize" if plan.request.type else "convert", plan.read_nbytes)
     try:
         states = [_State(step, _chunks(step)) for step in plan.steps]
-        job = _Job(logical, sink, progress, check)
+        job = _Job(logical, sink, progress, check, importance or {})
         _run_all(job.tasks(states), workers or default_workers())
     finally:
         progress.stop()
@@ -184,9 +186,15 @@ class _Job:
     """The work on chunks; everything it touches is thread-safe or owned by one chunk."""
 
     def __init__(
-        self, logical: LogicalSource, sink: TensorSink, progress: Progress, check: bool
+        self,
+        logical: LogicalSource,
+        sink: TensorSink,
+        progress: Progress,
+        check: bool,
+        importance: Mapping[str, NDArray[np.float32]],
     ) -> None:
         self.logical, self.sink, self.progress, self.check = logical, sink, progress, check
+        self.importance = importance
 
     def tasks(self, states: list[_State]) -> Iterator[_Task]:
         """Every chunk in order; a two-pass step's second pass follows from its last reduction."""
@@ -255,7 +263,10 @@ class _Job:
         weight = self._rows(step, rows)
         if not fmt.is_cast:
             _refuse_non_finite(weight, step, fmt)
-        parts = backend(fmt.codec, "encode")(weight, state.stats, fmt=fmt.name)
+        weigh: dict[str, Any] = {}
+        if fmt.importance != "unused":
+            weigh["importance"] = self.importance.get(step.key)
+        parts = backend(fmt.codec, "encode")(weight, state.stats, fmt=fmt.name, **weigh)
         decoded = None
         if self.check or fmt.limited:
             decoded = backend(fmt.codec, "decode")(parts, weight.shape, fmt=fmt.name)

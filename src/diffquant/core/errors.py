@@ -14,7 +14,7 @@
     ├── MappingError               keys against rules
     │   ├── UnmappedKeys  MissingKeys  DuplicateTarget  NotInvertible
     ├── QuantError                 number formats
-    │   ├── UnsupportedShape  UnsupportedDtype
+    │   ├── UnsupportedShape  UnsupportedDtype  ImportanceRequired
     │   └── UnknownFormat          carries the known names (exit 4)
     ├── PolicyError                rules that contradict each other or the target
     ├── UsageError                 the request itself makes no sense (exit 2)
@@ -36,6 +36,7 @@ __all__ = [
     "CheckpointError",
     "DiffquantError",
     "DuplicateTarget",
+    "ImportanceRequired",
     "MalformedFile",
     "MappingError",
     "MissingKeys",
@@ -151,6 +152,10 @@ class UnsupportedShape(QuantError):
 
 class UnsupportedDtype(QuantError):
     """A dtype the codec does not take."""
+
+
+class ImportanceRequired(QuantError):
+    """A format that can only be encoded with an importance matrix was asked to without one."""
 
 
 class UnknownFormat(QuantError):

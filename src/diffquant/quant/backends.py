@@ -4,7 +4,8 @@ Operations, on numpy arrays; `weight` is float32 (R, K), a chunk of whole rows o
 matrix; parts are keyed as the FORMATS row names them:
 
 - `encode(weight, stats=None, *, fmt) -> dict[str, ndarray]`: parts of these rows. Block types
-  return uint8 (R, bytes), fp8 its bit patterns as uint8 (R, K), bf16 its bits as uint16.
+  return uint8 (R, bytes), fp8 its bit patterns as uint8 (R, K), bf16 its bits as uint16. Where the
+  FORMATS row's `importance` is not "unused", also `importance`, (K,) float32 or None.
 - `decode(parts, shape, *, fmt) -> float32 (R, K)`, the inverse, exact in float32; `shape` is (R,
   K).
 - `reduce(weight, stats=None, *, fmt) -> stats`: two-pass formats only; folds a chunk into a float.
@@ -40,13 +41,18 @@ _CODECS = (
     "nf4",
 )
 _TWO_PASS = ("fp8_e4m3_scaled",)
+_DECODED_ONLY: tuple[str, ...] = ()
 _ROOM = "diffquant.quant.codecs"
 
 # device "reference" is the plain specification, "cpu" what the engine runs.
 BACKENDS: dict[tuple[str, str, str], str] = {
     (codec, operation, device): f"{_ROOM}{'.numba' if device == 'cpu' else ''}.{codec}:{operation}"
     for codec in _CODECS
-    for operation in ("encode", "decode", *(("reduce",) if codec in _TWO_PASS else ()))
+    for operation in (
+        *(() if codec in _DECODED_ONLY else ("encode",)),
+        "decode",
+        *(("reduce",) if codec in _TWO_PASS else ()),
+    )
     for device in ("reference", "cpu")
 }
 

@@ -13,13 +13,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from diffquant.core.dtypes import STORAGE, storage_nbytes
 from diffquant.core.errors import UnknownFormat, UnsupportedShape
 
-__all__ = ["FORMATS", "Part", "QuantFormat", "Requirement", "format_named", "matrix_shape"]
+__all__ = [
+    "FORMATS",
+    "Importance",
+    "Part",
+    "QuantFormat",
+    "Requirement",
+    "format_named",
+    "matrix_shape",
+]
 
 Shape = tuple[int, ...]
+Importance = Literal["unused", "optional", "required"]
 
 
 def matrix_shape(shape: Shape) -> tuple[int, int]:
@@ -82,6 +92,9 @@ class QuantFormat:
         requires: preconditions on the weight's shape.
         parts: what is stored.
         passes: 1, or 2 when a whole-tensor statistic must be known before the first row is encoded.
+        importance: whether the encoder weighs errors by an importance value per column: "unused"
+            has one mode, "optional" two, "required" only the weighted one.
+        encodes: False for formats that are read, never written.
         row_multiple_of: row chunks must be a multiple of this many rows, given (N, K).
         gaussian_error: relative RMSE of a round trip of Gaussian weights, measured by
             benchmarks/gaussian_error.py; the tensor gate passes up to 1.5 times this value.
@@ -98,6 +111,8 @@ class QuantFormat:
     gaussian_error: float
     source: str
     passes: int = 1
+    importance: Importance = "unused"
+    encodes: bool = True
     row_multiple_of: Callable[[Shape], int] = lambda _shape: 1
 
     def check(self, shape: Shape) -> tuple[str, ...]:
@@ -164,7 +179,9 @@ def _cast(name: str, error: float) -> QuantFormat:
     return QuantFormat(name, "cast", bits, "none", 0, (), (part,), error, "IEEE 754 / bfloat16")
 
 
-def _ggml(name: str, error: float) -> QuantFormat:
+def _ggml(
+    name: str, error: float, *, importance: Importance = "unused", encodes: bool = True
+) -> QuantFormat:
     row = STORAGE[name.upper()]
     return QuantFormat(
         name=name,
@@ -175,7 +192,9 @@ def _ggml(name: str, error: float) -> QuantFormat:
         requires=(Requirement("ndim", 2), Requirement("last_dim", row.block_size)),
         parts=(Part("weight", row.name, _same),),
         gaussian_error=error,
-        source=f"ggml ggml-quants.c quantize_row_{name}_ref, without importance",
+        source=f"ggml ggml-quants.c quantize_row_{name}_ref; with importance quantize_{name}",
+        importance=importance,
+        encodes=encodes,
     )
 
 

@@ -34,8 +34,15 @@ def frozen(array: NDArray[Any], shape: int | tuple[int, ...]) -> NDArray[Any]:
 class Encode(Protocol):
     """Rows of a weight to the parts they are stored as."""
 
-    def __call__(self, weight: Float32, stats: float | None = None, *, fmt: str) -> Parts:
-        """Encode `weight`, float32 (R, K), C-contiguous."""
+    def __call__(
+        self,
+        weight: Float32,
+        stats: float | None = None,
+        *,
+        fmt: str,
+        importance: Float32 | None = None,
+    ) -> Parts:
+        """Encode `weight`, float32 (R, K), C-contiguous; `importance` is one value per column."""
         ...
 
 
