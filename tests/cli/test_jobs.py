@@ -56,6 +56,14 @@ def test_text_names_every_format_and_reason_and_the_verdict(command, flux, tmp_p
     assert "single_blocks.0.linear1.weight" in planned.out
 
 
+def test_a_part_alone_is_reported_with_its_bits_and_formats(command, flux, tmp_path):
+    ran = command("convert", flux, "-o", tmp_path / "vae.safetensors", "--part", "vae")
+    assert ran.code == 0
+    assert "16.00 bits per weight" in ran.out
+    assert "denoiser" not in ran.out
+    assert "copied" in ran.out
+
+
 def test_the_default_output_is_named_after_source_and_type(command, flux, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command("quantize", flux, "-t", "q8_0", "-q").code == 0

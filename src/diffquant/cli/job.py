@@ -68,7 +68,8 @@ def render_job(report: JobReport, *, verbose: bool = False) -> None:
 
 
 def _render_reasons(report: JobReport, *, verbose: bool) -> None:
-    rows = [row for row in report.tensors if row.part in ("denoiser", "")]
+    main = [row for row in report.tensors if row.part in ("denoiser", "")]
+    title, rows = ("denoiser", main) if main else ("stored as", list(report.tensors))
     if verbose:
         table(
             ("tensor", "stored", "error", "reason"),
@@ -81,7 +82,7 @@ def _render_reasons(report: JobReport, *, verbose: bool) -> None:
         groups.setdefault((row.stored, row.reason), []).append(row)
     ordered = sorted(groups.items(), key=lambda item: -sum(row.nbytes for row in item[1]))
     table(
-        ("denoiser", "tensors", "size", "error", "why"),
+        (title, "tensors", "size", "error", "why"),
         [
             (
                 stored,

@@ -72,7 +72,7 @@ class JobReport:
     Attributes:
         output: path written, or planned.
         nbytes: bytes of all tensors written.
-        bits_per_weight: of the denoiser, scales included.
+        bits_per_weight: of the denoiser, or of everything where there is none; scales included.
         parts: totals per part.
         tensors: every weight, in file order.
         dropped: source key -> why it is not in the output.

@@ -63,8 +63,8 @@ class Plan:
         return tuple(step for step in self.steps if step.part == part)
 
     def bits_per_weight(self, part: str = "denoiser") -> float:
-        """Stored bits per weight of one part, scales included."""
-        steps = self.part_steps(part)
+        """Stored bits per weight of one part (of all where it is not written), scales included."""
+        steps = self.part_steps(part) or self.steps
         weights = sum(step.parameters for step in steps)
         return sum(step.nbytes for step in steps) * 8 / weights if weights else 0.0
 
