@@ -35,6 +35,8 @@ _CODECS = (
     "q4_k",
     "q5_k",
     "q6_k",
+    "iq4_nl",
+    "iq4_xs",
     "fp8_e4m3",
     "fp8_e4m3_scaled",
     "int8_rowwise",

@@ -210,6 +210,8 @@ _ROWS = (
     _ggml("q4_k", 0.0713),
     _ggml("q5_k", 0.0361),
     _ggml("q6_k", 0.0177),
+    _ggml("iq4_nl", 0.0761, importance="optional"),
+    _ggml("iq4_xs", 0.0767, importance="optional"),
     QuantFormat(
         name="fp8_e4m3",
         codec="fp8_e4m3",

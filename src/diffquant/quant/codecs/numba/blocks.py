@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from diffquant.quant.codecs.arrays import Bytes, Float32
+from diffquant.quant.codecs.arrays import Bytes, Float32, frozen
 from diffquant.quant.codecs.numba.compile import inlined
 from diffquant.quant.codecs.numba.floats import (
     float_from_half,
@@ -26,6 +26,8 @@ __all__ = [
     "spread",
     "store_half",
     "store_word",
+    "unweighted",
+    "weighted",
 ]
 
 _SIGN = np.uint32(0x80000000)
@@ -59,6 +61,34 @@ def decoder(
         return weight
 
     return decode_blocks
+
+
+def unweighted(
+    kernel: Callable[[Float32, Float32, Bytes], None], block_size: int, block_nbytes: int
+) -> Callable[[Float32], Bytes]:
+    """Wrap a kernel (blocks, importance, packed) for the mode without: no rows of importance."""
+    nothing = frozen(np.empty((0, block_size), np.float32), (0, block_size))
+
+    def encode_blocks(weight: Float32) -> Bytes:
+        packed = np.empty((len(weight), block_nbytes), np.uint8)
+        kernel(weight, nothing, packed)
+        return packed
+
+    return encode_blocks
+
+
+def weighted(
+    kernel: Callable[[Float32, Float32, Bytes], None], block_size: int, block_nbytes: int
+) -> Callable[[Float32, Float32], Bytes]:
+    """Wrap the same kernel for rows (R, K) and importance (K,): both are cut into blocks."""
+
+    def encode_rows(rows: Float32, importance: Float32) -> Bytes:
+        weight = frozen(rows, (-1, block_size))
+        packed = np.empty((len(weight), block_nbytes), np.uint8)
+        kernel(weight, frozen(importance, (-1, block_size)), packed)
+        return packed
+
+    return encode_rows
 
 
 @inlined
