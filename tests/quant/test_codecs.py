@@ -42,6 +42,7 @@ GOLDEN = {
     "q6_k": "16b5787fee58d153",
     "iq4_nl": "f0c25006dd83d9a7",
     "iq4_xs": "b8c6794ca00dc5dd",
+    "mxfp4": "78f132e857dbbc97",
     "fp8_e4m3": "37c3985524d247dc",
     "fp8_e4m3_scaled": "09ba40e320d2bdb3",
     "int8_rowwise": "ca79d18898bc5b73",

@@ -37,13 +37,19 @@ _CODECS = (
     "q6_k",
     "iq4_nl",
     "iq4_xs",
+    "mxfp4",
+    "iq1_s",
+    "iq1_m",
+    "tq1_0",
+    "tq2_0",
+    "nvfp4",
     "fp8_e4m3",
     "fp8_e4m3_scaled",
     "int8_rowwise",
     "nf4",
 )
 _TWO_PASS = ("fp8_e4m3_scaled",)
-_DECODED_ONLY: tuple[str, ...] = ()
+_DECODED_ONLY = ("iq1_s", "iq1_m", "tq1_0", "tq2_0", "nvfp4")
 _ROOM = "diffquant.quant.codecs"
 
 # device "reference" is the plain specification, "cpu" what the engine runs.

@@ -97,7 +97,8 @@ class QuantFormat:
         encodes: False for formats that are read, never written.
         row_multiple_of: row chunks must be a multiple of this many rows, given (N, K).
         gaussian_error: relative RMSE of a round trip of Gaussian weights, measured by
-            benchmarks/gaussian_error.py; the tensor gate passes up to 1.5 times this value.
+            benchmarks/gaussian_error.py; the tensor gate passes up to 1.5 times this value. 0 where
+            nothing was measured because the format is not encoded.
         source: where the definition stands.
     """
 
@@ -145,7 +146,7 @@ class QuantFormat:
     @property
     def limited(self) -> bool:
         """Whether finite weights can overflow its range: 16-bit scales, or no scale at all."""
-        return self.name not in ("f32", "bf16", "fp8_e4m3_scaled", "int8_rowwise", "nf4")
+        return self.name not in _UNLIMITED
 
 
 def _same(shape: Shape) -> Shape:
@@ -183,6 +184,7 @@ def _ggml(
     name: str, error: float, *, importance: Importance = "unused", encodes: bool = True
 ) -> QuantFormat:
     row = STORAGE[name.upper()]
+    written = f"quantize_row_{name}_ref; with importance quantize_{name}"
     return QuantFormat(
         name=name,
         codec=name,
@@ -192,7 +194,7 @@ def _ggml(
         requires=(Requirement("ndim", 2), Requirement("last_dim", row.block_size)),
         parts=(Part("weight", row.name, _same),),
         gaussian_error=error,
-        source=f"ggml ggml-quants.c quantize_row_{name}_ref; with importance quantize_{name}",
+        source=f"ggml ggml-quants.c {written if encodes else f'dequantize_row_{name}'}",
         importance=importance,
         encodes=encodes,
     )
@@ -212,6 +214,12 @@ _ROWS = (
     _ggml("q6_k", 0.0177),
     _ggml("iq4_nl", 0.0761, importance="optional"),
     _ggml("iq4_xs", 0.0767, importance="optional"),
+    _ggml("mxfp4", 0.114),
+    _ggml("iq1_s", 0.0, encodes=False),
+    _ggml("iq1_m", 0.0, encodes=False),
+    _ggml("tq1_0", 0.0, encodes=False),
+    _ggml("tq2_0", 0.0, encodes=False),
+    _ggml("nvfp4", 0.0, encodes=False),
     QuantFormat(
         name="fp8_e4m3",
         codec="fp8_e4m3",
@@ -259,6 +267,9 @@ _ROWS = (
         row_multiple_of=_rows_of_64,
     ),
 )
+
+# A scale of 32 bits, or of 8 exponent bits, holds what float32 does.
+_UNLIMITED = frozenset(("f32", "bf16", "fp8_e4m3_scaled", "int8_rowwise", "nf4", "mxfp4"))
 
 FORMATS: dict[str, QuantFormat] = {row.name: row for row in _ROWS}
 

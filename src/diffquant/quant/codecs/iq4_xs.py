@@ -2,7 +2,7 @@
 
     offset  0        2                4                     8                      136
             d (f16)  upper two bits   lower four bits of    128 bytes of nibbles
-                     of 8 scales      8 scales                 decoded = d * (s - 32) * VALUES[level]
+                     of 8 scales      8 scales              decoded = d * (s - 32) * VALUES[level]
 
 The upper bits of scale j are bits 2 j and 2 j + 1 of a 16-bit word; the lower bits of scales 2 j
 and 2 j + 1 are the low and the high nibble of byte 4 + j. Each sub-block owns 16 bytes of nibbles.

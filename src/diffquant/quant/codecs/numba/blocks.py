@@ -21,6 +21,7 @@ __all__ = [
     "fifth_bit",
     "inverse",
     "load_half",
+    "load_short",
     "load_word",
     "peak",
     "spread",
@@ -104,6 +105,13 @@ def load_half(packed: Bytes, block: int, at: int) -> np.float32:
     """Read float16 little-endian at byte `at` of a block."""
     high = np.uint16(np.uint16(packed[block, at + 1]) << np.uint16(8))
     return np.float32(float_from_half(np.uint16(high | np.uint16(packed[block, at]))))
+
+
+@inlined
+def load_short(packed: Bytes, block: int, at: int) -> np.int32:
+    """Read 16 bits little-endian at byte `at` of a block."""
+    high = np.int32(np.int32(packed[block, at + 1]) << np.int32(8))
+    return np.int32(np.int32(packed[block, at]) | high)
 
 
 @inlined
