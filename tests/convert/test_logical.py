@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffquant.convert.logical import bind
+from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import MalformedFile, UnsupportedDtype
 from diffquant.io import open_source
 from diffquant.quant.codecs.fp8_e4m3 import e4m3_table
@@ -15,6 +16,7 @@ from diffquant.quant.codecs.nf4 import CODE
 
 RNG = np.random.default_rng(5)
 SCALE = np.array(0.25, np.float32)
+UNREAD = ("Q8_1", "Q8_K", "Q1_0")
 NF4 = "l.weight.quant_state.bitsandbytes__nf4"
 
 
@@ -179,11 +181,12 @@ def test_integers_are_no_floats(bound):
         logical.read("ids")
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL"])
+@pytest.mark.parametrize(
+    "name",
+    [row.name for row in STORAGE.values() if row.is_block and row.name not in UNREAD],
+)
 def test_ggml_blocks_equal_gguf_py(tmp_path, write, name):
     gguf = pytest.importorskip("gguf")
-    from diffquant.core.dtypes import STORAGE
-
     row = STORAGE[name]
     packed = RNG.integers(0, 60, (6, 512 // row.block_size * row.block_nbytes), dtype=np.uint8)
     with np.errstate(all="ignore"):
@@ -201,6 +204,24 @@ def test_ggml_blocks_equal_gguf_py(tmp_path, write, name):
         assert tensor.spec.dtype == "F32"
         assert np.array_equal(logical.read("l.weight"), expected)
         assert np.array_equal(logical.read("l.weight", (2, 5)), expected[2:5])
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_ggml_blocks_that_nobody_decodes_are_refused_by_name(tmp_path, write, name):
+    row = STORAGE[name]
+    packed = np.zeros((6, 512 // row.block_size * row.block_nbytes), np.uint8)
+    path = write(
+        tmp_path / "w.gguf",
+        {"l.weight": (name, packed, (6, 512))},
+        {"general.architecture": "flux"},
+    )
+    with open_source(path) as source:
+        logical = bind(source)
+        tensor = logical.tensors["l.weight"]
+        assert tensor.is_quantized
+        assert not tensor.is_float
+        with pytest.raises(UnsupportedDtype, match=f"l.weight: blocks of {name} are not"):
+            logical.read("l.weight")
 
 
 def test_vectors_and_scalars_are_one_row(bound):

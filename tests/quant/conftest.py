@@ -81,8 +81,8 @@ def importances() -> Mapping[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def ggml_encode() -> Callable[..., np.ndarray]:
-    """ggml_quantize_chunk: (format, weight, importance or None) -> uint8 (R, bytes per row)."""
+def ggml_library() -> ctypes.CDLL:
+    """ggml's own library."""
     found = importlib.util.find_spec("pywhispercpp")
     if found is None or found.origin is None:
         pytest.skip("pywhispercpp, which carries ggml's library, is not installed")
@@ -91,7 +91,13 @@ def ggml_encode() -> Callable[..., np.ndarray]:
     )
     if not libraries:
         pytest.skip("this platform's pywhispercpp carries no separate ggml library")
-    library = ctypes.CDLL(str(libraries[0]))
+    return ctypes.CDLL(str(libraries[0]))
+
+
+@pytest.fixture(scope="session")
+def ggml_encode(ggml_library: ctypes.CDLL) -> Callable[..., np.ndarray]:
+    """ggml_quantize_chunk: (format, weight, importance or None) -> uint8 (R, bytes per row)."""
+    library = ggml_library
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
         ctypes.c_int,
@@ -114,3 +120,18 @@ def ggml_encode() -> Callable[..., np.ndarray]:
         return packed
 
     return encode
+
+
+@pytest.fixture(scope="session")
+def ggml_decode(ggml_library: ctypes.CDLL) -> Callable[..., np.ndarray]:
+    """dequantize_row_*: (format, packed uint8 (R, bytes per row), columns) -> float32 (R, K)."""
+
+    def decode(name: str, packed: np.ndarray, columns: int) -> np.ndarray:
+        function = ggml_library[f"dequantize_row_{name.replace('_k', '_K')}"]
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        function.restype = None
+        weight = np.empty((len(packed), columns), np.float32)
+        function(packed.ctypes.data, weight.ctypes.data, weight.size)
+        return weight
+
+    return decode

@@ -114,6 +114,35 @@ def test_decoded_blocks_equal_ggufs_for_any_bytes(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", GGML)
+def test_decoded_blocks_equal_ggmls_for_any_bytes(
+    name: str, device: str, ggml_decode: Callable[..., np.ndarray]
+) -> None:
+    storage = STORAGE[name.upper()]
+    nbytes = 64 * storage.block_nbytes
+    packed = np.random.default_rng(6).integers(0, 256, (16, nbytes), dtype=np.uint8)
+    shape = (16, 64 * storage.block_size)
+    found = backend(name, "decode", device)({"weight": packed}, shape, fmt=name)
+    np.testing.assert_array_equal(found, ggml_decode(name, packed, shape[1]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_mxfp4_exponents_just_below_powers_of_two_equal_ggmls(
+    device: str, ggml_encode: Callable[..., np.ndarray]
+) -> None:
+    # The logarithms of the 44 floats below 2**127 round up to 127, of those below 2 none to 1.
+    below = 1 - np.arange(64) * 2.0**-24
+    peaks = np.ldexp(below, np.arange(-149, 128)[:, None]).astype(np.float32).reshape(-1, 1)
+    rng = np.random.default_rng(8)
+    shares = rng.uniform(-1, 1, (len(peaks), 32)).astype(np.float32)
+    weight = peaks * shares
+    weight[:, :1] = peaks
+    weight[:, 1:8] = peaks * (np.array([10, 7, 5, 3.5, 2.5, 1.5, 0.5], np.float32) / -16)  # ties
+    found = backend("mxfp4", "encode", device)(weight, fmt="mxfp4")["weight"]
+    np.testing.assert_array_equal(found, ggml_encode("mxfp4", weight))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_nf4_equals_bitsandbytes(device: str, awkward: Mapping[str, np.ndarray]) -> None:
     bnb = imported("bitsandbytes.functional")
     encode, decode = (backend("nf4", operation, device) for operation in ("encode", "decode"))

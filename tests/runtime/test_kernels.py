@@ -8,7 +8,28 @@ import torch
 
 from diffquant.runtime.kernels import KERNELS, ROWWISE
 
-GGML = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+# Where each format keeps float16 numbers; iq1_m spreads its one over the top nibbles of four words.
+HALVES = {
+    "q8_0": (0,),
+    "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+    "iq4_nl": (0,),
+    "iq4_xs": (0,),
+    "mxfp4": (),
+    "nvfp4": (),
+    "iq1_s": (0,),
+    "iq1_m": (),
+    "tq1_0": (52,),
+    "tq2_0": (64,),
+}
+# Bytes of other scales that could overflow, and the bits they may have.
+FINITE = {"iq1_m": ((55, 0xBF),), "mxfp4": ((0, 0x7F),)}
+GGML = tuple(HALVES)
 
 
 def random_blocks(gguf, name, rows, columns, seed=0):
@@ -17,10 +38,11 @@ def random_blocks(gguf, name, rows, columns, seed=0):
     elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
     generator = np.random.default_rng(seed)
     blocks = generator.integers(0, 256, (rows * columns // elements, nbytes), dtype=np.uint8)
-    halves = {"q6_k": (208,), "q8_0": (0,), "q4_0": (0,), "q5_0": (0,)}.get(name, (0, 2))
-    for start in halves:
+    for start in HALVES[name]:
         scale = generator.standard_normal(len(blocks)).astype(np.float16)
         blocks[:, start : start + 2] = scale.view(np.uint8).reshape(-1, 2)
+    for start, mask in FINITE.get(name, ()):
+        blocks[:, start] &= mask
     return kind, blocks.reshape(rows, -1)
 
 

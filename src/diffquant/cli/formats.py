@@ -37,7 +37,8 @@ def command(options: Options) -> None:
                 "strategy": row.strategy,
                 "block_size": row.block_size,
                 "requires": [need.describe() for need in row.requires],
-                "gaussian_error": row.gaussian_error,
+                "encodes": row.encodes,
+                "gaussian_error": row.gaussian_error if row.encodes else None,
                 "source": row.source,
             }
             for row in FORMATS.values()
@@ -62,7 +63,7 @@ def command(options: Options) -> None:
                 (
                     row["name"],
                     f"{row['bits']:g}",
-                    f"{row['gaussian_error']:.4f}",
+                    f"{row['gaussian_error']:.4f}" if row["encodes"] else "read only",
                     ", ".join(row["requires"]) or "-",
                 )
                 for row in result["formats"]

@@ -36,6 +36,8 @@ _BNB_ENDINGS = (
     ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{_BNB}nf4", f"{_BNB}fp4",
 )  # fmt: skip
 _FOREIGN = ("F64", "F8_E5M2")
+# Block types that neither we nor gguf-py 0.19.0 decode: ggml's for activations, and a later one.
+_UNREAD = ("Q8_1", "Q8_K", "Q1_0")
 _CAST = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _TORCH_CAST = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "F64": "<f8"}
@@ -193,7 +195,7 @@ def _decode_foreign(
     if tensor.dtype == "F8_E5M2":  # the upper byte of an F16
         return (raw.astype(np.uint16) << 8).view(np.float16).reshape(shape).astype(np.float32)
     row = STORAGE[tensor.dtype]
-    if row.is_block and row.ggml_id is not None:
+    if row.is_block and row.ggml_id is not None and not tensor.why:
         import gguf  # a block type we do not encode ourselves yet: the library decodes it
 
         blocks = raw.reshape(shape[0], -1)
@@ -239,7 +241,8 @@ def _bind_plain(spec: TensorSpec) -> LogicalTensor:
         name = "fp8_e4m3"
     if not name and row.is_block and spec.dtype.lower() in FORMATS:
         name = spec.dtype.lower()
-    return LogicalTensor(spec.key, spec.shape, name, {"weight": spec.key}, spec.dtype)
+    why = f"blocks of {spec.dtype} are not supported" if spec.dtype in _UNREAD else ""
+    return LogicalTensor(spec.key, spec.shape, name, {"weight": spec.key}, spec.dtype, why)
 
 
 def _scale_key(specs: Mapping[str, TensorSpec], layer: str) -> str:

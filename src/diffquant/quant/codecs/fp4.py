@@ -25,7 +25,8 @@ def _ue4m3() -> Float32:
     normal = np.ldexp(1 + fraction / 8, exponent - 7)
     values = np.where(exponent == 0, np.ldexp(fraction, -9), normal)
     values[0x7F] = 0  # NaN in the standard
-    return (values / 2).astype(np.float32)
+    halves: Float32 = (values / 2).astype(np.float32)
+    return halves
 
 
 # Half of every scale byte: 2**(byte - 128), the smallest two subnormal; and unsigned e4m3.

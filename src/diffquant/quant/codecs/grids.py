@@ -43,8 +43,8 @@ def grid(name: str) -> Float32:
 
 def even_signs() -> Bytes:
     """Sign bits that seven stored bits stand for, uint8 (128,): bit 7 makes the count even."""
-    index = np.arange(128, dtype=np.uint8)
+    index = np.arange(128)
     parity = index ^ index >> 4
     parity ^= parity >> 2
     parity ^= parity >> 1
-    return index | (parity & 1) << 7
+    return (index | (parity & 1) << 7).astype(np.uint8)

@@ -47,7 +47,8 @@ def columns(blocks: Float32, importance: Float32 | None = None) -> tuple[Float32
         # Twice the mean square of the whole block; 2 / size is a power of two.
         power = sum_rows(squares.T)[:, None] * _F(2 / blocks.shape[1])
         weight = importance * np.sqrt(power + squares)
-    return tuple(np.ascontiguousarray(part.reshape(-1, 32).T) for part in (blocks, weight))
+    x = np.ascontiguousarray(blocks.reshape(-1, 32).T)
+    return x, np.ascontiguousarray(weight.reshape(-1, 32).T)
 
 
 def find_scale(x: Float32, weight: Float32) -> Float32:

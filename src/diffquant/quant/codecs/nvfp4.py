@@ -24,7 +24,8 @@ __all__ = ["decode"]
 def _decode(packed: Bytes) -> Float32:
     nibbles = packed[:, 4:].reshape(-1, 4, 1, 8) >> np.array([0, 4], np.uint8)[:, None] & 15
     values = VALUES[nibbles.reshape(-1, 4, 16)]
-    return (UE4M3_HALVES[packed[:, :4]][:, :, None] * values).reshape(-1, 64)
+    blocks: Float32 = UE4M3_HALVES[packed[:, :4]][:, :, None] * values
+    return blocks.reshape(-1, 64)
 
 
 _, decode = row_codec(None, _decode)

@@ -8,6 +8,7 @@ Stored parts (N is the first dimension of the logical shape, K the product of th
 
     f32 f16 bf16        weight: the tensor itself
     q*_0 q*_1 q*_k      weight: uint8 (N, bytes per row), ggml blocks of 32 or 256 along a row
+    iq* tq* mxfp4 nvfp4 the same; in nonlinear.py and ternary.py
     fp8_e4m3            weight: float8_e4m3fn (N, K)
     fp8_e4m3_scaled     the same, and scale: float32 ()
     int8_rowwise        weight: int8 (N, K); scale: float32 (N, 1)
@@ -20,16 +21,15 @@ bitsandbytes 0.50.2 backends/default/ops.py (dequantize_4bit) and functional.py 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["KERNELS", "ROWWISE", "Kernel", "Parts"]
+from diffquant.runtime.kernels import nonlinear, ternary
+from diffquant.runtime.kernels.fields import Kernel, Parts, half, of_blocks, shifted
 
-Parts: TypeAlias = Mapping[str, Tensor]
-Kernel: TypeAlias = Callable[[Parts, tuple[int, ...], torch.dtype], Tensor]
+__all__ = ["KERNELS", "ROWWISE"]
 
 NF4_BLOCK = 64
 NF4_TABLE = (
@@ -56,27 +56,6 @@ def _plain(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return parts["weight"].reshape(shape).to(dtype)
 
 
-def _ggml(nbytes: int, decode: Callable[[Tensor], Tensor]) -> Kernel:
-    """Wrap `decode`, which maps blocks (B, nbytes) uint8 to values float32 with B rows."""
-
-    def kernel(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        blocks = parts["weight"].reshape(-1, nbytes)
-        return decode(blocks).reshape(shape).to(dtype)
-
-    return kernel
-
-
-def _half(blocks: Tensor, start: int) -> Tensor:
-    """The float16 at byte `start` of every block, as float32 (B, 1)."""
-    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
-
-
-def _shifted(packed: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
-    """Unpack fields `byte >> shift & mask`: (..., n) bytes to (..., len(shifts), n)."""
-    by = torch.tensor(shifts, dtype=torch.uint8, device=packed.device)[:, None]
-    return (packed.unsqueeze(-2) >> by) & mask
-
-
 def _high_bits(blocks: Tensor, start: int) -> Tensor:
     """The 32 bits of a little-endian uint32 per block, as fifth bits of nibbles: (B, 32)."""
     by = torch.arange(8, dtype=torch.uint8, device=blocks.device)
@@ -85,27 +64,27 @@ def _high_bits(blocks: Tensor, start: int) -> Tensor:
 
 
 def _q8_0(blocks: Tensor) -> Tensor:  # d f16, q int8[32]
-    return blocks[:, 2:].contiguous().view(torch.int8).float() * _half(blocks, 0)
+    return blocks[:, 2:].contiguous().view(torch.int8).float() * half(blocks, 0)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:  # d f16, q[16]: low nibbles are elements 0-15
-    q = _shifted(blocks[:, 2:], (0, 4), 15).flatten(1)
-    return (q.float() - 8) * _half(blocks, 0)
+    q = shifted(blocks[:, 2:], (0, 4), 15).flatten(1)
+    return (q.float() - 8) * half(blocks, 0)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:  # d f16, m f16, q[16]
-    q = _shifted(blocks[:, 4:], (0, 4), 15).flatten(1)
-    return q.float() * _half(blocks, 0) + _half(blocks, 2)
+    q = shifted(blocks[:, 4:], (0, 4), 15).flatten(1)
+    return q.float() * half(blocks, 0) + half(blocks, 2)
 
 
 def _q5_0(blocks: Tensor) -> Tensor:  # d f16, qh u32, q[16]
-    q = _shifted(blocks[:, 6:], (0, 4), 15).flatten(1) | _high_bits(blocks, 2)
-    return (q.float() - 16) * _half(blocks, 0)
+    q = shifted(blocks[:, 6:], (0, 4), 15).flatten(1) | _high_bits(blocks, 2)
+    return (q.float() - 16) * half(blocks, 0)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:  # d f16, m f16, qh u32, q[16]
-    q = _shifted(blocks[:, 8:], (0, 4), 15).flatten(1) | _high_bits(blocks, 4)
-    return q.float() * _half(blocks, 0) + _half(blocks, 2)
+    q = shifted(blocks[:, 8:], (0, 4), 15).flatten(1) | _high_bits(blocks, 4)
+    return q.float() * half(blocks, 0) + half(blocks, 2)
 
 
 def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,27 +97,27 @@ def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
     first, second, third = blocks[:, 4:16].reshape(-1, 3, 4).unbind(1)
     scales = torch.cat((first & 63, (third & 15) | ((first >> 2) & 48)), dim=1)
     minima = torch.cat((second & 63, (third >> 4) | ((second >> 2) & 48)), dim=1)
-    d, dmin = _half(blocks, 0), _half(blocks, 2)
+    d, dmin = half(blocks, 0), half(blocks, 2)
     return (d * scales.float()).unsqueeze(-1), (dmin * minima.float()).unsqueeze(-1)
 
 
 def _q4_k(blocks: Tensor) -> Tensor:  # d, dmin f16, scales[12], q[128]
     scale, minimum = _scales_and_mins(blocks)
-    q = _shifted(blocks[:, 16:].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
+    q = shifted(blocks[:, 16:].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
     return q.float() * scale - minimum
 
 
 def _q5_k(blocks: Tensor) -> Tensor:  # d, dmin f16, scales[12], qh[32], q[128]
     scale, minimum = _scales_and_mins(blocks)
-    q = _shifted(blocks[:, 48:].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
-    high = _shifted(blocks[:, 16:48], tuple(range(8)), 1)  # (B, 8, 32)
+    q = shifted(blocks[:, 48:].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
+    high = shifted(blocks[:, 16:48], tuple(range(8)), 1)  # (B, 8, 32)
     return (q | (high << 4)).float() * scale - minimum
 
 
 def _q6_k(blocks: Tensor) -> Tensor:  # ql[128], qh[64], scales int8[16], d f16
-    low = _shifted(blocks[:, :128].reshape(-1, 2, 64), (0, 4), 15).reshape(-1, 8, 32)
-    high = _shifted(blocks[:, 128:192].reshape(-1, 2, 32), (0, 2, 4, 6), 3).reshape(-1, 8, 32)
-    scales = blocks[:, 192:208].contiguous().view(torch.int8).float() * _half(blocks, 208)
+    low = shifted(blocks[:, :128].reshape(-1, 2, 64), (0, 4), 15).reshape(-1, 8, 32)
+    high = shifted(blocks[:, 128:192].reshape(-1, 2, 32), (0, 2, 4, 6), 3).reshape(-1, 8, 32)
+    scales = blocks[:, 192:208].contiguous().view(torch.int8).float() * half(blocks, 208)
     q = (low | (high << 4)).float() - 32
     return q.reshape(-1, 16, 16) * scales.unsqueeze(-1)
 
@@ -163,14 +142,16 @@ KERNELS: Mapping[str, Kernel] = {
     "f32": _plain,
     "f16": _plain,
     "bf16": _plain,
-    "q8_0": _ggml(34, _q8_0),
-    "q4_0": _ggml(18, _q4_0),
-    "q4_1": _ggml(20, _q4_1),
-    "q5_0": _ggml(22, _q5_0),
-    "q5_1": _ggml(24, _q5_1),
-    "q4_k": _ggml(144, _q4_k),
-    "q5_k": _ggml(176, _q5_k),
-    "q6_k": _ggml(210, _q6_k),
+    "q8_0": of_blocks(34, _q8_0),
+    "q4_0": of_blocks(18, _q4_0),
+    "q4_1": of_blocks(20, _q4_1),
+    "q5_0": of_blocks(22, _q5_0),
+    "q5_1": of_blocks(24, _q5_1),
+    "q4_k": of_blocks(144, _q4_k),
+    "q5_k": of_blocks(176, _q5_k),
+    "q6_k": of_blocks(210, _q6_k),
+    **nonlinear.KERNELS,
+    **ternary.KERNELS,
     "fp8_e4m3": _plain,
     "fp8_e4m3_scaled": _scaled,
     "int8_rowwise": _scaled,
