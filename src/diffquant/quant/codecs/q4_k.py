@@ -11,17 +11,33 @@ from __future__ import annotations
 
 import numpy as np
 
+from diffquant.quant.codecs.affine_search import Candidates
 from diffquant.quant.codecs.arrays import Bytes, Float32
 from diffquant.quant.codecs.ggml_rows import row_codec
-from diffquant.quant.codecs.k_affine import decode_super_blocks, encode_super_blocks
+from diffquant.quant.codecs.k_affine import (
+    decode_super_blocks,
+    encode_super_blocks,
+    encode_weighted,
+)
 
-__all__ = ["decode", "encode"]
+__all__ = ["CANDIDATES", "CLAMP", "TOP", "decode", "encode"]
+
+TOP = 15
+CLAMP = 255  # of scales with importance
+CANDIDATES = Candidates(-1.0, 0.1, 20)
+
+
+def _pack(header: Bytes, levels: Bytes) -> Bytes:
+    nibbles = levels[:, ::2] | levels[:, 1::2] << 4  # (B, 4, 32)
+    return np.concatenate([header, nibbles.reshape(-1, 128)], axis=1)
 
 
 def _encode(blocks: Float32) -> Bytes:
-    header, levels = encode_super_blocks(blocks, top=15, first=-1.0, steps=20)
-    nibbles = levels[:, ::2] | levels[:, 1::2] << 4  # (B, 4, 32)
-    return np.concatenate([header, nibbles.reshape(-1, 128)], axis=1)
+    return _pack(*encode_super_blocks(blocks, TOP, CANDIDATES))
+
+
+def _encode_weighted(weight: Float32, importance: Float32) -> Bytes:
+    return _pack(*encode_weighted(weight, importance, TOP, CLAMP))
 
 
 def _decode(packed: Bytes) -> Float32:
@@ -30,4 +46,4 @@ def _decode(packed: Bytes) -> Float32:
     return decode_super_blocks(packed[:, :16], levels)
 
 
-encode, decode = row_codec(_encode, _decode)
+encode, decode = row_codec(_encode, _decode, _encode_weighted)

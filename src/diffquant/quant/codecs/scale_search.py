@@ -2,8 +2,8 @@
 
 All sub-blocks are searched side by side: arrays are (n, B), column b is sub-block b, and a loop
 over n adds its elements in ggml's order, so every float32 rounding is ggml's. Source:
-ggml-quants.c make_qkx2_quants (affine) and make_qx_quants (symmetric),
-ggml-org/llama.cpp@01243c5, without importance.
+ggml-quants.c make_qx_quants, ggml-org/llama.cpp@01243c5, without importance. The affine formats
+have theirs in affine_search.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from diffquant.quant.codecs.arrays import Float32, Int32
 from diffquant.quant.codecs.fields import nearest_int
 
-__all__ = ["GROUP_MAX_EPS", "affine_search", "sum_rows", "symmetric_search"]
+__all__ = ["GROUP_MAX_EPS", "sum_rows", "symmetric_search"]
 
 GROUP_MAX_EPS = np.float32(1e-15)  # a block with nothing larger is stored as zeros
 _F = np.float32
@@ -25,66 +25,6 @@ def sum_rows(terms: Float32) -> Float32:
     for term in terms[1:]:
         total += term
     return total
-
-
-def _levels(x: Float32, iscale: Float32, low: Float32, top: int) -> Int32:
-    levels: Int32 = np.clip(nearest_int(iscale * (x - low)), 0, top)
-    return levels
-
-
-def affine_search(
-    x: Float32, weight: Float32, top: int, first: float, steps: int
-) -> tuple[Float32, Float32, Int32]:
-    """Find scale and minimum so that x is near `scale * level - minimum`, level in 0..top.
-
-    Candidate grids have `top + first + 0.1 * step` intervals between the minimum and the largest
-    element; each gives levels, the levels a weighted least squares fit, the fit an error.
-
-    Args:
-        x: (n, B) sub-blocks in columns.
-        weight: (n, B) weight of each element's squared error.
-        top: largest level.
-        first: intervals to add to `top` in the first candidate.
-        steps: candidates after the first.
-
-    Returns:
-        scale (B,), minimum (B,) not negative, levels (n, B).
-    """
-    low, high = x.min(axis=0), x.max(axis=0)
-    sum_w, sum_x = sum_rows(weight), sum_rows(weight * x)
-    low = np.where(low > 0, _F(0), low)
-    flat = high == low
-    iscale = _F(top) / (high - low)
-    scale = _F(1) / iscale
-    levels = _levels(x, iscale, low, top)
-    error = _squared_error(x, weight, levels, scale, low)
-    for step in range(steps + 1):
-        intervals = _F(_F(first) + _F(_F(0.1) * _F(step))) + _F(top)
-        trial = _levels(x, intervals / (high - low), low, top)
-        level = trial.astype(np.float32)
-        sum_l = sum_rows(weight * level)
-        sum_l2 = sum_rows(weight * level * level)
-        sum_xl = sum_rows(weight * level * x)
-        determinant = sum_w * sum_l2 - sum_l * sum_l
-        trial_scale: Float32 = np.divide(sum_w * sum_xl - sum_x * sum_l, determinant)
-        trial_low: Float32 = np.divide(sum_l2 * sum_x - sum_l * sum_xl, determinant)
-        above = trial_low > 0
-        trial_low = np.where(above, _F(0), trial_low)
-        trial_scale = np.where(above, sum_xl / sum_l2, trial_scale)
-        trial_error = _squared_error(x, weight, trial, trial_scale, trial_low)
-        better = (determinant > 0) & (trial_error < error)
-        levels = np.where(better, trial, levels)
-        error = np.where(better, trial_error, error)
-        scale = np.where(better, trial_scale, scale)
-        low = np.where(better, trial_low, low)  # the next candidate starts from this minimum
-    return np.where(flat, _F(0), scale), -low, np.where(flat, 0, levels)
-
-
-def _squared_error(
-    x: Float32, weight: Float32, levels: Int32, scale: Float32, low: Float32
-) -> Float32:
-    diff = scale * levels.astype(np.float32) + low - x
-    return sum_rows(weight * (diff * diff))
 
 
 def symmetric_search(x: Float32, half: int) -> tuple[Float32, Int32]:

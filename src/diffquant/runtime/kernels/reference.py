@@ -87,6 +87,13 @@ def _q5_1(blocks: Tensor) -> Tensor:  # d f16, m f16, qh u32, q[16]
     return q.float() * half(blocks, 0) + half(blocks, 2)
 
 
+def _q2_k(blocks: Tensor) -> Tensor:  # scale | min << 4 [16], q[64]: four levels, d, dmin f16
+    scale = (blocks[:, :16] & 15).float() * half(blocks, 80)
+    minimum = (blocks[:, :16] >> 4).float() * half(blocks, 82)
+    q = shifted(blocks[:, 16:80].reshape(-1, 2, 32), (0, 2, 4, 6), 3).reshape(-1, 16, 16)
+    return q.float() * scale.unsqueeze(-1) - minimum.unsqueeze(-1)
+
+
 def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """The eight scales and minima of a Q4_K or Q5_K block: float32 (B, 8, 1) each.
 
@@ -147,6 +154,7 @@ KERNELS: Mapping[str, Kernel] = {
     "q4_1": of_blocks(20, _q4_1),
     "q5_0": of_blocks(22, _q5_0),
     "q5_1": of_blocks(24, _q5_1),
+    "q2_k": of_blocks(84, _q2_k),
     "q4_k": of_blocks(144, _q4_k),
     "q5_k": of_blocks(176, _q5_k),
     "q6_k": of_blocks(210, _q6_k),

@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from diffquant.quant.codecs.arrays import Bytes, Float32
+from diffquant.quant.codecs.affine_search import WEIGHTED, Candidates
+from diffquant.quant.codecs.arrays import Bytes, Float32, frozen
 from diffquant.quant.codecs.numba import affine_lanes as search
-from diffquant.quant.codecs.numba import blocks
+from diffquant.quant.codecs.numba import affine_weights, blocks, positive_lanes, super_blocks
 from diffquant.quant.codecs.numba.compile import inlined, kernel
-from diffquant.quant.codecs.numba.floats import nearest_int
 from diffquant.quant.codecs.numba.lanes import LANES, scratch
 
-__all__ = ["decode_super_blocks", "encode_super_blocks"]
+__all__ = ["decode_super_blocks", "encoder", "weighted_encoder"]
 
 _SUB = 8  # sub-blocks of a super-block
+_SIZE = 32  # weights of a sub-block
 _BATCH = LANES // _SUB
-_ZERO = np.float32(0)
-_SIX_BITS = np.float32(63)
-
-
-@inlined
-def _load(weight: Float32, start: int, count: int, grid: Float32) -> None:
-    # (count, 256) rows -> lanes; lanes beyond the last super-block are zero.
-    for b in range(_BATCH):
-        for j in range(_SUB):
-            for i in range(32):
-                lane = _SUB * b + j
-                grid[i, lane] = weight[start + b, 32 * j + i] if b < count else _ZERO
-
-
-@inlined
-def _six_bits(state: Float32, row: int, sign: np.float32, b: int, steps: Bytes) -> np.float32:
-    """Round eight scales or minima to 6 bits against the largest; returns the size of a step."""
-    most = _ZERO
-    for j in range(_SUB):
-        value = np.float32(sign * state[row, _SUB * b + j])
-        most = value if value > most else most
-    inverse = np.float32(_SIX_BITS / most) if most > _ZERO else _ZERO
-    for j in range(_SUB):
-        value = np.float32(sign * state[row, _SUB * b + j])
-        step = np.uint8(nearest_int(np.float32(inverse * value)))
-        steps[j] = step if step < np.uint8(63) else np.uint8(63)
-    return np.float32(most / _SIX_BITS)
+_SIX_BITS = np.uint8(63)
+_FIRST = np.float32(WEIGHTED.first)
+_STEP = np.float32(WEIGHTED.step)
+_STEPS = WEIGHTED.steps
 
 
 @inlined
@@ -68,32 +48,6 @@ def _header_scales(packed: Bytes, b: int, d: Float32, minimum: Float32) -> None:
 
 
 @inlined
-def _clamp(level: np.int32, top: np.int32) -> np.uint8:
-    level = level if level > np.int32(0) else np.int32(0)
-    return np.uint8(level if level < top else top)
-
-
-@inlined
-def _quantize(
-    weight: Float32, b: int, j: int, d: np.float32, minimum: np.float32, top: np.int32, level: Bytes
-) -> None:
-    for i in range(32):
-        shifted = np.float32(weight[b, 32 * j + i] + minimum)
-        level[j, i] = _clamp(nearest_int(np.float32(shifted / d)), top)
-
-
-@inlined
-def _search_levels(
-    weight: Float32, b: int, j: int, state: Float32, lane: int, top: np.int32, level: Bytes
-) -> None:
-    # A scale that rounds to 0 keeps the levels that the search found.
-    iscale, low = state[search.FIT_ISCALE, lane], state[search.FIT_LOW, lane]
-    for i in range(32):
-        shifted = np.float32(weight[b, 32 * j + i] - low)
-        level[j, i] = _clamp(nearest_int(np.float32(iscale * shifted)), top)
-
-
-@inlined
 def _store_levels(packed: Bytes, b: int, five: bool, level: Bytes) -> None:
     at = 16
     if five:
@@ -109,43 +63,116 @@ def _store_levels(packed: Bytes, b: int, five: bool, level: Bytes) -> None:
             packed[b, at + 32 * p + i] = np.uint8((low & np.uint8(15)) | (high << np.uint8(4)))
 
 
+@inlined
+def _store(
+    rows: Float32, packed: Bytes, b: int, scale: Bytes, low: Bytes, state: Float32, top: np.int32
+) -> None:
+    # The halves stand in `packed` already.
+    d, minimum = np.empty(_SUB, np.float32), np.empty(_SUB, np.float32)
+    level = np.empty((_SUB, _SIZE), np.uint8)
+    _store_scales(packed, b, scale, low)
+    _header_scales(packed, b, d, minimum)
+    lane = _SUB * (b % _BATCH)
+    super_blocks.quantize(rows, _SUB * b, d, minimum, state, lane, top, level)
+    _store_levels(packed, b, top > np.int32(15), level)
+
+
 @kernel
 def _encode_kernel(
-    weight: Float32,
+    rows: Float32,
     packed: Bytes,
     grid: Float32,
     state: Float32,
     top: np.int32,
     first: np.float32,
+    step: np.float32,
     steps: int,
 ) -> None:
     scale, low = np.empty(_SUB, np.uint8), np.empty(_SUB, np.uint8)
-    d, minimum = np.empty(_SUB, np.float32), np.empty(_SUB, np.float32)
-    level = np.empty((_SUB, 32), np.uint8)
-    for start in range(0, weight.shape[0], _BATCH):
-        count = min(_BATCH, weight.shape[0] - start)
-        _load(weight, start, count, grid)
-        search.search(grid, state, top, first, steps)
+    for start in range(0, packed.shape[0], _BATCH):
+        count = min(_BATCH, packed.shape[0] - start)
+        search.load(rows, _SUB * start, _SUB * count, grid)
+        affine_weights.by_spread(grid, state, _SIZE)
+        search.search(grid, state, _SIZE, top, first, step, steps, False)
         for n in range(count):
-            b = start + n
-            step = _six_bits(state, search.SCALE, np.float32(1), n, scale)
-            blocks.store_half(packed, b, 0, step)
-            step = _six_bits(state, search.LOW, np.float32(-1), n, low)
-            blocks.store_half(packed, b, 2, step)
-            _store_scales(packed, b, scale, low)
-            _header_scales(packed, b, d, minimum)
-            for j in range(_SUB):
-                if d[j] != _ZERO:
-                    _quantize(weight, b, j, d[j], minimum[j], top, level)
-                else:
-                    _search_levels(weight, b, j, state, _SUB * n + j, top, level)
-            _store_levels(packed, b, top > np.int32(15), level)
+            size = super_blocks.round_steps(
+                state, search.SCALE, np.float32(1), _SUB * n, np.float32(63), _SIX_BITS, scale
+            )
+            blocks.store_half(packed, start + n, 0, size)
+            size = super_blocks.round_steps(
+                state, search.LOW, np.float32(-1), _SUB * n, np.float32(63), _SIX_BITS, low
+            )
+            blocks.store_half(packed, start + n, 2, size)
+            _store(rows, packed, start + n, scale, low, state, top)
 
 
-def encode_super_blocks(weight: Float32, packed: Bytes, top: int, first: float, steps: int) -> None:
-    """Encode (B, 256) weights as (B, 144 or 176) bytes; 176 when `top` needs a fifth bit."""
-    grid, state = scratch(search.GRID_ROWS), scratch(search.STATE_ROWS)
-    _encode_kernel(weight, packed, grid, state, np.int32(top), np.float32(first), steps)
+@kernel
+def _weighted_kernel(
+    rows: Float32,
+    importance: Float32,
+    sigma2: Float32,
+    packed: Bytes,
+    grid: Float32,
+    state: Float32,
+    positive: Float32,
+    top: np.int32,
+    clamp: np.uint8,
+) -> None:
+    scale, low = np.empty(_SUB, np.uint8), np.empty(_SUB, np.uint8)
+    for start in range(0, packed.shape[0], _BATCH):
+        count = min(_BATCH, packed.shape[0] - start)
+        search.load(rows, _SUB * start, _SUB * count, grid)
+        affine_weights.by_importance(grid, state, _SUB * start, importance, sigma2, _SUB)
+        search.search(grid, state, _SIZE, top, _FIRST, _STEP, _STEPS, False)
+        super_blocks.fit_steps(state, positive, _SUB, np.int32(63))
+        for n in range(count):
+            size = super_blocks.take_steps(positive, n, clamp, scale)
+            blocks.store_half(packed, start + n, 0, size)
+            size = super_blocks.take_steps(positive, super_blocks.LOWS_AT + n, clamp, low)
+            blocks.store_half(packed, start + n, 2, size)
+            _store(rows, packed, start + n, scale, low, state, top)
+
+
+def encoder(nbytes: int, top: int, candidates: Candidates) -> Callable[[Float32], Bytes]:
+    """Make a function from (B, 256) weights to (B, nbytes) bytes."""
+
+    def encode(weight: Float32) -> Bytes:
+        packed = np.empty((len(weight), nbytes), np.uint8)
+        grid, state = scratch(search.GRID_ROWS), scratch(search.STATE_ROWS)
+        _encode_kernel(
+            frozen(weight, (-1, _SIZE)),
+            packed,
+            grid,
+            state,
+            np.int32(top),
+            np.float32(candidates.first),
+            np.float32(candidates.step),
+            candidates.steps,
+        )
+        return packed
+
+    return encode
+
+
+def weighted_encoder(nbytes: int, top: int, clamp: int) -> Callable[[Float32, Float32], Bytes]:
+    """Make a function from (R, K) weights and (K,) importance to (R * K / 256, nbytes) bytes."""
+
+    def encode(weight: Float32, importance: Float32) -> Bytes:
+        packed = np.empty((weight.size // 256, nbytes), np.uint8)
+        _weighted_kernel(
+            frozen(weight, (-1, _SIZE)),
+            frozen(importance, (-1, _SIZE)),
+            affine_weights.mean_squares(weight, 256, 2.0),
+            packed,
+            scratch(search.GRID_ROWS),
+            scratch(search.STATE_ROWS),
+            positive_lanes.scratch(),
+            np.int32(top),
+            np.uint8(clamp),
+        )
+        return packed
+
+    return encode
 
 
 @kernel

@@ -6,7 +6,7 @@ import numpy as np
 
 from diffquant.quant.codecs.arrays import Bytes, Float32
 from diffquant.quant.codecs.ggml_rows import row_codec
-from diffquant.quant.codecs.numba import blocks
+from diffquant.quant.codecs.numba import affine_blocks, blocks
 from diffquant.quant.codecs.numba.compile import inlined, kernel
 from diffquant.quant.codecs.numba.floats import truncate
 
@@ -48,4 +48,8 @@ def _decode_kernel(packed: Bytes, weight: Float32) -> None:
             weight[b, 16 + j] = np.float32(np.float32(np.int32(high)) * scale) + least
 
 
-encode, decode = row_codec(blocks.encoder(_encode_kernel, 20), blocks.decoder(_decode_kernel, 32))
+encode, decode = row_codec(
+    blocks.encoder(_encode_kernel, 20),
+    blocks.decoder(_decode_kernel, 32),
+    affine_blocks.weighted_encoder(20, 15),
+)

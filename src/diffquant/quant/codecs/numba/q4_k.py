@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from diffquant.quant.codecs.arrays import Bytes, Float32
+from diffquant.quant.codecs import q4_k
 from diffquant.quant.codecs.ggml_rows import row_codec
 from diffquant.quant.codecs.numba import blocks, k_affine
 
 __all__ = ["decode", "encode"]
 
-
-def _encode(weight: Float32, packed: Bytes) -> None:
-    k_affine.encode_super_blocks(weight, packed, top=15, first=-1.0, steps=20)
-
+_NBYTES = 144
 
 encode, decode = row_codec(
-    blocks.encoder(_encode, 144), blocks.decoder(k_affine.decode_super_blocks, 256)
+    k_affine.encoder(_NBYTES, q4_k.TOP, q4_k.CANDIDATES),
+    blocks.decoder(k_affine.decode_super_blocks, 256),
+    k_affine.weighted_encoder(_NBYTES, q4_k.TOP, q4_k.CLAMP),
 )
