@@ -221,6 +221,11 @@ _ROWS = (
     _ggml("tq1_0", 0.0, encodes=False),
     _ggml("tq2_0", 0.0, encodes=False),
     _ggml("nvfp4", 0.0, encodes=False),
+    _ggml("iq3_s", 0.0, importance="optional"),
+    _ggml("iq3_xxs", 0.0, importance="optional"),
+    _ggml("iq2_s", 0.0, importance="optional"),
+    _ggml("iq2_xs", 0.0, importance="required"),
+    _ggml("iq2_xxs", 0.0, importance="required"),
     QuantFormat(
         name="fp8_e4m3",
         codec="fp8_e4m3",

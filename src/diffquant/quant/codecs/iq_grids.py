@@ -1,0 +1,109 @@
+"""Grids of the IQ2 and IQ3 formats, and what an encoder needs to land on them.
+
+A group of 8 (IQ2) or 4 (IQ3) magnitudes is stored as the index of one grid point; only that many of
+the possible combinations of levels exist. Level l stands for 2 l + 1 while encoding, and for the
+table's `magnitudes` when decoding, three levels in IQ2 and eight in IQ3. Levels that are not a grid
+point are moved to one of a few nearest points, chosen by weighted error: those candidates are the
+points at the one, two or three smallest distances, nearest first, of equal distance the lowest
+index first.
+
+The points come from the gguf package. Sources: gguf-py 0.19.0 gguf/quants.py (grid_hex, grid_map);
+ggml-quants.c iq2xs_init_impl and iq3xs_init_impl, ggml-org/llama.cpp@01243c5 (candidates).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffquant.quant.codecs.arrays import Bytes, Float32, Int32
+
+__all__ = ["Grid", "even_signs", "grid_named"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The points of one format; a combination of levels is a number, its first level the lowest digit.
+
+    Attributes:
+        levels: (points, group) levels of each point.
+        magnitudes: (points, group) float32, what a point decodes to before scaling.
+        base: number of levels, the base of a combination's digits.
+        point: (base ** group,) index of a combination's point, -1 where it is not on the grid.
+        first: (base ** group + 1,) where a combination's candidates begin in `candidates`.
+        candidates: indices of points, nearest first; none for combinations on the grid.
+    """
+
+    levels: Bytes
+    magnitudes: Float32
+    base: int
+    point: Int32
+    first: Int32
+    candidates: Int32
+
+    @property
+    def group(self) -> int:
+        """Magnitudes that one index stores."""
+        return self.levels.shape[1]
+
+
+# Distances that count as near: iq2xs_init_impl and iq3xs_init_impl, `nwant`.
+_DISTANCES = {"iq2_xxs": 2, "iq2_xs": 2, "iq2_s": 1, "iq3_xxs": 2, "iq3_s": 3}
+_LOCK = threading.Lock()
+_BUILT: dict[str, Grid] = {}
+
+
+def grid_named(name: str) -> Grid:
+    """The grid of a format, built at first use (0.1 to 0.4 s) and kept."""
+    with _LOCK:
+        if name not in _BUILT:
+            _BUILT[name] = _build(name)
+        return _BUILT[name]
+
+
+def even_signs() -> Bytes:
+    """Signs of eight weights from seven: bit 7 makes the number of minus signs even, (128,)."""
+    seven = np.arange(128, dtype=np.uint8)
+    odd = np.unpackbits(seven[:, None], axis=1).sum(axis=1, dtype=np.uint8) & np.uint8(1)
+    return seven | odd << np.uint8(7)
+
+
+def _build(name: str) -> Grid:
+    from gguf import quants
+
+    kind = getattr(quants, name.upper())
+    points, group = kind.grid_shape
+    magnitudes = np.array(kind.grid_map, np.float32)
+    base = len(magnitudes)
+    width = 2 if base < 5 else 4  # bits that a level takes in the table
+    packed = np.frombuffer(bytes.fromhex(kind.grid_hex.decode()), np.uint8)
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    levels = (packed[:, None] >> shifts & np.uint8((1 << width) - 1)).reshape(points, group)
+
+    digits = base ** np.arange(group)
+    point = np.full(base**group, -1, np.int32)
+    point[levels.astype(np.int64) @ digits] = np.arange(points, dtype=np.int32)
+    first, candidates = _candidates(levels, base, point, _DISTANCES[name])
+    return Grid(levels, magnitudes[levels], base, point, first, candidates)
+
+
+def _candidates(levels: Bytes, base: int, point: Int32, distances: int) -> tuple[Int32, Int32]:
+    points, group = levels.shape
+    off = np.flatnonzero(point < 0)
+    wanted = (off[:, None] // base ** np.arange(group) % base).astype(np.float32)
+    have = levels.astype(np.float32)
+    # Squared distances in steps of a level, exact in float32: |a|^2 + |b|^2 - 2 a b.
+    squares = (wanted * wanted).sum(axis=1)[:, None] + (have * have).sum(axis=1)
+    distance = (squares - wanted @ have.T * 2).astype(np.int16)  # (off, points)
+    limit = distance.min(axis=1, keepdims=True)
+    for _ in range(distances - 1):
+        beyond = np.where(distance > limit, distance, np.int16(np.iinfo(np.int16).max))
+        limit = beyond.min(axis=1, keepdims=True)
+    row, index = np.nonzero(distance <= limit)
+    nearest_first = np.lexsort((index, distance[row, index], row))
+    counts: NDArray[np.int64] = np.zeros(len(point) + 1, np.int64)
+    counts[off + 1] = np.bincount(row, minlength=len(off))
+    return counts.cumsum().astype(np.int32), index[nearest_first].astype(np.int32)
