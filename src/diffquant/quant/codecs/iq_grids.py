@@ -49,6 +49,11 @@ class Grid:
         """Magnitudes that one index stores."""
         return self.levels.shape[1]
 
+    @property
+    def code_bits(self) -> int:
+        """Bits that hold the largest 2 l + 1."""
+        return (2 * self.base - 1).bit_length()
+
 
 # Distances that count as near: iq2xs_init_impl and iq3xs_init_impl, `nwant`.
 _DISTANCES = {"iq2_xxs": 2, "iq2_xs": 2, "iq2_s": 1, "iq3_xxs": 2, "iq3_s": 3}

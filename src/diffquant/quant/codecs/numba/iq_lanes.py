@@ -1,0 +1,289 @@
+"""iq_search.search for 64 sub-blocks side by side, except the walk over candidates.
+
+affine_lanes.py says why lanes; here a sub-block also looks grid points up, one by one, so
+the candidate scales are taken in three sweeps: combinations of levels for every scale (lanes),
+their grid points (iq_nearest.py), errors for every scale (lanes). A grid point travels as its
+code, a field of 3 (IQ2) or 4 bits for each level l, the first lowest, that holds 2 l + 1.
+
+    grid   rows 0 .. size-1 magnitudes x, then their weights w, w * x, square roots of w
+    state  one row per quantity, named below
+    key    (steps, groups, LANES) combinations of levels, code the same for codes
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from diffquant.quant.codecs.arrays import Float32, Int32
+from diffquant.quant.codecs.numba.compile import inlined
+from diffquant.quant.codecs.numba.floats import nearest_int, select
+from diffquant.quant.codecs.numba.lanes import LANES
+
+__all__ = [
+    "BEST_STEP",
+    "LARGEST",
+    "SCALE",
+    "STATE_ROWS",
+    "candidate_scales",
+    "combine",
+    "fit_scale",
+    "keep_better",
+    "refit",
+    "split_signs",
+    "sum_codes",
+    "weigh",
+]
+
+SCALE = 0  # best so far, of either sign
+LARGEST = 1  # the magnitude that candidates put on the highest level
+SIGMA = 2  # on entry of weigh: the super-block's mean square times the rule's factor
+_BEST = 3
+_SUM_QX = 4
+_SUM_Q2 = 5
+_ERROR = 6
+_ISCALE = 7
+_TRIAL = 8
+_TRIAL_SCALE = 9
+BEST_STEP = 10  # which candidate is kept, as a float; -1 none
+STATE_ROWS = 11
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
+_HALF = np.float32(0.5)
+_TENTH = np.float32(0.1)
+_FIT_TOP = np.float32(4)
+_EPS = np.float32(1e-15)
+
+
+@inlined
+def weigh(
+    grid: Float32, state: Float32, size: int, weighted: bool, plain: np.float32
+) -> None:
+    """Fill weights and their square roots; rows size.. hold importance where `weighted`."""
+    for i in range(size):
+        for k in range(LANES):
+            x = grid[i, k]
+            square = np.float32(x * x)
+            if weighted:
+                root = np.sqrt(np.float32(state[SIGMA, k] + square))
+                weight = np.float32(grid[size + i, k] * root)
+            elif plain > _ZERO:
+                weight = np.float32(np.float32(plain * state[SIGMA, k]) + square)
+            else:
+                weight = square
+            grid[size + i, k] = weight
+            grid[3 * size + i, k] = np.sqrt(weight)
+
+
+@inlined
+def split_signs(grid: Float32, state: Float32, size: int, even: bool, signs: Int32) -> None:
+    """Make elements magnitudes; signs (size / 8, LANES). `even` flips the sign of least weight."""
+    for eight in range(size // 8):
+        for k in range(LANES):
+            signs[eight, k] = np.int32(0)
+            state[_ERROR, k] = np.float32(np.inf)
+            state[_TRIAL, k] = _ZERO
+            state[_ISCALE, k] = _ZERO
+        for i in range(8):
+            at = 8 * eight + i
+            for k in range(LANES):
+                x = grid[at, k]
+                minus = np.int32(x < _ZERO)
+                signs[eight, k] = np.int32(signs[eight, k] | np.int32(minus << np.int32(i)))
+                grid[at, k] = abs(x)
+            if even:
+                for k in range(LANES):
+                    x = grid[at, k]
+                    loss = np.float32(np.float32(grid[size + at, k] * x) * x)
+                    odd = np.int32(np.int32(signs[eight, k] >> np.int32(i)) & np.int32(1))
+                    state[_TRIAL, k] += np.float32(odd)
+                    less = np.int32(-np.int32(loss < state[_ERROR, k]))
+                    state[_ERROR, k] = select(less, loss, state[_ERROR, k])
+                    state[_ISCALE, k] = select(less, np.float32(i), state[_ISCALE, k])
+        if even:
+            for k in range(LANES):
+                count = np.int32(state[_TRIAL, k])
+                odd = np.int32(count & np.int32(1))
+                bit = np.int32(odd << np.int32(state[_ISCALE, k]))
+                signs[eight, k] = np.int32(signs[eight, k] ^ bit)
+                # An index past the eight flips nothing.
+                state[_ISCALE, k] = state[_ISCALE, k] if odd > np.int32(0) else np.float32(8)
+            for i in range(8):
+                for k in range(LANES):
+                    x = grid[8 * eight + i, k]
+                    flip = state[_ISCALE, k] == np.float32(i)
+                    grid[8 * eight + i, k] = np.float32(-x) if flip else x
+    for k in range(LANES):
+        state[LARGEST, k] = grid[0, k]
+    for i in range(size):
+        for k in range(LANES):
+            x = grid[i, k]
+            state[LARGEST, k] = x if x > state[LARGEST, k] else state[LARGEST, k]
+            grid[2 * size + i, k] = np.float32(grid[size + i, k] * x)
+
+
+@inlined
+def _fit_level(x: np.float32, iscale: np.float32) -> np.float32:
+    level = np.float32(nearest_int(np.float32(iscale * x)))
+    return level if level < _FIT_TOP else _FIT_TOP
+
+
+@inlined
+def _byte(level: np.float32) -> np.float32:
+    # ggml keeps these levels in bytes, where a negative one wraps.
+    return np.float32(np.int32(np.int32(level) & np.int32(255)))
+
+
+@inlined
+def _fit_error(grid: Float32, state: Float32, size: int, first: bool) -> None:
+    for k in range(LANES):
+        state[_TRIAL_SCALE, k] = np.float32(_ONE / state[_TRIAL, k])
+        state[_SUM_QX, k] = _ZERO
+    for i in range(size):
+        for k in range(LANES):
+            x = grid[i, k]
+            if first:
+                whole = nearest_int(np.float32(state[_TRIAL, k] * x))
+                level = np.float32(np.int32(whole & np.int32(255)))
+            else:
+                level = _fit_level(x, state[_TRIAL, k])
+            diff = np.float32(x - np.float32(state[_TRIAL_SCALE, k] * level))
+            term = np.float32(np.float32(grid[size + i, k] * diff) * diff)
+            state[_SUM_QX, k] = np.float32(state[_SUM_QX, k] + term)
+
+
+@inlined
+def fit_scale(grid: Float32, state: Float32, size: int, level: Float32) -> None:
+    """make_qp_quants: SCALE from a fit on levels 0 to 4; level (size, LANES) is scratch."""
+    for k in range(LANES):
+        state[_TRIAL, k] = np.float32(_FIT_TOP / state[LARGEST, k])
+    _fit_error(grid, state, size, True)
+    for k in range(LANES):
+        state[_ERROR, k] = state[_SUM_QX, k]
+        state[_ISCALE, k] = state[_TRIAL, k]
+    for step in range(-4, 5):
+        if step == 0:
+            continue
+        intervals = np.float32(np.float32(_TENTH * np.float32(step)) + _FIT_TOP)
+        for k in range(LANES):
+            state[_TRIAL, k] = np.float32(intervals / state[LARGEST, k])
+        _fit_error(grid, state, size, False)
+        for k in range(LANES):
+            better = np.int32(-np.int32(state[_SUM_QX, k] < state[_ERROR, k]))
+            state[_ERROR, k] = select(better, state[_SUM_QX, k], state[_ERROR, k])
+            state[_ISCALE, k] = select(better, state[_TRIAL, k], state[_ISCALE, k])
+    for k in range(LANES):
+        state[_SUM_QX, k] = _ZERO
+        state[_SUM_Q2, k] = _ZERO
+    for i in range(size):
+        for k in range(LANES):
+            found = _fit_level(grid[i, k], state[_ISCALE, k])
+            level[i, k] = _byte(found)
+            state[_SUM_QX, k] += np.float32(grid[2 * size + i, k] * found)
+            state[_SUM_Q2, k] += np.float32(np.float32(grid[size + i, k] * found) * found)
+    for _ in range(5):
+        for i in range(size):
+            _improve_level(grid, state, size, i, level)
+    for k in range(LANES):
+        fit = np.float32(state[_SUM_QX, k] / state[_SUM_Q2, k])
+        scale = fit if state[_SUM_Q2, k] > _ZERO else _ZERO
+        state[SCALE, k] = _ZERO if state[LARGEST, k] < _EPS else scale
+
+
+@inlined
+def _improve_level(grid: Float32, state: Float32, size: int, i: int, level: Float32) -> None:
+    for k in range(LANES):
+        x, w, wx, have = grid[i, k], grid[size + i, k], grid[2 * size + i, k], level[i, k]
+        sum_lx, sum_l2 = state[_SUM_QX, k], state[_SUM_Q2, k]
+        rest_lx = np.float32(sum_lx - np.float32(wx * have))
+        rest_l2 = np.float32(sum_l2 - np.float32(np.float32(w * have) * have))
+        wanted = _fit_level(np.float32(np.float32(x * rest_l2) / rest_lx), _ONE)
+        new_lx = np.float32(rest_lx + np.float32(wx * wanted))
+        new_l2 = np.float32(rest_l2 + np.float32(np.float32(w * wanted) * wanted))
+        gain = np.float32(np.float32(new_lx * new_lx) * sum_l2)
+        old = np.float32(np.float32(sum_lx * sum_lx) * new_l2)
+        positive = np.int32(np.int32(rest_lx > _ZERO) & np.int32(rest_l2 > _ZERO))
+        moves = np.int32(np.int32(wanted != have) & np.int32(gain > old))
+        better = np.int32(-np.int32(positive & moves))
+        level[i, k] = select(better, _byte(wanted), have)
+        state[_SUM_QX, k] = select(better, new_lx, sum_lx)
+        state[_SUM_Q2, k] = select(better, new_l2, sum_l2)
+
+
+@inlined
+def candidate_scales(
+    state: Float32, scales: Float32, top: np.float32, steps: int, step: np.float32
+) -> None:
+    """Scales (2 * steps + 1, LANES) around the one that puts LARGEST at `top`; none kept yet."""
+    for n in range(2 * steps + 1):
+        intervals = np.float32(top + np.float32(step * np.float32(n - steps)))
+        for k in range(LANES):
+            scales[2 * n, k] = np.float32(intervals / state[LARGEST, k])
+            scales[2 * n + 1, k] = np.float32(_ONE / scales[2 * n, k])
+    for k in range(LANES):
+        state[_BEST, k] = _ZERO
+        state[BEST_STEP, k] = -_ONE
+
+
+@inlined
+def combine(
+    grid: Float32, iscale: Float32, key: Int32, group: int, base: np.int32
+) -> None:
+    """Combinations of rounded levels at one scale: iscale (LANES,), key (groups, LANES)."""
+    highest = np.int32(base - np.int32(1))
+    for g in range(key.shape[0]):
+        for k in range(LANES):
+            key[g, k] = np.int32(0)
+        for i in range(group):
+            at = group * g + (group - 1 - i)  # the first level is the lowest digit
+            for k in range(LANES):
+                scaled = np.float32(np.float32(iscale[k] * grid[at, k]) - _ONE)
+                level = nearest_int(np.float32(_HALF * scaled))
+                level = level if level > np.int32(0) else np.int32(0)
+                level = level if level < highest else highest
+                key[g, k] = np.int32(np.int32(key[g, k] * base) + level)
+
+
+@inlined
+def sum_codes(
+    grid: Float32, state: Float32, size: int, code: Int32, group: int, bits: np.int32
+) -> None:
+    """Sums of w * x * q and w * q * q at the grid points of code (groups, LANES)."""
+    mask = np.int32(np.int32(np.int32(1) << bits) - np.int32(1))
+    for k in range(LANES):
+        state[_SUM_QX, k] = _ZERO
+        state[_SUM_Q2, k] = _ZERO
+    for g in range(code.shape[0]):
+        for i in range(0, group, 4):
+            for k in range(LANES):
+                sum_qx, sum_q2 = state[_SUM_QX, k], state[_SUM_Q2, k]
+                digits = np.int32(code[g, k] >> np.int32(bits * np.int32(i)))
+                for j in range(4):
+                    odd = np.int32(np.int32(digits >> np.int32(bits * np.int32(j))) & mask)
+                    q, at = np.float32(odd), group * g + i + j
+                    sum_qx = np.float32(sum_qx + np.float32(grid[2 * size + at, k] * q))
+                    square = np.float32(np.float32(grid[size + at, k] * q) * q)
+                    sum_q2 = np.float32(sum_q2 + square)
+                state[_SUM_QX, k] = sum_qx
+                state[_SUM_Q2, k] = sum_q2
+
+
+@inlined
+def keep_better(state: Float32, step: int) -> None:
+    """Keep the candidate whose sums were just taken, where it fits better."""
+    for k in range(LANES):
+        sum_qx, sum_q2 = state[_SUM_QX, k], state[_SUM_Q2, k]
+        fit = np.float32(sum_qx / sum_q2)
+        gain = np.float32(sum_qx * sum_qx) > np.float32(state[_BEST, k] * sum_q2)
+        better = np.int32(-np.int32(np.int32(sum_q2 > _ZERO) & np.int32(gain)))
+        state[SCALE, k] = select(better, fit, state[SCALE, k])
+        state[_BEST, k] = select(better, np.float32(fit * sum_qx), state[_BEST, k])
+        state[BEST_STEP, k] = select(better, np.float32(step), state[BEST_STEP, k])
+
+
+@inlined
+def refit(state: Float32, wanted: Int32) -> None:
+    """Take the least squares scale of the last sums where wanted (LANES,) is -1."""
+    for k in range(LANES):
+        sum_qx, sum_q2 = state[_SUM_QX, k], state[_SUM_Q2, k]
+        better = np.int32(wanted[k] & np.int32(-np.int32(sum_q2 > _ZERO)))
+        state[SCALE, k] = select(better, np.float32(sum_qx / sum_q2), state[SCALE, k])

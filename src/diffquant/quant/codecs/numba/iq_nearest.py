@@ -1,0 +1,153 @@
+"""Grid points for combinations of levels: a table, and a search where the combination is no point.
+
+The candidates of a combination are compared side by side, sixteen at a time: each is a lane that
+adds its weighted squared errors in ggml's order (iq_search._nearest). Distances are not negative,
+so their bits are ordered as they are, and the least (bits, position) is the first of the nearest.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from diffquant.quant.codecs.arrays import Float32, Int32, frozen
+from diffquant.quant.codecs.iq_grids import grid_named
+from diffquant.quant.codecs.numba.compile import inlined
+from diffquant.quant.codecs.numba.lanes import LANES
+
+__all__ = ["MOVED", "Tables", "place", "tables_named"]
+
+_CHUNK = 16
+_COUNT_BITS = 5  # of a combination's entry: its number of chunks
+_COUNT = np.int32((1 << _COUNT_BITS) - 1)
+_NONE = np.int64(2**63 - 1)
+_POSITION = np.int64(0xFFFFFFFF)
+MOVED = np.int32(-(2**31))  # set in the code of a group whose combination is no grid point
+
+Tables = tuple[Int32, Int32]
+
+
+@lru_cache(maxsize=None)
+def tables_named(name: str) -> Tables:
+    """Make the tables of a grid.
+
+    Returns:
+        entries: per combination the code of its grid point, or where it is none, minus (first chunk
+            << 5 | chunks); candidates: (chunks, 16) codes, the last one repeated.
+    """
+    grid = grid_named(name)
+    shifts = grid.code_bits * np.arange(grid.group)
+    codes = ((2 * grid.levels.astype(np.int64) + 1) << shifts).sum(axis=1)
+    counts = np.diff(grid.first)
+    chunks = -(-counts // _CHUNK)
+    first = chunks.cumsum() - chunks
+    entries = np.where(grid.point >= 0, codes[grid.point], -(first << _COUNT_BITS | chunks))
+    row = np.arange(len(counts)).repeat(chunks * _CHUNK)  # combination of every slot
+    place = np.arange(len(row)) - (first * _CHUNK)[row]
+    place = np.minimum(place, counts[row] - 1)
+    candidates = codes[grid.candidates[grid.first[row] + place]].reshape(-1, _CHUNK)
+    return (
+        frozen(entries.astype(np.int32), entries.shape),
+        frozen(candidates.astype(np.int32), candidates.shape),
+    )
+
+
+@inlined
+def _term(
+    code: np.int32, at: int, mask: int, scale: np.float32, x: np.float32, w: np.float32
+) -> np.float32:
+    odd = np.float32(np.int32(np.int32(code >> np.int32(at)) & np.int32(mask)))
+    diff = np.float32(np.float32(scale * odd) - x)
+    return np.float32(np.float32(w * diff) * diff)
+
+
+@inlined
+def _nearer(best: np.int64, distance: np.float32, position: int) -> np.int64:
+    bits = np.int64(np.float32(distance).view(np.int32))
+    ranked = np.int64(np.int64(bits << np.int64(32)) | np.int64(position))
+    return ranked if ranked < best else best
+
+
+@inlined
+def _place_fours(
+    grid: Float32, size: int, g: int, k: int, scales: Float32, tables: Tables, code: Int32
+) -> None:
+    entries, candidates = tables
+    i, j = 4 * g, 3 * size + 4 * g
+    # Loaded once, by name: in a loop over the four they would be loaded for every candidate.
+    x0, x1, x2, x3 = grid[i, k], grid[i + 1, k], grid[i + 2, k], grid[i + 3, k]
+    w0, w1, w2, w3 = grid[j, k], grid[j + 1, k], grid[j + 2, k], grid[j + 3, k]
+    for n in range(code.shape[0]):
+        entry = entries[code[n, g, k]]
+        if entry < np.int32(0):
+            scale = scales[2 * n + 1, k]
+            first = np.int32(np.int32(-entry) >> np.int32(_COUNT_BITS))
+            best = _NONE
+            for c in range(np.int32(np.int32(-entry) & _COUNT)):
+                for t in range(_CHUNK):
+                    found = candidates[first + c, t]
+                    d = _term(found, 0, 15, scale, x0, w0)
+                    d = np.float32(d + _term(found, 4, 15, scale, x1, w1))
+                    d = np.float32(d + _term(found, 8, 15, scale, x2, w2))
+                    d = np.float32(d + _term(found, 12, 15, scale, x3, w3))
+                    best = _nearer(best, d, _CHUNK * c + t)
+            position = np.int64(best & _POSITION)
+            entry = candidates[first + position // _CHUNK, position % _CHUNK] | MOVED
+        code[n, g, k] = entry
+
+
+@inlined
+def _place_eights(
+    grid: Float32, size: int, g: int, k: int, scales: Float32, tables: Tables, code: Int32
+) -> None:
+    entries, candidates = tables
+    i, j = 8 * g, 3 * size + 8 * g
+    x0, x1, x2, x3 = grid[i, k], grid[i + 1, k], grid[i + 2, k], grid[i + 3, k]
+    x4, x5, x6, x7 = grid[i + 4, k], grid[i + 5, k], grid[i + 6, k], grid[i + 7, k]
+    w0, w1, w2, w3 = grid[j, k], grid[j + 1, k], grid[j + 2, k], grid[j + 3, k]
+    w4, w5, w6, w7 = grid[j + 4, k], grid[j + 5, k], grid[j + 6, k], grid[j + 7, k]
+    for n in range(code.shape[0]):
+        entry = entries[code[n, g, k]]
+        if entry < np.int32(0):
+            scale = scales[2 * n + 1, k]
+            first = np.int32(np.int32(-entry) >> np.int32(_COUNT_BITS))
+            best = _NONE
+            for c in range(np.int32(np.int32(-entry) & _COUNT)):
+                for t in range(_CHUNK):
+                    found = candidates[first + c, t]
+                    d = _term(found, 0, 7, scale, x0, w0)
+                    d = np.float32(d + _term(found, 3, 7, scale, x1, w1))
+                    d = np.float32(d + _term(found, 6, 7, scale, x2, w2))
+                    d = np.float32(d + _term(found, 9, 7, scale, x3, w3))
+                    d = np.float32(d + _term(found, 12, 7, scale, x4, w4))
+                    d = np.float32(d + _term(found, 15, 7, scale, x5, w5))
+                    d = np.float32(d + _term(found, 18, 7, scale, x6, w6))
+                    d = np.float32(d + _term(found, 21, 7, scale, x7, w7))
+                    best = _nearer(best, d, _CHUNK * c + t)
+            position = np.int64(best & _POSITION)
+            entry = candidates[first + position // _CHUNK, position % _CHUNK] | MOVED
+        code[n, g, k] = entry
+
+
+@inlined
+def place(
+    grid: Float32, size: int, scales: Float32, tables: Tables, wanted: Int32, code: Int32
+) -> None:
+    """Turn combinations into codes of grid points, MOVED added where they were none.
+
+    Args:
+        grid, size: as in iq_lanes.py.
+        scales: (2 * n, LANES), the scale of candidate c in row 2 c + 1.
+        tables: tables_named's.
+        wanted: (LANES,), 0 where a lane's combinations are left as they are.
+        code: (n, groups, LANES) combinations, replaced.
+    """
+    for k in range(LANES):
+        if wanted[k] == np.int32(0):
+            continue
+        for g in range(code.shape[1]):
+            if size // code.shape[1] == 8:
+                _place_eights(grid, size, g, k, scales, tables, code)
+            else:
+                _place_fours(grid, size, g, k, scales, tables, code)
