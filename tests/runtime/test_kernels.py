@@ -19,6 +19,7 @@ HALVES = {
     "q4_k": (0, 2),
     "q5_k": (0, 2),
     "q6_k": (208,),
+    **dict.fromkeys(("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), (0,)),
     "iq4_nl": (0,),
     "iq4_xs": (0,),
     "mxfp4": (),

@@ -1,7 +1,7 @@
 """IQ2_XS: super-blocks of 256, 4-bit scales per 16, 8 magnitudes per 9-bit index; 2.3125 bits.
 
     offset  0       2                                             66
-            d (f16) 32 words (u16): grid index | 7 signs << 9     8 bytes of scales, low nibble first
+            d (f16) 32 words (u16): grid index | 7 signs << 9     8 bytes of scales, low first
                     decoded = +-d * (scale + 1/2) / 4 * magnitude, the magnitude 8, 25 or 43
 
 The eighth sign of eight makes their count of minus signs even. There is no mode without importance.
@@ -14,8 +14,8 @@ import numpy as np
 
 from diffquant.quant.codecs import fields
 from diffquant.quant.codecs.arrays import Bytes
+from diffquant.quant.codecs.grids import even_signs
 from diffquant.quant.codecs.iq_blocks import Stored, grid_codec, load_nibbles, store_nibbles
-from diffquant.quant.codecs.iq_grids import even_signs
 from diffquant.quant.codecs.iq_search import Found, scale_levels
 
 __all__ = ["decode", "encode", "pack", "unpack"]

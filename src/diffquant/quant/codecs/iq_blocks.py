@@ -13,7 +13,7 @@ import numpy as np
 
 from diffquant.quant.codecs.arrays import Bytes, Decode, Encode, Float32, Int32
 from diffquant.quant.codecs.ggml_rows import row_codec
-from diffquant.quant.codecs.iq_grids import even_signs, grid_named
+from diffquant.quant.codecs.grids import even_signs, grid
 from diffquant.quant.codecs.iq_search import RULES, SUPER_BLOCK, Found, search
 
 __all__ = ["Stored", "grid_codec", "load_nibbles", "load_signs", "store_nibbles", "store_signs"]
@@ -72,7 +72,7 @@ def grid_codec(
 
 
 def _expand(name: str, stored: Stored) -> Float32:
-    magnitude = grid_named(name).magnitudes[stored.point].reshape(*stored.d.shape, -1)
+    magnitude = grid(name)[stored.point].reshape(*stored.d.shape, -1)
     minus = np.unpackbits(stored.signs, axis=1, bitorder="little").astype(bool)
     scaled = (stored.d[:, :, None] * magnitude).reshape(-1, SUPER_BLOCK)
     return np.where(minus, -scaled, scaled)
@@ -92,14 +92,16 @@ def store_signs(signs: Bytes, levels: Bytes) -> Bytes:
     """Pack seven signs of each eight weights and a level per 32 weights.
 
     Args:
-        signs: (B, 8, 4); levels: (B, 8) below 16.
+        signs: (B, 8, 4).
+        levels: (B, 8) below 16.
 
     Returns:
         (B, 8, 4) bytes of little-endian words, signs of eights from bit 0 up, the level on top.
     """
     seven = (signs & np.uint8(127)).astype(np.uint32) << np.arange(0, 28, 7, dtype=np.uint32)
     words = seven.sum(axis=2, dtype=np.uint32) | levels.astype(np.uint32) << np.uint32(28)
-    return words.astype("<u4")[:, :, None].view(np.uint8)
+    packed: Bytes = words.astype("<u4")[:, :, None].view(np.uint8)
+    return packed
 
 
 def load_signs(packed: Bytes) -> tuple[Bytes, Float32]:

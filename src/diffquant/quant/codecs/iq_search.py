@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from diffquant.quant.codecs.arrays import Bytes, Float32, Int32
 from diffquant.quant.codecs.fields import nearest_int
-from diffquant.quant.codecs.iq_grids import Grid, grid_named
+from diffquant.quant.codecs.iq_candidates import Grid, grid_named
 from diffquant.quant.codecs.scale_search import GROUP_MAX_EPS, sum_rows
 
 __all__ = ["RULES", "SUPER_BLOCK", "Found", "Rule", "scale_levels", "search"]
@@ -89,7 +89,8 @@ class Found:
     @property
     def used(self) -> NDArray[np.bool_]:
         """Super-blocks with any scale, (B, 1)."""
-        return self.scale.max(axis=1, keepdims=True) > 0
+        used: NDArray[np.bool_] = self.scale.max(axis=1, keepdims=True) > 0
+        return used
 
 
 def search(name: str, blocks: Float32, importance: Float32 | None) -> Found:
@@ -300,8 +301,11 @@ def _nearest(
     """Of each group's candidates the one of least weighted error, of equals the first.
 
     Args:
+        grid: of the format.
         key: (M,) combinations off the grid.
-        x: (group, M); weight: (group, M); scale: (M,).
+        x: (group, M) magnitudes.
+        weight: (group, M) of their squared errors.
+        scale: (M,).
     """
     count = grid.first[key + 1] - grid.first[key]
     order = np.argsort(-count, kind="stable")  # those with a j-th candidate stand in front

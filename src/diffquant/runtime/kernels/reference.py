@@ -8,7 +8,7 @@ Stored parts (N is the first dimension of the logical shape, K the product of th
 
     f32 f16 bf16        weight: the tensor itself
     q*_0 q*_1 q*_k      weight: uint8 (N, bytes per row), ggml blocks of 32 or 256 along a row
-    iq* tq* mxfp4 nvfp4 the same; in nonlinear.py and ternary.py
+    iq* tq* mxfp4 nvfp4 the same; in grid_blocks.py, nonlinear.py and ternary.py
     fp8_e4m3            weight: float8_e4m3fn (N, K)
     fp8_e4m3_scaled     the same, and scale: float32 ()
     int8_rowwise        weight: int8 (N, K); scale: float32 (N, 1)
@@ -26,7 +26,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from diffquant.runtime.kernels import nonlinear, ternary
+from diffquant.runtime.kernels import grid_blocks, nonlinear, ternary
 from diffquant.runtime.kernels.fields import Kernel, Parts, half, of_blocks, shifted
 
 __all__ = ["KERNELS", "ROWWISE"]
@@ -158,6 +158,7 @@ KERNELS: Mapping[str, Kernel] = {
     "q4_k": of_blocks(144, _q4_k),
     "q5_k": of_blocks(176, _q5_k),
     "q6_k": of_blocks(210, _q6_k),
+    **grid_blocks.KERNELS,
     **nonlinear.KERNELS,
     **ternary.KERNELS,
     "fp8_e4m3": _plain,

@@ -7,7 +7,8 @@ code, a field of 3 (IQ2) or 4 bits for each level l, the first lowest, that hold
 
     grid   rows 0 .. size-1 magnitudes x, then their weights w, w * x, square roots of w
     state  one row per quantity, named below
-    key    (steps, groups, LANES) combinations of levels, code the same for codes
+    scales two rows per candidate: the inverse of its scale, its scale
+    code   (candidates, groups, LANES) combinations of levels, then codes of their grid points
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = [
     "fit_scale",
     "keep_better",
     "refit",
+    "scale_found",
     "split_signs",
     "sum_codes",
     "weigh",
@@ -36,7 +38,7 @@ __all__ = [
 
 SCALE = 0  # best so far, of either sign
 LARGEST = 1  # the magnitude that candidates put on the highest level
-SIGMA = 2  # on entry of weigh: the super-block's mean square times the rule's factor
+SIGMA = 2  # what is added to an element's square to weigh its error
 _BEST = 3
 _SUM_QX = 4
 _SUM_Q2 = 5
@@ -55,21 +57,21 @@ _EPS = np.float32(1e-15)
 
 
 @inlined
-def weigh(
-    grid: Float32, state: Float32, size: int, weighted: bool, plain: np.float32
-) -> None:
-    """Fill weights and their square roots; rows size.. hold importance where `weighted`."""
+def weigh(grid: Float32, state: Float32, size: int, weighted: bool) -> None:
+    """Fill weights and their square roots.
+
+    Rows size.. hold importance where `weighted`; SIGMA is added to the square of each element.
+    """
     for i in range(size):
         for k in range(LANES):
             x = grid[i, k]
-            square = np.float32(x * x)
-            if weighted:
-                root = np.sqrt(np.float32(state[SIGMA, k] + square))
-                weight = np.float32(grid[size + i, k] * root)
-            elif plain > _ZERO:
-                weight = np.float32(np.float32(plain * state[SIGMA, k]) + square)
-            else:
-                weight = square
+            grid[3 * size + i, k] = np.float32(state[SIGMA, k] + np.float32(x * x))
+        if weighted:
+            for k in range(LANES):
+                root = np.sqrt(grid[3 * size + i, k])
+                grid[3 * size + i, k] = np.float32(grid[size + i, k] * root)
+        for k in range(LANES):
+            weight = grid[3 * size + i, k]
             grid[size + i, k] = weight
             grid[3 * size + i, k] = np.sqrt(weight)
 
@@ -134,18 +136,15 @@ def _byte(level: np.float32) -> np.float32:
 
 
 @inlined
-def _fit_error(grid: Float32, state: Float32, size: int, first: bool) -> None:
+def _fit_error(grid: Float32, state: Float32, size: int, mask: np.int32, highest: np.int32) -> None:
     for k in range(LANES):
         state[_TRIAL_SCALE, k] = np.float32(_ONE / state[_TRIAL, k])
         state[_SUM_QX, k] = _ZERO
     for i in range(size):
         for k in range(LANES):
             x = grid[i, k]
-            if first:
-                whole = nearest_int(np.float32(state[_TRIAL, k] * x))
-                level = np.float32(np.int32(whole & np.int32(255)))
-            else:
-                level = _fit_level(x, state[_TRIAL, k])
+            whole = np.int32(nearest_int(np.float32(state[_TRIAL, k] * x)) & mask)
+            level = np.float32(whole if whole < highest else highest)
             diff = np.float32(x - np.float32(state[_TRIAL_SCALE, k] * level))
             term = np.float32(np.float32(grid[size + i, k] * diff) * diff)
             state[_SUM_QX, k] = np.float32(state[_SUM_QX, k] + term)
@@ -155,18 +154,18 @@ def _fit_error(grid: Float32, state: Float32, size: int, first: bool) -> None:
 def fit_scale(grid: Float32, state: Float32, size: int, level: Float32) -> None:
     """make_qp_quants: SCALE from a fit on levels 0 to 4; level (size, LANES) is scratch."""
     for k in range(LANES):
-        state[_TRIAL, k] = np.float32(_FIT_TOP / state[LARGEST, k])
-    _fit_error(grid, state, size, True)
-    for k in range(LANES):
-        state[_ERROR, k] = state[_SUM_QX, k]
-        state[_ISCALE, k] = state[_TRIAL, k]
-    for step in range(-4, 5):
-        if step == 0:
-            continue
-        intervals = np.float32(np.float32(_TENTH * np.float32(step)) + _FIT_TOP)
+        state[_ERROR, k] = np.float32(np.inf)
+        state[_ISCALE, k] = np.float32(_FIT_TOP / state[LARGEST, k])
+    for turn in range(9):
+        # First the grid that reaches the largest element, its levels in bytes and not clamped.
+        step = turn - 5 if turn < 5 else turn - 4
+        intervals = (
+            _FIT_TOP if turn == 0 else np.float32(np.float32(_TENTH * np.float32(step)) + _FIT_TOP)
+        )
         for k in range(LANES):
             state[_TRIAL, k] = np.float32(intervals / state[LARGEST, k])
-        _fit_error(grid, state, size, False)
+        mask, highest = (np.int32(255), np.int32(255)) if turn == 0 else (np.int32(-1), np.int32(4))
+        _fit_error(grid, state, size, mask, highest)
         for k in range(LANES):
             better = np.int32(-np.int32(state[_SUM_QX, k] < state[_ERROR, k]))
             state[_ERROR, k] = select(better, state[_SUM_QX, k], state[_ERROR, k])
@@ -211,9 +210,10 @@ def _improve_level(grid: Float32, state: Float32, size: int, i: int, level: Floa
 
 @inlined
 def candidate_scales(
-    state: Float32, scales: Float32, top: np.float32, steps: int, step: np.float32
+    state: Float32, scales: Float32, base: np.int32, steps: int, step: np.float32
 ) -> None:
-    """Scales (2 * steps + 1, LANES) around the one that puts LARGEST at `top`; none kept yet."""
+    """Scales around the one that puts LARGEST on the highest level; none kept yet."""
+    top = np.float32(np.int32(np.int32(2) * base - np.int32(1)))
     for n in range(2 * steps + 1):
         intervals = np.float32(top + np.float32(step * np.float32(n - steps)))
         for k in range(LANES):
@@ -225,38 +225,46 @@ def candidate_scales(
 
 
 @inlined
+def scale_found(state: Float32, scales: Float32) -> None:
+    """Make the scale found candidate 0's."""
+    for k in range(LANES):
+        scales[0, k] = np.float32(_ONE / state[SCALE, k])
+        scales[1, k] = state[SCALE, k]
+
+
+@inlined
 def combine(
-    grid: Float32, iscale: Float32, key: Int32, group: int, base: np.int32
+    grid: Float32, scales: Float32, code: Int32, n: int, group: int, base: np.int32
 ) -> None:
-    """Combinations of rounded levels at one scale: iscale (LANES,), key (groups, LANES)."""
+    """Combinations of levels, rounded at candidate n's scale."""
     highest = np.int32(base - np.int32(1))
-    for g in range(key.shape[0]):
+    for g in range(code.shape[1]):
         for k in range(LANES):
-            key[g, k] = np.int32(0)
+            code[n, g, k] = np.int32(0)
         for i in range(group):
             at = group * g + (group - 1 - i)  # the first level is the lowest digit
             for k in range(LANES):
-                scaled = np.float32(np.float32(iscale[k] * grid[at, k]) - _ONE)
+                scaled = np.float32(np.float32(scales[2 * n, k] * grid[at, k]) - _ONE)
                 level = nearest_int(np.float32(_HALF * scaled))
                 level = level if level > np.int32(0) else np.int32(0)
                 level = level if level < highest else highest
-                key[g, k] = np.int32(np.int32(key[g, k] * base) + level)
+                code[n, g, k] = np.int32(np.int32(code[n, g, k] * base) + level)
 
 
 @inlined
 def sum_codes(
-    grid: Float32, state: Float32, size: int, code: Int32, group: int, bits: np.int32
+    grid: Float32, state: Float32, size: int, code: Int32, n: int, group: int, bits: np.int32
 ) -> None:
-    """Sums of w * x * q and w * q * q at the grid points of code (groups, LANES)."""
+    """Sums of w * x * q and w * q * q at the grid points of candidate n."""
     mask = np.int32(np.int32(np.int32(1) << bits) - np.int32(1))
     for k in range(LANES):
         state[_SUM_QX, k] = _ZERO
         state[_SUM_Q2, k] = _ZERO
-    for g in range(code.shape[0]):
+    for g in range(code.shape[1]):
         for i in range(0, group, 4):
             for k in range(LANES):
                 sum_qx, sum_q2 = state[_SUM_QX, k], state[_SUM_Q2, k]
-                digits = np.int32(code[g, k] >> np.int32(bits * np.int32(i)))
+                digits = np.int32(code[n, g, k] >> np.int32(bits * np.int32(i)))
                 for j in range(4):
                     odd = np.int32(np.int32(digits >> np.int32(bits * np.int32(j))) & mask)
                     q, at = np.float32(odd), group * g + i + j

@@ -7,16 +7,15 @@ so their bits are ordered as they are, and the least (bits, position) is the fir
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
 from diffquant.quant.codecs.arrays import Float32, Int32, frozen
-from diffquant.quant.codecs.iq_grids import grid_named
+from diffquant.quant.codecs.iq_candidates import grid_named
 from diffquant.quant.codecs.numba.compile import inlined
-from diffquant.quant.codecs.numba.lanes import LANES
 
-__all__ = ["MOVED", "Tables", "place", "tables_named"]
+__all__ = ["MOVED", "Tables", "place_eights", "place_fours", "tables_named"]
 
 _CHUNK = 16
 _COUNT_BITS = 5  # of a combination's entry: its number of chunks
@@ -28,7 +27,7 @@ MOVED = np.int32(-(2**31))  # set in the code of a group whose combination is no
 Tables = tuple[Int32, Int32]
 
 
-@lru_cache(maxsize=None)
+@cache
 def tables_named(name: str) -> Tables:
     """Make the tables of a grid.
 
@@ -70,15 +69,28 @@ def _nearer(best: np.int64, distance: np.float32, position: int) -> np.int64:
 
 
 @inlined
-def _place_fours(
-    grid: Float32, size: int, g: int, k: int, scales: Float32, tables: Tables, code: Int32
+def place_fours(
+    grid: Float32,
+    root: int,
+    g: int,
+    k: int,
+    scales: Float32,
+    tables: Tables,
+    code: Int32,
+    stop: int,
 ) -> None:
+    """Place group g of four in lane k at the scales of candidates 0 to stop - 1.
+
+    Combinations in code (candidates, groups, LANES) become codes of grid points, MOVED added where
+    they were no point. Square roots of weights stand from row `root` of grid on; the scale of
+    candidate n stands in row 2 n + 1 of scales.
+    """
     entries, candidates = tables
-    i, j = 4 * g, 3 * size + 4 * g
+    i, j = 4 * g, root + 4 * g
     # Loaded once, by name: in a loop over the four they would be loaded for every candidate.
     x0, x1, x2, x3 = grid[i, k], grid[i + 1, k], grid[i + 2, k], grid[i + 3, k]
     w0, w1, w2, w3 = grid[j, k], grid[j + 1, k], grid[j + 2, k], grid[j + 3, k]
-    for n in range(code.shape[0]):
+    for n in range(stop):
         entry = entries[code[n, g, k]]
         if entry < np.int32(0):
             scale = scales[2 * n + 1, k]
@@ -98,16 +110,24 @@ def _place_fours(
 
 
 @inlined
-def _place_eights(
-    grid: Float32, size: int, g: int, k: int, scales: Float32, tables: Tables, code: Int32
+def place_eights(
+    grid: Float32,
+    root: int,
+    g: int,
+    k: int,
+    scales: Float32,
+    tables: Tables,
+    code: Int32,
+    stop: int,
 ) -> None:
+    """Place a group of eight, as `place_fours` does one of four."""
     entries, candidates = tables
-    i, j = 8 * g, 3 * size + 8 * g
+    i, j = 8 * g, root + 8 * g
     x0, x1, x2, x3 = grid[i, k], grid[i + 1, k], grid[i + 2, k], grid[i + 3, k]
     x4, x5, x6, x7 = grid[i + 4, k], grid[i + 5, k], grid[i + 6, k], grid[i + 7, k]
     w0, w1, w2, w3 = grid[j, k], grid[j + 1, k], grid[j + 2, k], grid[j + 3, k]
     w4, w5, w6, w7 = grid[j + 4, k], grid[j + 5, k], grid[j + 6, k], grid[j + 7, k]
-    for n in range(code.shape[0]):
+    for n in range(stop):
         entry = entries[code[n, g, k]]
         if entry < np.int32(0):
             scale = scales[2 * n + 1, k]
@@ -128,26 +148,3 @@ def _place_eights(
             position = np.int64(best & _POSITION)
             entry = candidates[first + position // _CHUNK, position % _CHUNK] | MOVED
         code[n, g, k] = entry
-
-
-@inlined
-def place(
-    grid: Float32, size: int, scales: Float32, tables: Tables, wanted: Int32, code: Int32
-) -> None:
-    """Turn combinations into codes of grid points, MOVED added where they were none.
-
-    Args:
-        grid, size: as in iq_lanes.py.
-        scales: (2 * n, LANES), the scale of candidate c in row 2 c + 1.
-        tables: tables_named's.
-        wanted: (LANES,), 0 where a lane's combinations are left as they are.
-        code: (n, groups, LANES) combinations, replaced.
-    """
-    for k in range(LANES):
-        if wanted[k] == np.int32(0):
-            continue
-        for g in range(code.shape[1]):
-            if size // code.shape[1] == 8:
-                _place_eights(grid, size, g, k, scales, tables, code)
-            else:
-                _place_fours(grid, size, g, k, scales, tables, code)

@@ -1,16 +1,23 @@
-"""Fast twin of codecs/iq_search.py: four or eight super-blocks at a time, 64 sub-blocks in lanes."""
+"""Fast twin of codecs/iq_search.py: four or eight super-blocks at a time, 64 sub-blocks wide."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffquant.quant.codecs.arrays import Bytes, Float32, Int32, frozen
-from diffquant.quant.codecs.iq_grids import grid_named
+from diffquant.quant.codecs.iq_candidates import grid_named
 from diffquant.quant.codecs.iq_search import RULES, SUPER_BLOCK, Found
 from diffquant.quant.codecs.numba import iq_lanes as lanes
 from diffquant.quant.codecs.numba.compile import inlined, kernel
-from diffquant.quant.codecs.numba.iq_nearest import Tables, place, tables_named
+from diffquant.quant.codecs.numba.iq_nearest import (
+    Tables,
+    place_eights,
+    place_fours,
+    tables_named,
+)
 from diffquant.quant.codecs.numba.lanes import LANES, scratch
 
 __all__ = ["search"]
@@ -20,20 +27,12 @@ _ALL, _ANY, _OFF = np.int32(0), np.int32(1), np.int32(2)
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 
-# size, candidates on each side, step, sigma, plain, even, least, fitted, refine, fields' bits, base
+# size, candidates on each side, step, sigma, plain, even, least, refine, bits of a field, base
 Numbers = tuple[
-    int,
-    int,
-    np.float32,
-    np.float32,
-    np.float32,
-    bool,
-    np.float32,
-    bool,
-    np.int32,
-    np.int32,
-    np.int32,
+    int, int, np.float32, np.float32, np.float32, bool, np.float32, np.int32, np.int32, np.int32
 ]
+Kernel = Callable[..., None]
+Outputs = tuple[Float32, Int32, Bytes, NDArray[np.bool_]]
 
 
 @inlined
@@ -48,7 +47,7 @@ def _load(
     total: Float32,
 ) -> None:
     # Rows 0.. elements, rows size.. importance; lanes beyond the last super-block are zero.
-    size, sigma = numbers[0], numbers[3]
+    size, sigma, plain = numbers[0], numbers[3], numbers[4]
     subs = SUPER_BLOCK // size
     for b in range(LANES // subs):
         total[b] = _ZERO
@@ -61,6 +60,8 @@ def _load(
         for j in range(subs):
             lane = subs * b + j
             state[lanes.SIGMA, lane] = mean
+            if importance.shape[0] == 0:
+                state[lanes.SIGMA, lane] = np.float32(plain * mean) if plain > _ZERO else _ZERO
             for i in range(size):
                 grid[i, lane] = blocks[start + b, size * j + i] if b < count else _ZERO
             if importance.shape[0] > 0:
@@ -70,24 +71,29 @@ def _load(
 
 
 @inlined
-def _start(state: Float32, numbers: Numbers, wanted: Int32) -> None:
-    # Where candidates start, and the lanes that are searched at all.
-    least, fitted, base = numbers[6], numbers[7], numbers[10]
+def _start(state: Float32, numbers: Numbers, searched: Int32) -> None:
+    # Where candidates start without a fit, and the lanes that are searched at all.
+    least, base = numbers[6], numbers[9]
     top = np.float32(np.int32(np.int32(2) * base - np.int32(1)))
     for k in range(LANES):
-        large = state[lanes.LARGEST, k] >= least
-        if fitted:
-            state[lanes.LARGEST, k] = np.float32(state[lanes.SCALE, k] * np.float32(base))
-            large = large and state[lanes.LARGEST, k] > _ZERO
-        else:
-            state[lanes.SCALE, k] = np.float32(state[lanes.LARGEST, k] / top)
-        wanted[k] = np.int32(-1) if large else np.int32(0)
+        state[lanes.SCALE, k] = np.float32(state[lanes.LARGEST, k] / top)
+        searched[k] = np.int32(-1) if state[lanes.LARGEST, k] >= least else np.int32(0)
 
 
 @inlined
-def _take_best(state: Float32, code: Int32, numbers: Numbers, wanted: Int32, best: Int32) -> None:
-    # Codes of the best candidate, (groups, LANES), and the lanes that are placed once more.
-    refine, bits = numbers[8], numbers[9]
+def _start_fitted(grid: Float32, state: Float32, numbers: Numbers, searched: Int32) -> None:
+    for k in range(LANES):
+        state[lanes.LARGEST, k] = np.float32(state[lanes.SCALE, k] * np.float32(numbers[9]))
+        if not state[lanes.LARGEST, k] > _ZERO:
+            searched[k] = np.int32(0)
+
+
+@inlined
+def _take_best(
+    state: Float32, code: Int32, last: int, numbers: Numbers, searched: Int32, wanted: Int32
+) -> None:
+    # Move the best candidate's codes to the last one's place, and see which lanes to place anew.
+    refine, bits = numbers[7], numbers[8]
     groups, size = code.shape[1], numbers[0]
     lowest = np.int32(0)
     for _ in range(size // groups):
@@ -96,41 +102,25 @@ def _take_best(state: Float32, code: Int32, numbers: Numbers, wanted: Int32, bes
         step = int(state[lanes.BEST_STEP, k])
         moved = refine == _ALL or (refine == _ANY and step < 0)
         for g in range(groups):
-            best[g, k] = code[step, g, k] if step >= 0 else lowest
-            moved = moved or best[g, k] < np.int32(0)
+            code[last, g, k] = code[step, g, k] if step >= 0 else lowest
+            moved = moved or code[last, g, k] < np.int32(0)
         again = moved and state[lanes.SCALE, k] > _ZERO
-        wanted[k] = wanted[k] if again else np.int32(0)
+        wanted[k] = searched[k] if again else np.int32(0)
 
 
 @inlined
-def _refine(
-    grid: Float32,
-    state: Float32,
-    numbers: Numbers,
-    tables: Tables,
-    wanted: Int32,
-    best: Int32,
-    scales: Float32,
-    code: Int32,
-) -> None:
-    size, refine, bits, base = numbers[0], numbers[8], numbers[9], numbers[10]
-    groups = best.shape[0]
-    for k in range(LANES):
-        scales[0, k] = np.float32(_ONE / state[lanes.SCALE, k])
-        scales[1, k] = state[lanes.SCALE, k]
-    lanes.combine(grid, scales[0], code[0], size // groups, base)
-    place(grid, size, scales, tables, wanted, code[:1])
-    for g in range(groups):
+def _take_again(state: Float32, code: Int32, last: int, numbers: Numbers, wanted: Int32) -> None:
+    # Candidate 0, done with, was placed anew at the scale found: keep that where it is wanted.
+    for g in range(code.shape[1]):
         for k in range(LANES):
-            moved = refine != _OFF or best[g, k] < np.int32(0)
-            best[g, k] = code[0, g, k] if moved and wanted[k] != np.int32(0) else best[g, k]
-    lanes.sum_codes(grid, state, size, best, size // groups, bits)
-    lanes.refit(state, wanted)
+            moved = numbers[7] != _OFF or code[last, g, k] < np.int32(0)
+            if moved and wanted[k] != np.int32(0):
+                code[last, g, k] = code[0, g, k]
 
 
 @inlined
 def _point(code: np.int32, group: int, numbers: Numbers, points: Int32) -> np.int32:
-    bits, base = numbers[9], numbers[10]
+    bits, base = numbers[8], numbers[9]
     mask = np.int32(np.int32(np.int32(1) << bits) - np.int32(1))
     combination = np.int32(0)
     for i in range(group):
@@ -139,61 +129,105 @@ def _point(code: np.int32, group: int, numbers: Numbers, points: Int32) -> np.in
     return np.int32(points[combination])
 
 
-@kernel
-def _search_kernel(
-    blocks: Float32,
-    importance: Float32,
-    numbers: Numbers,
-    tables: Tables,
-    points: Int32,
-    found: tuple[Float32, Int32, Bytes, NDArray[np.bool_]],
-    grid: Float32,
+@inlined
+def _store(
+    start: int,
+    count: int,
     state: Float32,
-    scales: Float32,
     code: Int32,
-    best: Int32,
     signs: Int32,
+    searched: Int32,
+    numbers: Numbers,
+    points: Int32,
+    found: Outputs,
 ) -> None:
-    size, steps, step, even = numbers[0], numbers[1], numbers[2], numbers[5]
-    bits, base = numbers[9], numbers[10]
-    out_scale, out_point, out_signs, out_empty = found
-    subs, groups = SUPER_BLOCK // size, code.shape[1]
-    group, per = size // groups, LANES // subs
-    top = np.float32(np.int32(np.int32(2) * base - np.int32(1)))
-    total = np.empty(per, np.float32)
-    searched, wanted = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
-    for start in range(0, blocks.shape[0], per):
-        count = min(per, blocks.shape[0] - start)
-        _load(blocks, importance, start, count, numbers, grid, state, total)
-        lanes.weigh(grid, state, size, importance.shape[0] > 0, numbers[4])
-        lanes.split_signs(grid, state, size, even, signs)
-        if numbers[7]:
-            lanes.fit_scale(grid, state, size, scales)
-        _start(state, numbers, searched)
-        lanes.candidate_scales(state, scales, top, steps, step)
-        for n in range(2 * steps + 1):
-            lanes.combine(grid, scales[2 * n], code[n], group, base)
-        place(grid, size, scales, tables, searched, code)
-        for n in range(2 * steps + 1):
-            lanes.sum_codes(grid, state, size, code[n], group, bits)
-            lanes.keep_better(state, n)
-        wanted[:] = searched
-        _take_best(state, code, numbers, wanted, best)
-        _refine(grid, state, numbers, tables, wanted, best, scales, code)
-        for lane in range(count * subs):
-            b, j = start + lane // subs, lane % subs
-            scale = state[lanes.SCALE, lane]
-            negative = scale < _ZERO
-            empty = searched[lane] == np.int32(0)
-            out_empty[b, j] = empty
-            out_scale[b, j] = _ZERO if empty else abs(scale)
-            for g in range(groups):
-                point = _point(best[g, lane], group, numbers, points) if not empty else np.int32(0)
-                out_point[b, j, g] = point
-            for eight in range(size // 8):
-                byte = np.uint8(signs[eight, lane])
-                byte = np.uint8(~byte) if negative else byte
-                out_signs[b, j, eight] = np.uint8(0) if empty else byte
+    scales, point, out_signs, out_empty = found
+    subs, groups, last = SUPER_BLOCK // numbers[0], code.shape[1], code.shape[0] - 1
+    for lane in range(count * subs):
+        b, j = start + lane // subs, lane % subs
+        scale, empty = state[lanes.SCALE, lane], searched[lane] == np.int32(0)
+        out_empty[b, j] = empty
+        scales[b, j] = _ZERO if empty else abs(scale)
+        for g in range(groups):
+            at = _point(code[last, g, lane], numbers[0] // groups, numbers, points)
+            point[b, j, g] = np.int32(0) if empty else at
+        for eight in range(signs.shape[0]):
+            byte = np.int32(signs[eight, lane])
+            byte = np.int32(~byte) if scale < _ZERO else byte
+            out_signs[b, j, eight] = np.uint8(0) if empty else np.uint8(byte)
+
+
+def _kernel_for(*, eights: bool, fitted: bool) -> Kernel:
+    """Make the kernel of a kind of format: each compiles only what it needs."""
+
+    @kernel
+    def search_kernel(
+        blocks: Float32,
+        importance: Float32,
+        numbers: Numbers,
+        tables: Tables,
+        points: Int32,
+        found: Outputs,
+        grid: Float32,
+        state: Float32,
+        scales: Float32,
+        code: Int32,
+        signs: Int32,
+    ) -> None:
+        size, steps, base = numbers[0], numbers[1], numbers[9]
+        groups, last = code.shape[1], code.shape[0] - 1
+        group, per = size // groups, LANES * size // SUPER_BLOCK
+        total = np.empty(per, np.float32)
+        searched, wanted = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
+        for start in range(0, blocks.shape[0], per):
+            count = min(per, blocks.shape[0] - start)
+            _load(blocks, importance, start, count, numbers, grid, state, total)
+            lanes.weigh(grid, state, size, importance.shape[0] > 0)
+            lanes.split_signs(grid, state, size, numbers[5], signs)
+            _start(state, numbers, searched)
+            if fitted:
+                lanes.fit_scale(grid, state, size, scales)
+                _start_fitted(grid, state, numbers, searched)
+            lanes.candidate_scales(state, scales, base, steps, numbers[2])
+            wanted_stop, turn = last, 0
+            for k in range(LANES):
+                wanted[k] = searched[k]
+            # Twice: at all candidate scales, then at the scale found, in candidate 0's place.
+            while turn < 2:
+                for n in range(wanted_stop):
+                    lanes.combine(grid, scales, code, n, group, base)
+                for k in range(LANES):
+                    for g in range(groups):
+                        if wanted[k] == np.int32(0):
+                            continue
+                        if eights:
+                            place_eights(grid, 3 * size, g, k, scales, tables, code, wanted_stop)
+                        else:
+                            place_fours(grid, 3 * size, g, k, scales, tables, code, wanted_stop)
+                if turn == 0:
+                    for n in range(last):
+                        lanes.sum_codes(grid, state, size, code, n, group, numbers[8])
+                        lanes.keep_better(state, n)
+                    _take_best(state, code, last, numbers, searched, wanted)
+                    lanes.scale_found(state, scales)
+                    wanted_stop = 1
+                else:
+                    _take_again(state, code, last, numbers, wanted)
+                    lanes.sum_codes(grid, state, size, code, last, group, numbers[8])
+                    lanes.refit(state, wanted)
+                turn += 1
+            _store(start, count, state, code, signs, searched, numbers, points, found)
+
+    compiled: Kernel = search_kernel
+    return compiled
+
+
+# By (groups of eight, fitted) of the formats that there are.
+_KERNELS = {
+    (False, False): _kernel_for(eights=False, fitted=False),
+    (True, False): _kernel_for(eights=True, fitted=False),
+    (True, True): _kernel_for(eights=True, fitted=True),
+}
 
 
 def search(name: str, blocks: Float32, importance: Float32 | None) -> Found:
@@ -207,7 +241,6 @@ def search(name: str, blocks: Float32, importance: Float32 | None) -> Found:
         np.float32(rule.plain or 0),
         rule.even,
         np.float32(rule.least),
-        rule.fitted,
         np.int32(_REFINE.index(rule.refine)),
         np.int32(grid.code_bits),
         np.int32(grid.base),
@@ -221,7 +254,7 @@ def search(name: str, blocks: Float32, importance: Float32 | None) -> Found:
         np.empty((len(blocks), subs, rule.size // 8), np.uint8),
         np.empty((len(blocks), subs), np.bool_),
     )
-    _search_kernel(
+    _KERNELS[grid.group == 8, rule.fitted](
         frozen(blocks, blocks.shape),
         frozen(importance, importance.shape),
         numbers,
@@ -231,8 +264,7 @@ def search(name: str, blocks: Float32, importance: Float32 | None) -> Found:
         scratch(4 * rule.size),
         scratch(lanes.STATE_ROWS),
         scratch(max(2 * candidates, rule.size)),
-        scratch(candidates * groups).view(np.int32).reshape(candidates, groups, LANES),
-        scratch(groups).view(np.int32),
+        scratch((candidates + 1) * groups).view(np.int32).reshape(-1, groups, LANES),
         scratch(rule.size // 8).view(np.int32),
     )
     return Found(*found)

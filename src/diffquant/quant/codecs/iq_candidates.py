@@ -1,14 +1,11 @@
-"""Grids of the IQ2 and IQ3 formats, and what an encoder needs to land on them.
+"""What an encoder of IQ2 and IQ3 needs to land on the points of a grid (grids.py).
 
 A group of 8 (IQ2) or 4 (IQ3) magnitudes is stored as the index of one grid point; only that many of
 the possible combinations of levels exist. Level l stands for 2 l + 1 while encoding, and for the
-table's `magnitudes` when decoding, three levels in IQ2 and eight in IQ3. Levels that are not a grid
-point are moved to one of a few nearest points, chosen by weighted error: those candidates are the
-points at the one, two or three smallest distances, nearest first, of equal distance the lowest
-index first.
-
-The points come from the gguf package. Sources: gguf-py 0.19.0 gguf/quants.py (grid_hex, grid_map);
-ggml-quants.c iq2xs_init_impl and iq3xs_init_impl, ggml-org/llama.cpp@01243c5 (candidates).
+grid's l-th value when decoding; there are three levels in IQ2, eight in IQ3. Levels that are no
+grid point are moved to one of a few nearest points, chosen by weighted error: those candidates are
+the points at the one, two or three smallest distances, nearest first, of equal distance the lowest
+index first. Source: ggml-quants.c iq2xs_init_impl and iq3xs_init_impl, ggml-org/llama.cpp@01243c5.
 """
 
 from __future__ import annotations
@@ -19,18 +16,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffquant.quant.codecs.arrays import Bytes, Float32, Int32
+from diffquant.quant.codecs.arrays import Bytes, Int32
+from diffquant.quant.codecs.grids import grid
 
-__all__ = ["Grid", "even_signs", "grid_named"]
+__all__ = ["Grid", "grid_named"]
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The points of one format; a combination of levels is a number, its first level the lowest digit.
+    """The points of one format; a combination is a number whose lowest digit is its first level.
 
     Attributes:
         levels: (points, group) levels of each point.
-        magnitudes: (points, group) float32, what a point decodes to before scaling.
         base: number of levels, the base of a combination's digits.
         point: (base ** group,) index of a combination's point, -1 where it is not on the grid.
         first: (base ** group + 1,) where a combination's candidates begin in `candidates`.
@@ -38,7 +35,6 @@ class Grid:
     """
 
     levels: Bytes
-    magnitudes: Float32
     base: int
     point: Int32
     first: Int32
@@ -47,7 +43,7 @@ class Grid:
     @property
     def group(self) -> int:
         """Magnitudes that one index stores."""
-        return self.levels.shape[1]
+        return int(self.levels.shape[1])
 
     @property
     def code_bits(self) -> int:
@@ -69,34 +65,20 @@ def grid_named(name: str) -> Grid:
         return _BUILT[name]
 
 
-def even_signs() -> Bytes:
-    """Signs of eight weights from seven: bit 7 makes the number of minus signs even, (128,)."""
-    seven = np.arange(128, dtype=np.uint8)
-    odd = np.unpackbits(seven[:, None], axis=1).sum(axis=1, dtype=np.uint8) & np.uint8(1)
-    return seven | odd << np.uint8(7)
-
-
 def _build(name: str) -> Grid:
-    from gguf import quants
-
-    kind = getattr(quants, name.upper())
-    points, group = kind.grid_shape
-    magnitudes = np.array(kind.grid_map, np.float32)
-    base = len(magnitudes)
-    width = 2 if base < 5 else 4  # bits that a level takes in the table
-    packed = np.frombuffer(bytes.fromhex(kind.grid_hex.decode()), np.uint8)
-    shifts = np.arange(0, 8, width, dtype=np.uint8)
-    levels = (packed[:, None] >> shifts & np.uint8((1 << width) - 1)).reshape(points, group)
-
+    magnitudes = grid(name)
+    group = magnitudes.shape[1]
+    values = np.unique(magnitudes)
+    levels, base = np.searchsorted(values, magnitudes).astype(np.uint8), len(values)
     digits = base ** np.arange(group)
     point = np.full(base**group, -1, np.int32)
-    point[levels.astype(np.int64) @ digits] = np.arange(points, dtype=np.int32)
+    point[levels.astype(np.int64) @ digits] = np.arange(len(levels), dtype=np.int32)
     first, candidates = _candidates(levels, base, point, _DISTANCES[name])
-    return Grid(levels, magnitudes[levels], base, point, first, candidates)
+    return Grid(levels, base, point, first, candidates)
 
 
 def _candidates(levels: Bytes, base: int, point: Int32, distances: int) -> tuple[Int32, Int32]:
-    points, group = levels.shape
+    group = levels.shape[1]
     off = np.flatnonzero(point < 0)
     wanted = (off[:, None] // base ** np.arange(group) % base).astype(np.float32)
     have = levels.astype(np.float32)
