@@ -12,6 +12,11 @@ from diffquant.core.report import to_json
 __all__ = ["JobOutcome", "render_job"]
 
 _WORST = 5
+_POLICIES = {
+    "published": "published (the peers' mix)",
+    "uniform": "uniform (ours: no mix is published for this type)",
+    "tuned": "tuned (ours)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,8 @@ def render_job(report: JobReport, *, verbose: bool = False) -> None:
     what = f" as {report.type}" if report.type else ""
     echo(f"{verb} {report.output}")
     echo(f"  {name}{what}, {human(report.nbytes)}, {report.bits_per_weight:.2f} bits per weight")
+    policy = f", policy {_POLICIES.get(report.policy, report.policy)}" if report.policy else ""
+    echo(f"  for {report.target}{policy}")
     echo()
     table(
         ("part", "tensors", "parameters", "size", "bits/weight", "stored as"),
@@ -57,6 +64,8 @@ def render_job(report: JobReport, *, verbose: bool = False) -> None:
             reasons[reason] = reasons.get(reason, 0) + 1
         for reason, count in reasons.items():
             echo(f"  not written: {count} tensors ({reason})")
+    for note in report.notes:
+        echo(f"  {note}")
     if report.dry_run:
         echo(
             f"  reads {human(report.read_nbytes)}, working memory about "

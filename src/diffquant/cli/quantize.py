@@ -13,6 +13,8 @@ from diffquant.cli.values import prompts_from
 from diffquant.cli.verdict import render_image
 from diffquant.convert.jobs import JobReport, container_for, run_job
 from diffquant.convert.plan import Request
+from diffquant.convert.steps import POLICIES
+from diffquant.convert.targets import TARGETS
 from diffquant.core.errors import UsageError
 from diffquant.core.report import to_json
 from diffquant.quant.formats import format_named
@@ -41,6 +43,19 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
     "--exclude", multiple=True, metavar="REGEX", help="Keep matching tensors unquantized."
 )
 @click.option("--pure", is_flag=True, help="One format throughout: ignore the type's mix.")
+@click.option(
+    "--target",
+    default="",
+    metavar="NAME",
+    help="Program the output is for: " + ", ".join(TARGETS) + ". Default: as many as can read it.",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(POLICIES),
+    default=POLICIES[0],
+    show_default=True,
+    help="The peers' mix, or ours where measurements show that theirs misses.",
+)
 @click.option("--allow-requantize", is_flag=True, help="Accept an already quantized source.")
 @click.option("--base", type=click.Path(path_type=Path), help="Folder to take configs from.")
 @click.option(
@@ -66,6 +81,8 @@ def command(
     tensor_types: tuple[str, ...],
     exclude: tuple[str, ...],
     pure: bool,
+    target: str,
+    policy: str,
     allow_requantize: bool,
     base: Path | None,
     verify: str,
@@ -92,6 +109,8 @@ def command(
             rules=_rules(tensor_types, exclude),
             pure=pure,
             allow_requantize=allow_requantize,
+            target=target,
+            policy=policy,
         )
         report = run_job(
             source,

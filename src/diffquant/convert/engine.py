@@ -152,8 +152,7 @@ def _chunks(step: Step) -> tuple[tuple[int, int], ...]:
     whole = step.assignment.transpose or any(a.reach == WHOLE for a in step.adapters)
     if whole or n <= 1 or n * k <= CHUNK:
         return ((0, n),)
-    fmt = step.decision.format or (step.stored if step.copies_packed else "")
-    multiple = format_named(fmt).row_multiple(shape) if fmt else 1
+    multiple = step.row_multiple
     rows = max(CHUNK // k // multiple, 1) * multiple
     return tuple((start, min(start + rows, n)) for start in range(0, n, rows))
 
@@ -177,7 +176,7 @@ def chunk_extents(step: Step, key: str) -> tuple[tuple[int, int], ...]:
         return ((0, one.spec.nbytes),)
 
     def upto(rows: int) -> int:
-        return storage_nbytes(part.dtype, part.shape((rows, *shape[1:]))) if rows else 0
+        return storage_nbytes(part.dtype, part.shape(step.stored_shape(rows))) if rows else 0
 
     return tuple((upto(start), upto(stop)) for start, stop in chunks)
 
@@ -264,8 +263,10 @@ class _Job:
         if not fmt.is_cast:
             _refuse_non_finite(weight, step, fmt)
         weigh: dict[str, Any] = {}
-        if fmt.importance != "unused":
+        if fmt.importance != "unused" and not step.flat:  # columns are not those of the layer
             weigh["importance"] = self.importance.get(step.key)
+        if step.flat:
+            weight = weight.reshape(-1, step.flat[1])
         parts = backend(fmt.codec, "encode")(weight, state.stats, fmt=fmt.name, **weigh)
         decoded = None
         if self.check or fmt.limited:

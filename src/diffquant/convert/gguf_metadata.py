@@ -6,13 +6,18 @@ Keys: gguf-py 0.19.0 gguf/constants.py `Keys.General`; what ComfyUI-GGUF demands
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffquant.convert.detect import Match
+from diffquant.convert.logical import ORIG_SHAPE
 from diffquant.convert.plan import Plan
-from diffquant.core.tensors import TensorSource
+from diffquant.convert.targets import TARGETS, Target
+from diffquant.core.errors import PolicyError, shorten
+from diffquant.core.tensors import TensorSource, TensorSpec
+from diffquant.io.gguf_values import GgufArray, GgufValue
 
-__all__ = ["gguf_metadata"]
+__all__ = ["check_arrays", "gguf_metadata"]
 
 _QUANTIZATION_VERSION = 2
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32}
@@ -35,4 +40,35 @@ def gguf_metadata(
     if match.variant:
         out["general.finetune"] = match.variant
     out.update(ours)
+    for step in plan.steps:
+        if step.flat:
+            out[ORIG_SHAPE + step.target] = GgufValue("i32", step.assignment.shape)
+    check_arrays(TARGETS[plan.target], plan.specs, out)
     return out
+
+
+def check_arrays(
+    target: Target, specs: Iterable[TensorSpec], metadata: Mapping[str, object]
+) -> None:
+    """Refuse array keys beside a tensor of more than four dimensions, where a reader trips on them.
+
+    stable-diffusion.cpp reads such a file with a second parser, which takes an array's items for
+    keys (leejet/stable-diffusion.cpp@97d2990:src/gguf_reader_ext.h:114-127).
+
+    Raises:
+        PolicyError: names the tensor and the keys.
+    """
+    if target.arrays_beside_5d:
+        return
+    deep = next((spec for spec in specs if len(spec.shape) > 4), None)
+    arrays = [key for key, value in metadata.items() if _is_array(value)]
+    if deep is not None and arrays:
+        raise PolicyError(
+            f"target {target.name}: {deep.key} has {len(deep.shape)} dimensions, beside which "
+            f"array metadata cannot be read: {shorten(arrays)}; use --target comfyui-gguf"
+        )
+
+
+def _is_array(value: object) -> bool:
+    inner = value.value if isinstance(value, GgufValue) else value
+    return isinstance(inner, GgufArray | list | tuple)

@@ -79,6 +79,9 @@ class JobReport:
         peak_nbytes: predicted working memory.
         error: relative RMSE over all quantized weights, weighted by size, None in a dry run.
         verdict: pass, warn or fail at tensor level, None when not checked.
+        target: the program the output is written for.
+        policy: whose choice the formats are.
+        notes: what the target gives up against another.
     """
 
     output: str
@@ -102,6 +105,9 @@ class JobReport:
     error: float | None
     verdict: str | None
     warnings: tuple[str, ...]
+    target: str = ""
+    policy: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def container_for(output: Path) -> str:
@@ -366,6 +372,9 @@ def _report(
         error=_overall(rows),
         verdict=worst if verify == "tensors" else None,
         warnings=plan.warnings + tuple(f"missing from the folder: {name}" for name in missing),
+        target=plan.target,
+        policy=plan.policy,
+        notes=plan.notes,
     )
 
 

@@ -4,8 +4,9 @@
 logical ones, so that recognition, rules and policies see one tensor per weight, in its true shape.
 Values are decoded on read, a range of rows at a time; nothing is held.
 
-Recognised: plain dtypes, ggml blocks, `comfy_quant` layers and `_quantization_metadata`, the legacy
-`scaled_fp8` marker, bitsandbytes nf4 (sources in convert/dialects.py and, for legacy files,
+Recognised: plain dtypes, ggml blocks, `comfy.gguf.orig_shape.*` of tensors stored as rows of 256,
+`comfy_quant` layers and `_quantization_metadata`, the legacy `scaled_fp8` marker, bitsandbytes nf4
+(sources in convert/dialects.py and, for legacy files,
 Comfy-Org/ComfyUI@09708ea:comfy/utils.py convert_old_quants).
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,13 @@ from numpy.typing import NDArray
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import MalformedFile, UnsupportedDtype
 from diffquant.core.tensors import ByteArray, TensorSource, TensorSpec
+from diffquant.io.gguf_values import GgufArray
 from diffquant.quant.backends import backend
 from diffquant.quant.formats import FORMATS, format_named, matrix_shape
 
-__all__ = ["LogicalSource", "LogicalTensor", "bind"]
+__all__ = ["ORIG_SHAPE", "LogicalSource", "LogicalTensor", "bind"]
+
+ORIG_SHAPE = "comfy.gguf.orig_shape."  # + the tensor's name as stored
 
 _MARKER_LIMIT = 4096  # bytes of a marker tensor that `bind` is willing to read
 _COMFY_FORMATS = {"float8_e4m3fn": "fp8_e4m3_scaled", "int8_tensorwise": "int8_rowwise"}
@@ -55,6 +59,7 @@ class LogicalTensor:
         dtype: STORAGE name of the physical weight.
         why: why the numbers cannot be decoded, where they are packed in a way we do not read.
         decodes_to: cast format that the file says its numbers had before they were packed, or "".
+        reshaped: shape the tensor has in the file, where a writer says it is not its own; else ().
     """
 
     key: str
@@ -64,6 +69,7 @@ class LogicalTensor:
     dtype: str
     why: str = ""
     decodes_to: str = ""
+    reshaped: tuple[int, ...] = ()
 
     @property
     def is_float(self) -> bool:
@@ -125,6 +131,8 @@ class LogicalSource:
         tensor = self.tensors[key]
         n, k = matrix_shape(tensor.shape)
         start, stop = rows or (0, n)
+        if tensor.reshaped:
+            return self._read_reshaped(tensor, start * k, stop * k).reshape(stop - start, k)
         if tensor.format == "nf4":
             return self._read_nf4(tensor, start * k, stop * k).reshape(stop - start, k)
         if tensor.format:
@@ -176,6 +184,16 @@ class LogicalSource:
         out: NDArray[np.float32] = backend("nf4", "decode")(parts, (1, last - first), fmt="nf4")
         return out.reshape(-1)[start - first : stop - first]
 
+    def _read_reshaped(self, tensor: LogicalTensor, start: int, stop: int) -> NDArray[np.float32]:
+        """Decode elements [start, stop) of a tensor whose rows in the file are not its own."""
+        n, k = matrix_shape(tensor.reshaped)
+        rows = (start // k, min(-(-stop // k), n)) if n > 1 else (0, n)
+        as_stored = LogicalSource(
+            self.source, {tensor.key: replace(tensor, shape=tensor.reshaped, reshaped=())}
+        )
+        flat = as_stored.read(tensor.key, rows).reshape(-1)
+        return flat[start - rows[0] * k : stop - rows[0] * k]
+
 
 def _view(raw: ByteArray, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     if dtype in _NUMPY:
@@ -216,6 +234,7 @@ def bind(source: TensorSource) -> LogicalSource:
     tensors: dict[str, LogicalTensor] = {}
     consumed: set[str] = {f"{p}scaled_fp8" for p in legacy}
     warnings: list[str] = []
+    shapes = _original_shapes(source)
     for key, spec in specs.items():
         layer = key.removesuffix(".weight") if key.endswith(".weight") else ""
         if layer and layer in markers:
@@ -228,6 +247,8 @@ def bind(source: TensorSource) -> LogicalSource:
                 warnings.append(f"{key}: scale without a marker; it is applied")
         else:
             tensor, used = _bind_plain(spec), ()
+            if shapes.get(key, spec.shape) != spec.shape:
+                tensor = replace(tensor, shape=shapes[key], reshaped=spec.shape)
         tensors[key] = tensor
         consumed.update(used)
     folded = {k: t for k, t in tensors.items() if k not in consumed}
@@ -243,6 +264,30 @@ def _bind_plain(spec: TensorSpec) -> LogicalTensor:
         name = spec.dtype.lower()
     why = f"blocks of {spec.dtype} are not supported" if spec.dtype in _UNREAD else ""
     return LogicalTensor(spec.key, spec.shape, name, {"weight": spec.key}, spec.dtype, why)
+
+
+def _original_shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:
+    """Shapes from before a writer stored tensors as rows of 256, by tensor name.
+
+    Source: city96/ComfyUI-GGUF@795e451:loader.py:16-24 (an array of INT32 or an error).
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, value in source.metadata.items():
+        if source.container != "gguf" or not name.startswith(ORIG_SHAPE):
+            continue
+        spec = source.specs.get(name.removeprefix(ORIG_SHAPE))
+        if spec is None:
+            continue  # of a tensor that was split off since: it says nothing about the others
+        usable = isinstance(value, GgufArray) and value.type == "i32" and 0 < len(value) <= 8
+        shape = tuple(value) if usable else ()
+        if not usable or min(shape) < 1 or math.prod(shape) != spec.size:
+            raise MalformedFile(
+                f"{name}: expected an INT32 array whose product is {spec.size}, the size of the "
+                f"tensor, found {value!r:.80}",
+                path=source.path,
+            )
+        found[spec.key] = shape
+    return found
 
 
 def _scale_key(specs: Mapping[str, TensorSpec], layer: str) -> str:

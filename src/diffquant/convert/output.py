@@ -73,6 +73,9 @@ def file_metadata(plan: Plan, match: Match, source: TensorSource) -> dict[str, s
         out["diffquant.variant"] = match.variant
     if plan.request.type is not None:
         out["diffquant.type"] = plan.request.type.name
+    if plan.policy:
+        out["diffquant.policy"] = plan.policy
+    out["diffquant.target"] = plan.target
     if plan.mixed:
         out["diffquant.mixed"] = "less than half of the weights are stored as the named type"
     return out

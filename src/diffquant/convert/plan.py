@@ -10,12 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.detect import Match, PartMatch
 from diffquant.convert.logical import LogicalSource
-from diffquant.convert.steps import Request, Step, copy_step, dialect_of, is_plain, part_steps
-from diffquant.core.errors import DuplicateTarget, UsageError, shorten
+from diffquant.convert.steps import (
+    Request,
+    Step,
+    copy_step,
+    dialect_of,
+    is_plain,
+    part_steps,
+    stored_tensors,
+)
+from diffquant.convert.targets import TARGETS, Target, candidates
+from diffquant.core.errors import DuplicateTarget, PolicyError, UsageError, shorten
 from diffquant.core.tensors import TensorSpec
 from diffquant.quant.formats import FORMATS
+from diffquant.quant.policy import CONVOLUTION, flat_shape
 
 __all__ = ["Plan", "Request", "Step", "make_plan"]
 
@@ -32,6 +43,9 @@ class Plan:
         dropped: (source key, reason) of tensors that are not written.
         warnings: what the user should know before starting.
         mixed: whether less than half of the denoiser's weights got the named type.
+        target: TARGETS name the output is written for.
+        policy: whose choice the mix is, as `diffquant.policy` says it; "" where nothing was chosen.
+        notes: what the target gives up against another.
     """
 
     architecture: str
@@ -42,6 +56,9 @@ class Plan:
     warnings: tuple[str, ...] = ()
     mixed: bool = False
     gguf_architecture: str = field(default="")
+    target: str = ""
+    policy: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -75,14 +92,12 @@ def make_plan(logical: LogicalSource, match: Match, request: Request) -> Plan:
     Raises:
         UsageError: parts that are not there, or that the container cannot hold.
         MappingError: keys and rules do not fit.
-        PolicyError, UnsupportedDtype: a weight that cannot be read or packed as asked.
+        PolicyError, UnsupportedDtype: a weight that cannot be read or packed as asked, or that no
+            program named by the request would read.
     """
     architecture = ARCHITECTURES[match.architecture]
     wanted = _choose_parts(match, request)
-    dialect = dialect_of(request)
-    steps: list[Step] = []
-    for part in wanted:
-        steps.extend(part_steps(logical, architecture, part, request, dialect, len(wanted)))
+    target, steps, moved = _for_target(logical, architecture, wanted, request)
     dropped = [(key, "another part; not asked for") for key in _unwanted(match, wanted)]
     dropped += _without_target(wanted, steps)
     for key, reason in match.leftovers:
@@ -105,10 +120,87 @@ def make_plan(logical: LogicalSource, match: Match, request: Request) -> Plan:
         request=request,
         steps=tuple(steps),
         dropped=tuple(dropped),
-        warnings=(*logical.warnings, *match.warnings, *warnings),
+        warnings=(*logical.warnings, *match.warnings, *moved, *warnings),
         mixed=mixed,
         gguf_architecture=architecture.gguf_architecture,
+        target=target.name,
+        policy=_policy_label(architecture, request),
+        notes=_given_up(architecture, steps, request, target),
     )
+
+
+def _for_target(
+    logical: LogicalSource,
+    architecture: Architecture,
+    parts: Sequence[PartMatch],
+    request: Request,
+) -> tuple[Target, list[Step], tuple[str, ...]]:
+    """Steps for the first target that reads them all, and a warning where it is not the first."""
+    dialect_of(request)  # a type that the container cannot hold is refused before any target
+    refused: list[str] = []
+    for target in candidates(request.target, request.container):
+        steps: list[Step] = []
+        for part in parts:
+            steps += part_steps(logical, architecture, part, request, target, len(parts))
+        problems = target.problems(request.container, stored_tensors(architecture, steps))
+        if not problems:
+            moved = [f"written for {target.name}, since {why}" for why in refused[:1]]
+            return target, steps, tuple(moved)
+        refused.append(f"{target.name} cannot read {'; '.join(problems)}")
+    others = [
+        name for name, row in TARGETS.items()
+        if request.target and request.container in row.reads
+        and not row.problems(request.container, stored_tensors(architecture, steps))
+    ]  # fmt: skip
+    instead = f"; --target {' or '.join(others)} reads it" if others else ""
+    raise PolicyError(refused[0] + instead)
+
+
+def _policy_label(architecture: Architecture, request: Request) -> str:
+    """Whose choice the formats are: the peers' mix, one format throughout, or ours."""
+    kind = request.type
+    if kind is None or FORMATS[kind.base].is_cast:
+        return ""
+    ours = architecture.tuned_families or architecture.tuned_keep
+    if request.policy == "tuned" and ours:
+        label = "tuned"
+    elif request.pure and (kind.mix or kind.edge):
+        label = "pure"
+    else:
+        label = "published" if kind.published else "uniform"
+    return f"{label}, {len(request.rules)} rules of the user" if request.rules else label
+
+
+def _given_up(
+    architecture: Architecture, steps: Sequence[Step], request: Request, target: Target
+) -> tuple[str, ...]:
+    """What the target gives up against one that restores shapes, and what tuned does not do."""
+    notes = []
+    ours = architecture.tuned_families or architecture.tuned_keep
+    if request.policy == "tuned" and not ours:
+        notes.append(f"no tuned rules for {architecture.slug}: the published policy is used")
+    kind = request.type
+    if kind is None or request.container != "gguf" or FORMATS[kind.base].is_cast:
+        return tuple(notes)
+    if not architecture.reshapes or target.reshapes:
+        return tuple(notes)
+    fits = [step for step in steps if step.part == "denoiser" and flat_shape(step.assignment.shape)]
+    convs = [one for one in fits if one.decision.reason.startswith(CONVOLUTION)]
+    rows = [one for one in fits if one.decision.wanted and len(one.assignment.shape) == 2]
+    lost = []
+    if rows:
+        lengths = sorted({step.assignment.shape[-1] for step in rows})
+        kinds = sorted({step.stored for step in rows})
+        listed = shorten(map(str, lengths))
+        lost.append(f"{len(rows)} weights with rows of {listed} are {'/'.join(kinds)}")
+    if convs:
+        lost.append(f"{len(convs)} convolutions stay f16")
+    if lost:
+        notes.append(
+            f"{target.name}: {' and '.join(lost)}; --target comfyui-gguf packs them as "
+            f"{kind.name}, in a shape that only ComfyUI-GGUF undoes"
+        )
+    return tuple(notes)
 
 
 def _is_ema(key: str) -> bool:
@@ -163,7 +255,7 @@ def _judge(steps: Sequence[Step], request: Request) -> tuple[bool, list[str]]:
     if request.type is None or FORMATS[request.type.base].is_cast:
         return False, []
     steps = [step for step in steps if step.part == "denoiser"]
-    named = {request.type.base, *(f for _, a, b in request.type.mix.values() for f in (a, b))}
+    named = request.type.formats
     total = sum(step.parameters for step in steps)
     got = sum(step.parameters for step in steps if step.stored in named)
     fallbacks = [step for step in steps if step.decision.wanted]

@@ -6,27 +6,43 @@ layout has them; a copy that the output cannot hold becomes a cast that says why
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from diffquant.convert.adapters import Adapter
 from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.detect import PartMatch, to_canonical, to_diffusers
 from diffquant.convert.dialects import Packed, pack, skip_conflicts
 from diffquant.convert.logical import LogicalSource, LogicalTensor
-from diffquant.convert.rules import Assignment, Piece
+from diffquant.convert.rules import Assignment, Piece, Shape
+from diffquant.convert.targets import Stored, Target
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import PolicyError, UnsupportedDtype
 from diffquant.core.tensors import TensorSpec
-from diffquant.quant.formats import FORMATS, format_named
-from diffquant.quant.policy import Candidate, Decision, Policy, Rule, resolve
+from diffquant.quant.formats import FORMATS, format_named, matrix_shape
+from diffquant.quant.policy import Candidate, Decision, Policy, Rule, flat_shape, resolve
 from diffquant.quant.types import QuantType, dialect_for
 
-__all__ = ["Request", "Step", "copy_step", "dialect_of", "is_plain", "part_steps"]
+__all__ = [
+    "POLICIES",
+    "Request",
+    "Step",
+    "copy_step",
+    "dialect_of",
+    "is_plain",
+    "part_steps",
+    "stored_tensors",
+]
+
+# "published": the peers' mix where there is one; "tuned": ours, where facts show it misses.
+POLICIES = ("published", "tuned")
 
 # What GGUF loaders take outside packed linear layers: ComfyUI-GGUF and diffusers count BF16 as
 # quantized, so norms and raw parameters go to F32 and convolutions to F16 (docs/formats.md).
 _GGUF_HIGH = {"conv": "f16", "bf16": "bf16", "*": "f16"}
+_NO_RESHAPE = "that only ComfyUI-GGUF undoes"
 _COMFY_ONLY = ("fp8_e4m3_scaled", "int8_rowwise")
 
 
@@ -43,6 +59,8 @@ class Request:
         rules: user rules, in order.
         pure: ignore the type's mix.
         allow_requantize: whether already quantized weights may be rounded again.
+        target: TARGETS name, or "" for the first of the container's that reads the result.
+        policy: one of POLICIES.
     """
 
     container: str
@@ -53,6 +71,8 @@ class Request:
     rules: tuple[Rule, ...] = ()
     pure: bool = False
     allow_requantize: bool = False
+    target: str = ""
+    policy: str = "published"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +89,7 @@ class Step:
         packed: the tensors written.
         source_nbytes: bytes read per pass.
         adapters: LoRA and kin, applied to float32 rows before the codec.
+        flat: (rows, length) the weight is stored in where that is not its own shape; else ().
     """
 
     part: str
@@ -80,6 +101,24 @@ class Step:
     packed: tuple[Packed, ...]
     source_nbytes: int
     adapters: tuple[Adapter, ...] = ()
+    flat: Shape = ()
+
+    @property
+    def row_multiple(self) -> int:
+        """Chunks of rows must start at a multiple of this many, so that they are whole blocks."""
+        shape = self.assignment.shape
+        if self.flat:
+            _, k = matrix_shape(shape)
+            return self.flat[1] // math.gcd(k, self.flat[1])
+        name = self.decision.format or (self.stored if self.copies_packed else "")
+        return format_named(name).row_multiple(shape) if name else 1
+
+    def stored_shape(self, rows: int) -> Shape:
+        """Shape in which so many rows of the weight are encoded and stored."""
+        shape = self.assignment.shape
+        if not self.flat:
+            return (rows, *shape[1:])
+        return (rows * matrix_shape(shape)[1] // self.flat[1], self.flat[1])
 
     @property
     def copies_packed(self) -> bool:
@@ -107,6 +146,34 @@ class Step:
         return size
 
 
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """What every step of a part shares."""
+
+    request: Request
+    target: Target
+    dialect: str
+    tables: tuple[str, ...]
+    specs: Mapping[str, TensorSpec]
+
+    @property
+    def gguf(self) -> bool:
+        return self.request.container == "gguf"
+
+    def flat(self, fmt: str, shape: Shape) -> Shape | None:
+        """Rows to store `shape` in as `fmt`: () for its own, None where the reader has no way."""
+        if not FORMATS[fmt].check(shape):
+            return ()
+        flat = flat_shape(shape) if self.target.reshapes else ()
+        return flat if flat and not FORMATS[fmt].check(flat) else None
+
+    def plain(self, key: str, shape: Shape) -> str:
+        """The dtype of weights that cannot stay packed, where BF16 is not always readable."""
+        if not self.gguf or (_is_layer(key, shape, self.tables) and len(shape) == 2):
+            return "bf16"
+        return "f16" if _is_layer(key, shape, self.tables) else "f32"
+
+
 def dialect_of(request: Request) -> str:
     """The dialect that writes the request's type into its container."""
     if request.type is not None:
@@ -119,10 +186,12 @@ def part_steps(
     architecture: Architecture,
     part: PartMatch,
     request: Request,
-    dialect: str,
+    target: Target,
     parts: int,
 ) -> list[Step]:
     """Steps of one part: rules, then decisions on canonical names, then the dialect."""
+    specs = logical.source.specs
+    output = _Output(request, target, dialect_of(request), _tables(architecture), specs)
     canonical = to_canonical(part)
     names = _canonical_names(canonical)
     folder = request.container == "folder"
@@ -130,7 +199,6 @@ def part_steps(
     prefix = _prefix(architecture, part, request, parts)
     keys = [names.get(a.pieces[0].key, a.target) if folder else a.target for a in assignments]
     inputs = [_inputs(logical, a) for a in assignments]
-    specs = logical.source.specs
     candidates = [
         Candidate(key, a.shape, _source_format(tensors))
         for key, a, tensors in zip(keys, assignments, inputs, strict=True)
@@ -139,20 +207,20 @@ def part_steps(
         part.name == "denoiser" or request.all_parts or part.name in request.parts
     )
     if quantize:
-        policy = _policy(architecture, request, denoiser=part.name == "denoiser")
+        policy = _policy(architecture, request, target, keys, denoiser=part.name == "denoiser")
         decisions = resolve(policy, candidates)
     else:
-        decisions = tuple(_cast(one, request) for one in candidates)
+        decisions = tuple(_cast(one, output) for one in candidates)
     rows = [
-        (part.name, key, prefix + a.target, a, decision, tensors, dialect, request, specs)
+        (part.name, key, prefix + a.target, a, decision, tensors)
         for key, a, decision, tensors in zip(keys, assignments, decisions, inputs, strict=True)
     ]
-    steps = [_step(*row) for row in rows]
+    steps = [_step(*row, output) for row in rows]
     if not folder:
         return steps
     forced = _bnb_forced(steps)
     return [
-        _step(*row[:4], forced[step.target], row[5], "bnb", request, specs)
+        _step(*row[:4], forced[step.target], row[5], replace(output, dialect="bnb"))
         if step.target in forced
         else step
         for row, step in zip(rows, steps, strict=True)
@@ -213,22 +281,45 @@ def _source_format(tensors: Sequence[LogicalTensor]) -> str:
     return first.format or first.dtype.lower()
 
 
-def _policy(architecture: Architecture, request: Request, *, denoiser: bool) -> Policy:
-    assert request.type is not None
+def _policy(
+    architecture: Architecture,
+    request: Request,
+    target: Target,
+    keys: Sequence[str],
+    *,
+    denoiser: bool,
+) -> Policy:
+    kind = request.type
+    assert kind is not None
     gguf = request.container == "gguf"
+    tuned = request.policy == "tuned"
+    families = (*(architecture.tuned_families if tuned else ()), *architecture.families)
+    keep = (*(architecture.tuned_keep if tuned else ()), *architecture.keep)
     return Policy(
-        base=request.type.base,
-        mix=request.type.mix,
-        families=tuple((row.name, row.pattern) for row in architecture.families),
-        keep=tuple(Rule(row.pattern, None, row.reason) for row in architecture.keep)
+        base=kind.base,
+        mix=kind.mix,
+        families=tuple((row.name, row.pattern) for row in families),
+        keep=tuple(Rule(row.pattern, None, row.reason, row.table) for row in keep)
         if denoiser
         else (Rule("embed", None, "embedding: high precision"),),
         user=request.rules,
-        convs=request.type.convs,
+        convs=kind.convs and not (gguf and kind.base == "bf16"),  # BF16 counts as packed there
         vector="f32" if gguf else "",
-        high=_high(request.type.base) if gguf else {},
+        high=_high(kind.base) if gguf else {},
         pure=request.pure,
+        edges=_edges(architecture.edge_blocks, kind.edge, keys) if denoiser else None,
+        fallbacks=target.fallbacks,
+        reshape=gguf and denoiser and target.reshapes and architecture.reshapes,
     )
+
+
+def _edges(blocks: str, fmt: str, keys: Iterable[str]) -> tuple[str, str] | None:
+    """Pattern and format of the first and the last block, where both table and type have a rule."""
+    if not blocks or not fmt:
+        return None
+    found = [re.match(rf"{re.escape(blocks)}\.(\d+)\.", key) for key in keys]
+    last = max((int(one.group(1)) for one in found if one), default=0)
+    return rf"^{re.escape(blocks)}\.(0|{last})\.", fmt
 
 
 def _high(base: str) -> Mapping[str, str]:
@@ -236,10 +327,41 @@ def _high(base: str) -> Mapping[str, str]:
     return {"*": "f32"} if base == "f32" else _GGUF_HIGH
 
 
-def _cast(one: Candidate, request: Request) -> Decision:
+def _tables(architecture: Architecture) -> tuple[str, ...]:
+    return tuple(row.pattern for row in architecture.keep if row.table)
+
+
+def _is_layer(key: str, shape: Shape, tables: Sequence[str]) -> bool:
+    """Whether a weight is a layer's matrix or kernel: the only place loaders unpack."""
+    table = any(re.search(pattern, key) for pattern in tables)
+    return len(shape) > 1 and key.endswith(".weight") and not table
+
+
+def stored_tensors(architecture: Architecture, steps: Iterable[Step]) -> tuple[Stored, ...]:
+    """The outputs of steps as a target meets them."""
+    tables = _tables(architecture)
+    return tuple(
+        Stored(
+            step.target,
+            step.stored,
+            step.assignment.shape,
+            _is_layer(step.key, step.assignment.shape, tables),
+        )
+        for step in steps
+    )
+
+
+def _cast(one: Candidate, output: _Output) -> Decision:
+    request = output.request
     if request.type is not None:
         return Decision("", "part kept as it is: only the denoiser is quantized")
-    if request.dtype is None or not one.dtype:
+    if not one.dtype:
+        return Decision("", "copied")
+    if output.gguf and (request.dtype or one.dtype) == "bf16":
+        plain = output.plain(one.key, one.shape)
+        if plain != "bf16":
+            return Decision(plain, f"loaders unpack BF16 in linear layers alone: {plain}")
+    if request.dtype is None:
         return Decision("", "copied")
     return Decision(request.dtype, f"cast to {request.dtype}")
 
@@ -247,37 +369,44 @@ def _cast(one: Candidate, request: Request) -> Decision:
 def _step(
     part: str,
     key: str,
-    target: str,
+    name: str,
     assignment: Assignment,
     decision: Decision,
     tensors: tuple[LogicalTensor, ...],
-    dialect: str,
-    request: Request,
-    source_specs: Mapping[str, TensorSpec],
+    output: _Output,
 ) -> Step:
     """Turn a decision into what is written; a copy that cannot be one becomes a stated cast."""
     source = _source_format(tensors)
     quantized = any(tensor.is_quantized for tensor in tensors)
     wanted = decision.format
     if wanted and quantized and not FORMATS[wanted].is_cast and wanted != source:
-        if not request.allow_requantize:
+        if not output.request.allow_requantize:
             raise PolicyError(
                 f"{tensors[0].key} is already {source}: rounding it again to {wanted} adds to the "
                 "error of the first rounding; use an unquantized source or --allow-requantize"
             )
-        decision = Decision(wanted, f"{decision.reason}; requantized from {source}")
+        decision = replace(decision, reason=f"{decision.reason}; requantized from {source}")
     if wanted and wanted == source and _is_whole(assignment, tensors):
-        decision = Decision("", f"{decision.reason}; already {source}", decision.wanted)
+        decision = replace(decision, format="", reason=f"{decision.reason}; already {source}")
     if not decision.format and quantized:
-        decision = _keep_packed(decision, assignment, tensors, dialect, request)
+        decision = _keep_packed(key, decision, assignment, tensors, output)
+    elif not decision.format and any(tensor.reshaped for tensor in tensors):
+        restored = output.plain(key, assignment.shape) if source == "bf16" else source
+        why = f"{decision.reason}; own shape restored: {restored}"
+        decision = replace(decision, format=restored, reason=why)
+    if output.gguf and not assignment.shape:
+        why = "a scalar is written as one element: readers differ on tensors without dimensions"
+        decision = replace(decision, reason=f"{decision.reason}; {why}")
+    flat = decision.shape
+    stored_shape = flat or assignment.shape or ((1,) if output.gguf else ())
     if not decision.format:
-        packed = _copy_packed(target, assignment, tensors, request, source_specs)
+        packed = _copy_packed(name, stored_shape, tensors, output)
         stored = source or tensors[0].dtype.lower()
     else:
-        packed = pack(dialect, target, decision.format, assignment.shape, source)
+        packed = pack(output.dialect, name, decision.format, stored_shape, source)
         stored = decision.format
     nbytes = sum(_read_nbytes(assignment, tensors))
-    return Step(part, key, target, assignment, decision, stored, packed, nbytes)
+    return Step(part, key, name, assignment, decision, stored, packed, nbytes, flat=flat)
 
 
 def _is_whole(assignment: Assignment, tensors: Sequence[LogicalTensor]) -> bool:
@@ -291,46 +420,46 @@ def _is_whole(assignment: Assignment, tensors: Sequence[LogicalTensor]) -> bool:
 
 
 def _keep_packed(
+    key: str,
     decision: Decision,
     assignment: Assignment,
     tensors: tuple[LogicalTensor, ...],
-    dialect: str,
-    request: Request,
+    output: _Output,
 ) -> Decision:
     """An already quantized weight can be copied only whole, into a container that holds it."""
-    source = tensors[0].format
-    gguf = request.container == "gguf"
+    source, container = tensors[0].format, output.request.container
     block = bool(source) and FORMATS[source].strategy == "block" and source != "nf4"
-    fits = bool(source) and block == gguf and not (gguf and source.startswith("fp8"))
-    if request.container == "folder" and source in _COMFY_ONLY:
+    fits = bool(source) and block == output.gguf and not (output.gguf and source.startswith("fp8"))
+    if container == "folder" and source in _COMFY_ONLY:
         fits = False  # diffusers ignores scales it does not know: the weights would be wrong
-    if fits and _is_whole(assignment, tensors):
-        return decision
-    why = "split or fused" if fits else f"not storable in {request.container}"
-    return Decision("bf16", f"{decision.reason}; {source or tensors[0].dtype} {why}: bf16")
+    flat = output.flat(source, assignment.shape) if fits else None
+    if flat is not None and _is_whole(assignment, tensors):
+        return replace(decision, shape=flat)
+    why = f"not storable in {container}"
+    if fits:
+        why = "split or fused" if flat is not None else f"needs a reshape {_NO_RESHAPE}"
+    plain = output.plain(key, assignment.shape)
+    reason = f"{decision.reason}; {source or tensors[0].dtype} {why}: {plain}"
+    return Decision(plain, reason)
 
 
 def _copy_packed(
-    target: str,
-    assignment: Assignment,
-    tensors: tuple[LogicalTensor, ...],
-    request: Request,
-    source_specs: Mapping[str, TensorSpec],
+    name: str, shape: Shape, tensors: tuple[LogicalTensor, ...], output: _Output
 ) -> tuple[Packed, ...]:
     first = tensors[0]
     if first.is_quantized:  # companions change names with the container's dialect, not their bytes
         dialect = {"nf4": "bnb", "fp8_e4m3_scaled": "comfy", "int8_rowwise": "comfy"}
-        name = dialect.get(first.format, "plain")
-        packed = pack(name, target, first.format, first.shape, first.decodes_to or "bf16")
-        return tuple(_as_stored(one, first, source_specs) for one in packed)
+        own = dialect.get(first.format, "plain")
+        packed = pack(own, name, first.format, shape, first.decodes_to or "bf16")
+        return tuple(_as_stored(one, first, output.specs) for one in packed)
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:
         raise PolicyError(
-            f"{target}: its pieces are stored as {', '.join(sorted(dtypes))}; give --dtype"
+            f"{name}: its pieces are stored as {', '.join(sorted(dtypes))}; give --dtype"
         )
-    if request.container == "gguf" and first.dtype == "F64":
-        raise PolicyError(f"{target}: F64 in GGUF; give --tensor-type")
-    return (Packed(TensorSpec(target, first.dtype, assignment.shape), "weight"),)
+    if output.gguf and first.dtype == "F64":
+        raise PolicyError(f"{name}: F64 in GGUF; give --tensor-type")
+    return (Packed(TensorSpec(name, first.dtype, shape), "weight"),)
 
 
 def _as_stored(
@@ -350,7 +479,8 @@ def _read_nbytes(assignment: Assignment, tensors: Sequence[LogicalTensor]) -> li
         size = 1
         for length in tensor.shape:
             size *= length
-        per = FORMATS[tensor.format].nbytes(tensor.shape) if tensor.format else size * 2
+        stored = tensor.reshaped or tensor.shape
+        per = FORMATS[tensor.format].nbytes(stored) if tensor.format else size * 2
         sizes.append(per * (piece.stop - piece.start) // max(rows, 1))
     return sizes
 

@@ -1,7 +1,9 @@
 """TYPES: what a user names with -t: a policy, the containers it can go to, their dialects.
 
-`q4_k_s` is a type, `q4_k` a format. Mixes are the peers' published ones
-(city96/ComfyUI-GGUF@795e451:tools/lcpp.patch:155-225), file type numbers llama.cpp's
+`q4_k_s` is a type, `q4_k` a format. The mixes of the K types, q4_0 and q5_0 are the peers'
+published ones (city96/ComfyUI-GGUF@795e451:tools/lcpp.patch:155-225; edge blocks: @4dfc025, branch
+auto_convert). Nobody publishes a mix of an IQ type or of mxfp4 for image models: those are
+one format throughout, which is our choice and labelled so. File type numbers are llama.cpp's
 (gguf-py 0.19.0 gguf/constants.py:4106-4149).
 """
 
@@ -13,7 +15,7 @@ from dataclasses import dataclass, field
 from diffquant.core.errors import UnknownFormat, UsageError
 from diffquant.quant.formats import FORMATS
 
-__all__ = ["TYPES", "QuantType", "dialect_for", "type_named"]
+__all__ = ["ALIASES", "TYPES", "QuantType", "dialect_for", "type_named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,9 @@ class QuantType:
         dialects: container ("gguf", "safetensors", "folder") -> dialect that writes it there.
         about: one line for `diffquant formats`.
         mix: family -> (count, format of the first count tensors, format of the rest).
+        edge: format of the first and the last block, where the architecture names such blocks;
+            it overrides the mix, downwards too. "" where the published mix has no such rule.
+        published: whether peers publish this mix; else the choice is ours.
         convs: whether convolutions are packed as well.
         file_type: llama.cpp's general.file_type, for GGUF.
     """
@@ -35,6 +40,8 @@ class QuantType:
     dialects: Mapping[str, str]
     about: str
     mix: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
+    edge: str = ""
+    published: bool = False
     convs: bool = False
     file_type: int | None = None
 
@@ -43,32 +50,112 @@ class QuantType:
         """Bits per weight of the base format."""
         return FORMATS[self.base].bits
 
+    @property
+    def formats(self) -> frozenset[str]:
+        """Every format the type asks for, before any fallback."""
+        mixed = {name for _, early, late in self.mix.values() for name in (early, late)}
+        return frozenset({self.base, *mixed, *((self.edge,) if self.edge else ())})
+
 
 _GGUF = {"gguf": "gguf"}
 _ANY = {"gguf": "gguf", "safetensors": "plain", "folder": "plain"}
+
+
+def _published(
+    name: str,
+    base: str,
+    file_type: int,
+    about: str,
+    *,
+    v: tuple[int, str, str] | str = "",
+    qkv: str = "",
+    down: str = "",
+    edge: str = "",
+) -> QuantType:
+    """A GGUF type as the peers mix it; a family without a format has the base."""
+    rows = {"v": v, "qkv": qkv, "ffn_down": down}
+    mix = {
+        family: (0, given, given) if isinstance(given, str) else given
+        for family, given in rows.items()
+        if given
+    }
+    return QuantType(name, base, _GGUF, about, mix, edge, published=True, file_type=file_type)
+
+
+def _uniform(name: str, file_type: int, about: str) -> QuantType:
+    """A GGUF type that is one format throughout: ours, since no mix is published."""
+    return QuantType(name, name, _GGUF, f"{about}; one format throughout", file_type=file_type)
+
 
 _ROWS = (
     QuantType("f32", "f32", _ANY, "32-bit float", convs=True, file_type=0),
     QuantType("bf16", "bf16", _ANY, "bfloat16", convs=True, file_type=32),
     QuantType("f16", "f16", _ANY, "16-bit float", convs=True, file_type=1),
-    QuantType("q8_0", "q8_0", _GGUF, "8 bits, blocks of 32", file_type=7),
-    QuantType("q6_k", "q6_k", _GGUF, "6 bits, blocks of 256", file_type=18),
-    QuantType(
+    _published("q8_0", "q8_0", 7, "8 bits, blocks of 32"),
+    _published("q6_k", "q6_k", 18, "6 bits, blocks of 256"),
+    _published(
+        "q5_k_m",
+        "q5_k",
+        17,
+        "5 bits; value, fused attention and down projections in q6_k",
+        v="q6_k",
+        qkv="q6_k",
+        down="q6_k",
+        edge="q6_k",
+    ),
+    _published("q5_k_s", "q5_k", 16, "5 bits, blocks of 256"),
+    _published("q5_1", "q5_1", 9, "5 bits and a minimum, blocks of 32"),
+    _published("q5_0", "q5_0", 8, "5 bits, blocks of 32; down projections in q5_1", down="q5_1"),
+    _published(
+        "q4_k_m",
+        "q4_k",
+        15,
+        "4 bits; value and down projections in q6_k, fused attention in q5_k",
+        v="q6_k",
+        qkv="q5_k",
+        down="q6_k",
+        edge="q5_k",
+    ),
+    _published(
         "q4_k_s",
         "q4_k",
-        _GGUF,
-        "4 bits, blocks of 256; value and down projections in q5_k as the peers' mix has it",
-        mix={"v": (4, "q5_k", "q4_k"), "qkv": (0, "q4_k", "q4_k"), "ffn_down": (0, "q5_k", "q5_k")},
-        file_type=14,
+        14,
+        "4 bits, blocks of 256; first value projections and all down projections in q5_k",
+        v=(4, "q5_k", "q4_k"),
+        down="q5_k",
     ),
-    QuantType(
-        "q4_0",
-        "q4_0",
-        _GGUF,
-        "4 bits, blocks of 32; down projections in q4_1 as the peers' mix has it",
-        mix={"ffn_down": (0, "q4_1", "q4_1")},
-        file_type=2,
+    _published("q4_1", "q4_1", 3, "4 bits and a minimum, blocks of 32"),
+    _published("q4_0", "q4_0", 2, "4 bits, blocks of 32; down projections in q4_1", down="q4_1"),
+    _published(
+        "q3_k_l",
+        "q3_k",
+        13,
+        "3 bits; value and down projections in q5_k, fused attention in q4_k",
+        v="q5_k",
+        qkv="q4_k",
+        down="q5_k",
+        edge="q4_k",
     ),
+    _published(
+        "q3_k_m",
+        "q3_k",
+        12,
+        "3 bits; value (first two q5_k), fused attention and down projections in q4_k",
+        v=(2, "q5_k", "q4_k"),
+        qkv="q4_k",
+        down="q4_k",
+        edge="q4_k",
+    ),
+    _published("q3_k_s", "q3_k", 11, "3 bits, blocks of 256", edge="q4_k"),
+    _published("q2_k", "q2_k", 10, "2 bits; value projections in q3_k", v="q3_k", edge="q4_k"),
+    _uniform("iq4_nl", 25, "4 bits, 16 fixed levels, blocks of 32"),
+    _uniform("iq4_xs", 30, "4 bits, 16 fixed levels, blocks of 256"),
+    _uniform("iq3_s", 26, "3.4 bits from a table"),
+    _uniform("iq3_xxs", 23, "3.1 bits from a table"),
+    _uniform("iq2_s", 28, "2.6 bits from a table"),
+    _uniform("iq2_xs", 20, "2.3 bits from a table"),
+    _uniform("iq2_xxs", 19, "2.1 bits from a table"),
+    _uniform("mxfp4", 38, "4-bit float, a power of two per 32 (ggml's)"),
     QuantType(
         "fp8_e4m3",
         "fp8_e4m3",
@@ -96,17 +183,21 @@ _ROWS = (
     ),
 )
 
-TYPES: dict[str, QuantType] = {row.name: row for row in _ROWS}
+# A type is offered once FORMATS has every format it names.
+TYPES: dict[str, QuantType] = {row.name: row for row in _ROWS if row.formats <= FORMATS.keys()}
+
+# As llama-quantize has them: ggml-org/llama.cpp tools/quantize/quantize.cpp, QUANT_OPTIONS.
+ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 
 def type_named(name: str) -> QuantType:
-    """Look a type up; case does not matter, as in llama-quantize.
+    """Look a type or an alias up; case does not matter, as in llama-quantize.
 
     Raises:
         UnknownFormat: with the known names and the closest.
     """
     try:
-        return TYPES[name.lower()]
+        return TYPES[ALIASES.get(name.lower(), name.lower())]
     except KeyError:
         raise UnknownFormat(name, TYPES, what="type") from None
 

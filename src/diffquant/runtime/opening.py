@@ -277,6 +277,8 @@ def _segments(logical: LogicalSource, assignment: Assignment) -> tuple[Segment, 
         whole = (piece.start, piece.stop) == (0, rows)
         shape = (piece.stop - piece.start, *tail) if assignment.shape else ()
         known = bool(tensor.format) and not assignment.transpose
+        if tensor.reshaped and known:  # rows of 256 that are no whole rows of the weight
+            known = not FORMATS[tensor.format].check(tensor.shape)
         if known and (whole or FORMATS[tensor.format].is_cast):
             segments.append(_packed(logical, tensor, shape, (piece.start, piece.stop)))
         else:

@@ -127,11 +127,15 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Canonical denoiser keys (regular expression, searched) that stay in high precision."""
+    """Canonical denoiser keys (regular expression, searched) that stay in high precision.
+
+    `table` marks weights that are no layer's matrix, such as embedding tables.
+    """
 
     pattern: str
     reason: str
     source: str
+    table: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +224,9 @@ class Architecture:
         variant_defaults: variant -> overrides of `hyper_defaults`.
         edge_blocks: module list whose first and last block some mixes store finer, or "".
         pipelines: model_index.json class -> (variant the tensors show, variant it names).
+        reshapes: whether ComfyUI-GGUF stores this architecture's awkward rows as rows of 256.
+        tuned_keep: what `--policy tuned` keeps besides `keep`.
+        tuned_families: what `--policy tuned` counts to a family before `families` does.
     """
 
     slug: str
@@ -236,6 +243,9 @@ class Architecture:
     variant_defaults: Mapping[str, Defaults] = field(default_factory=dict)
     edge_blocks: str = ""
     pipelines: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    reshapes: bool = False
+    tuned_keep: tuple[Keep, ...] = ()
+    tuned_families: tuple[Family, ...] = ()
 
     def component(self, name: str) -> Component:
         """The component of that name; KeyError when the architecture has none."""

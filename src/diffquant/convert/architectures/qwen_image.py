@@ -104,6 +104,13 @@ QWEN_IMAGE = Architecture(
     keep=(
         Keep(r"^img_in\.", "image input, and detection reads its width", _CG),
         Keep(r"^txt_in\.", "text input, and detection reads its width", _CG),
+        Keep(
+            r"^time_text_embed\.addition_t_embedding\.",
+            "embedding table, which no loader unpacks",
+            "huggingface/diffusers@58eb52c:src/diffusers/models/transformers/"
+            "transformer_qwenimage.py",
+            table=True,
+        ),
         Keep(r"^time_text_embed\.", "timestep embedding", _CG),
         Keep(r"^proj_out\.", "output layer", _CG),
         Keep(r"^norm_out\.", "output modulation", _CG),

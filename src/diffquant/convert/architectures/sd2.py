@@ -37,6 +37,7 @@ SD2 = Architecture(
     families=(Family("v", unet.FAMILY_V), Family("ffn_down", unet.FFN_DOWN)),
     gguf_architecture="sd1",
     gguf_prefix="model.diffusion_model.",
+    reshapes=True,
     latent=Latent(4, 8, 0.18215),
     sampling={
         "": Sampling(

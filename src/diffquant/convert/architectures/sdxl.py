@@ -76,6 +76,7 @@ SDXL = Architecture(
     families=(Family("v", unet.FAMILY_V), Family("ffn_down", unet.FFN_DOWN)),
     gguf_architecture="sdxl",
     gguf_prefix="model.diffusion_model.",
+    reshapes=True,
     latent=Latent(4, 8, 0.13025),
     sampling={
         "": Sampling(

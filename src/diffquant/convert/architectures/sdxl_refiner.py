@@ -31,6 +31,7 @@ SDXL_REFINER = Architecture(
     families=(Family("v", unet.FAMILY_V), Family("ffn_down", unet.FFN_DOWN)),
     gguf_architecture="sdxl",
     gguf_prefix="model.diffusion_model.",
+    reshapes=True,
     latent=Latent(4, 8, 0.13025),
     sampling={
         "": Sampling(
