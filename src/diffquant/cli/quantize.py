@@ -13,7 +13,7 @@ from diffquant.cli.values import prompts_from
 from diffquant.cli.verdict import render_image
 from diffquant.convert.jobs import JobReport, container_for, run_job
 from diffquant.convert.plan import Request
-from diffquant.convert.steps import POLICIES
+from diffquant.convert.request import POLICIES
 from diffquant.convert.targets import TARGETS
 from diffquant.core.errors import UsageError
 from diffquant.core.report import to_json

@@ -19,6 +19,7 @@ from diffquant.convert.steps import (
     copy_step,
     dialect_of,
     is_plain,
+    marker_step,
     part_steps,
     stored_tensors,
 )
@@ -101,7 +102,9 @@ def make_plan(logical: LogicalSource, match: Match, request: Request) -> Plan:
     dropped = [(key, "another part; not asked for") for key in _unwanted(match, wanted)]
     dropped += _without_target(wanted, steps)
     for key, reason in match.leftovers:
-        if request.container != "safetensors" or request.parts or _is_ema(key):
+        if request.container == "gguf" and _is_marker(architecture, logical, key):
+            steps.append(marker_step(logical, key))
+        elif request.container != "safetensors" or request.parts or _is_ema(key):
             dropped.append((key, reason))
         elif not is_plain(logical, key):
             dropped.append((key, f"{reason}; packed, and copied with a part it belongs to only"))
@@ -201,6 +204,12 @@ def _given_up(
             f"{kind.name}, in a shape that only ComfyUI-GGUF undoes"
         )
     return tuple(notes)
+
+
+def _is_marker(architecture: Architecture, logical: LogicalSource, key: str) -> bool:
+    """Whether loaders tell a variant by this tensor, under a name that needs no prefix."""
+    named = any(key in variant.keys for variant in architecture.variants)
+    return named and not architecture.gguf_prefix and logical.tensors[key].is_float
 
 
 def _is_ema(key: str) -> bool:

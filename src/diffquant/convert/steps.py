@@ -16,63 +16,30 @@ from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.detect import PartMatch, to_canonical, to_diffusers
 from diffquant.convert.dialects import Packed, pack, skip_conflicts
 from diffquant.convert.logical import LogicalSource, LogicalTensor
+from diffquant.convert.policies import policy_for
+from diffquant.convert.request import Request
 from diffquant.convert.rules import Assignment, Piece, Shape
 from diffquant.convert.targets import Stored, Target
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import PolicyError, UnsupportedDtype
 from diffquant.core.tensors import TensorSpec
 from diffquant.quant.formats import FORMATS, format_named, matrix_shape
-from diffquant.quant.policy import Candidate, Decision, Policy, Rule, flat_shape, resolve
-from diffquant.quant.types import QuantType, dialect_for
+from diffquant.quant.policy import Candidate, Decision, flat_shape, resolve
+from diffquant.quant.types import dialect_for
 
 __all__ = [
-    "POLICIES",
     "Request",
     "Step",
     "copy_step",
     "dialect_of",
     "is_plain",
+    "marker_step",
     "part_steps",
     "stored_tensors",
 ]
 
-# "published": the peers' mix where there is one; "tuned": ours, where facts show it misses.
-POLICIES = ("published", "tuned")
-
-# What GGUF loaders take outside packed linear layers: ComfyUI-GGUF and diffusers count BF16 as
-# quantized, so norms and raw parameters go to F32 and convolutions to F16 (docs/formats.md).
-_GGUF_HIGH = {"conv": "f16", "bf16": "bf16", "*": "f16"}
 _NO_RESHAPE = "that only ComfyUI-GGUF undoes"
 _COMFY_ONLY = ("fp8_e4m3_scaled", "int8_rowwise")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the user asked for.
-
-    Attributes:
-        container: "gguf", "safetensors" or "folder".
-        type: the quantized type, or None to convert only.
-        dtype: cast format for `convert`, None keeps what the source has.
-        parts: write only these parts; empty means the container's default.
-        all_parts: quantize every part, not the denoiser alone.
-        rules: user rules, in order.
-        pure: ignore the type's mix.
-        allow_requantize: whether already quantized weights may be rounded again.
-        target: TARGETS name, or "" for the first of the container's that reads the result.
-        policy: one of POLICIES.
-    """
-
-    container: str
-    type: QuantType | None = None
-    dtype: str | None = None
-    parts: tuple[str, ...] = ()
-    all_parts: bool = False
-    rules: tuple[Rule, ...] = ()
-    pure: bool = False
-    allow_requantize: bool = False
-    target: str = ""
-    policy: str = "published"
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +174,7 @@ def part_steps(
         part.name == "denoiser" or request.all_parts or part.name in request.parts
     )
     if quantize:
-        policy = _policy(architecture, request, target, keys, denoiser=part.name == "denoiser")
+        policy = policy_for(architecture, request, target, keys, denoiser=part.name == "denoiser")
         decisions = resolve(policy, candidates)
     else:
         decisions = tuple(_cast(one, output) for one in candidates)
@@ -279,52 +246,6 @@ def _source_format(tensors: Sequence[LogicalTensor]) -> str:
     if not first.is_float:
         return ""
     return first.format or first.dtype.lower()
-
-
-def _policy(
-    architecture: Architecture,
-    request: Request,
-    target: Target,
-    keys: Sequence[str],
-    *,
-    denoiser: bool,
-) -> Policy:
-    kind = request.type
-    assert kind is not None
-    gguf = request.container == "gguf"
-    tuned = request.policy == "tuned"
-    families = (*(architecture.tuned_families if tuned else ()), *architecture.families)
-    keep = (*(architecture.tuned_keep if tuned else ()), *architecture.keep)
-    return Policy(
-        base=kind.base,
-        mix=kind.mix,
-        families=tuple((row.name, row.pattern) for row in families),
-        keep=tuple(Rule(row.pattern, None, row.reason, row.table) for row in keep)
-        if denoiser
-        else (Rule("embed", None, "embedding: high precision"),),
-        user=request.rules,
-        convs=kind.convs and not (gguf and kind.base == "bf16"),  # BF16 counts as packed there
-        vector="f32" if gguf else "",
-        high=_high(kind.base) if gguf else {},
-        pure=request.pure,
-        edges=_edges(architecture.edge_blocks, kind.edge, keys) if denoiser else None,
-        fallbacks=target.fallbacks,
-        reshape=gguf and denoiser and target.reshapes and architecture.reshapes,
-    )
-
-
-def _edges(blocks: str, fmt: str, keys: Iterable[str]) -> tuple[str, str] | None:
-    """Pattern and format of the first and the last block, where both table and type have a rule."""
-    if not blocks or not fmt:
-        return None
-    found = [re.match(rf"{re.escape(blocks)}\.(\d+)\.", key) for key in keys]
-    last = max((int(one.group(1)) for one in found if one), default=0)
-    return rf"^{re.escape(blocks)}\.(0|{last})\.", fmt
-
-
-def _high(base: str) -> Mapping[str, str]:
-    """F32 asked for is F32 throughout: the F16 of kept layers would be a loss nobody wanted."""
-    return {"*": "f32"} if base == "f32" else _GGUF_HIGH
 
 
 def _tables(architecture: Architecture) -> tuple[str, ...]:
@@ -490,6 +411,16 @@ def is_plain(logical: LogicalSource, key: str) -> bool:
     tensor = logical.tensors[key]
     alone = len(tensor.parts) == 1 and not tensor.why
     return alone and STORAGE[tensor.dtype].safetensors
+
+
+def marker_step(logical: LogicalSource, key: str) -> Step:
+    """A step for a GGUF file that writes a tensor of no part, by which loaders tell a variant."""
+    tensor = logical.tensors[key]
+    shape = tensor.shape or (1,)
+    assignment = Assignment(key, tensor.shape, (Piece(key, 0, shape[0]),))
+    decision = Decision("f32", "marker by which loaders tell the variant: f32")
+    packed = pack("gguf", key, "f32", shape, "f32")
+    return Step("", key, key, assignment, decision, "f32", packed, packed[0].spec.nbytes)
 
 
 def copy_step(logical: LogicalSource, key: str, reason: str) -> Step:

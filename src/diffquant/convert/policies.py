@@ -1,0 +1,76 @@
+"""policy_for(): what architecture, request and target say of a part, as one Policy.
+
+The type brings the mix, the architecture says which tensors its families and its edge blocks are
+and which stay in high precision, the target says what a row that does not fit falls back to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from diffquant.convert.architectures.base import Architecture
+from diffquant.convert.request import Request
+from diffquant.convert.targets import Target
+from diffquant.quant.policy import Policy, Rule
+
+__all__ = ["policy_for"]
+
+# What GGUF loaders take outside packed linear layers: ComfyUI-GGUF and diffusers count BF16 as
+# quantized, so norms and raw parameters go to F32 and convolutions to F16 (docs/formats.md).
+_GGUF_HIGH = {"conv": "f16", "bf16": "bf16", "*": "f16"}
+
+
+def policy_for(
+    architecture: Architecture,
+    request: Request,
+    target: Target,
+    keys: Sequence[str],
+    *,
+    denoiser: bool,
+) -> Policy:
+    """The rules that one part of an output is decided by.
+
+    Args:
+        architecture: whose keep list and families apply.
+        request: with a type.
+        target: which program reads the output.
+        keys: canonical keys of the part; the last block is counted in them.
+        denoiser: whether the part is the denoiser; others have no list of their own yet.
+    """
+    kind = request.type
+    assert kind is not None
+    gguf = request.container == "gguf"
+    tuned = request.policy == "tuned"
+    families = (*(architecture.tuned_families if tuned else ()), *architecture.families)
+    keep = (*(architecture.tuned_keep if tuned else ()), *architecture.keep)
+    return Policy(
+        base=kind.base,
+        mix=kind.mix,
+        families=tuple((row.name, row.pattern) for row in families),
+        keep=tuple(Rule(row.pattern, None, row.reason, row.table) for row in keep)
+        if denoiser
+        else (Rule("embed", None, "embedding: high precision"),),
+        user=request.rules,
+        convs=kind.convs and not (gguf and kind.base == "bf16"),  # BF16 counts as packed there
+        vector="f32" if gguf else "",
+        high=_high(kind.base) if gguf else {},
+        pure=request.pure,
+        edges=_edges(architecture.edge_blocks, kind.edge, keys) if denoiser else None,
+        fallbacks=target.fallbacks,
+        reshape=gguf and denoiser and target.reshapes and architecture.reshapes,
+    )
+
+
+def _edges(blocks: str, fmt: str, keys: Iterable[str]) -> tuple[str, str] | None:
+    """Pattern and format of the first and the last block, where both table and type have a rule."""
+    if not blocks or not fmt:
+        return None
+    found = [re.match(rf"{re.escape(blocks)}\.(\d+)\.", key) for key in keys]
+    last = max((int(one.group(1)) for one in found if one), default=0)
+    return rf"^{re.escape(blocks)}\.(0|{last})\.", fmt
+
+
+def _high(base: str) -> Mapping[str, str]:
+    """F32 asked for is F32 throughout: the F16 of kept layers would be a loss nobody wanted."""
+    return {"*": "f32"} if base == "f32" else _GGUF_HIGH

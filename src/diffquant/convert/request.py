@@ -1,0 +1,42 @@
+"""Request: what the user asked for, as make_plan() takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffquant.quant.policy import Rule
+from diffquant.quant.types import QuantType
+
+__all__ = ["POLICIES", "Request"]
+
+# "published": the peers' mix where there is one; "tuned": ours, where facts show it misses.
+POLICIES = ("published", "tuned")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        container: "gguf", "safetensors" or "folder".
+        type: the quantized type, or None to convert only.
+        dtype: cast format for `convert`, None keeps what the source has.
+        parts: write only these parts; empty means the container's default.
+        all_parts: quantize every part, not the denoiser alone.
+        rules: user rules, in order.
+        pure: ignore the type's mix.
+        allow_requantize: whether already quantized weights may be rounded again.
+        target: TARGETS name, or "" for the first of the container's that reads the result.
+        policy: one of POLICIES.
+    """
+
+    container: str
+    type: QuantType | None = None
+    dtype: str | None = None
+    parts: tuple[str, ...] = ()
+    all_parts: bool = False
+    rules: tuple[Rule, ...] = ()
+    pure: bool = False
+    allow_requantize: bool = False
+    target: str = ""
+    policy: str = "published"
