@@ -6,7 +6,16 @@ import pytest
 
 from diffquant.core.errors import UnknownFormat
 from diffquant.quant.formats import FORMATS, format_named
-from diffquant.quant.policy import FALLBACKS, TINY, Candidate, Policy, Rule, resolve
+from diffquant.quant.policy import (
+    FALLBACKS,
+    FALLBACKS_WITHOUT_IQ,
+    TINY,
+    Candidate,
+    Policy,
+    Rule,
+    flat_shape,
+    resolve,
+)
 from diffquant.quant.types import TYPES
 
 WEIGHT = (512, 512)
@@ -145,13 +154,98 @@ def test_a_format_without_a_fallback_keeps_the_source_and_says_so():
     assert found.reason == "asked; a vector is not packed"
 
 
-def test_every_fallback_ends_where_any_shape_fits():
-    for name in FALLBACKS:
+@pytest.mark.parametrize("chain", [FALLBACKS, FALLBACKS_WITHOUT_IQ])
+def test_every_fallback_ends_where_any_shape_fits(chain):
+    for name in chain:
         seen = [name]
-        while seen[-1] in FALLBACKS:
-            seen.append(FALLBACKS[seen[-1]])
+        while seen[-1] in chain:
+            seen.append(chain[seen[-1]])
             assert len(seen) < 10
         assert not FORMATS[seen[-1]].requires
+    blocks = {name for name, row in FORMATS.items() if row.source.startswith("ggml")}
+    assert blocks <= set(chain)
+
+
+@pytest.mark.parametrize(
+    ("name", "with_iq", "without"),
+    [
+        ("q2_k", "iq4_nl", "q4_0"),
+        ("q3_k", "iq4_nl", "q4_0"),
+        ("iq4_xs", "iq4_nl", "q4_0"),
+        ("iq3_s", "iq4_nl", "q4_0"),
+        ("iq2_xxs", "iq4_nl", "q4_0"),
+        ("q4_k", "q5_0", "q5_0"),
+        ("q5_k", "q5_1", "q5_1"),
+        ("q6_k", "q8_0", "q8_0"),
+        ("iq4_nl", "f16", "f16"),
+    ],
+)
+def test_fallbacks_are_those_of_the_house_plan(name, with_iq, without):
+    assert (FALLBACKS[name], FALLBACKS_WITHOUT_IQ[name]) == (with_iq, without)
+    if name not in FORMATS or with_iq not in FORMATS:
+        return
+    for chain, expected in ((FALLBACKS, with_iq), (FALLBACKS_WITHOUT_IQ, without)):
+        found = one(policy(name, fallbacks=chain), shape=(512, 320))
+        assert found.format == (expected if FORMATS[expected].check((512, 320)) == () else "f16")
+
+
+@pytest.mark.parametrize(
+    ("shape", "flat"),
+    [
+        ((320, 320), (400, 256)),
+        ((320, 4, 3, 3), (45, 256)),
+        ((640, 640, 1, 1), (1600, 256)),
+        ((320, 768), ()),  # its own rows divide
+        ((512,), ()),  # one dimension
+        ((8, 32), ()),  # under 512 elements
+        ((16, 32), (2, 256)),
+        ((10, 77), ()),  # no multiple of 256
+    ],
+)
+def test_rows_of_256_follow_the_rule_of_the_reader(shape, flat):
+    assert flat_shape(shape) == flat
+
+
+def test_reshapes_come_before_fallbacks_and_only_where_needed():
+    given = policy("q4_k", reshape=True, high=GGUF)
+    found = one(given, shape=(320, 320))
+    assert (found.format, found.shape, found.wanted) == ("q4_k", (400, 256), "")
+    assert found.reason == "type's base; stored as rows of 256"
+    conv = one(given, shape=(64, 64, 3, 3))
+    assert (conv.format, conv.shape) == ("q4_k", (144, 256))
+    assert one(given, shape=(512, 768)).shape == ()
+    assert one(policy("q8_0", reshape=True), shape=(320, 320)).shape == ()
+    odd = one(given, shape=(65, 65, 1, 1))  # no whole number of blocks at all
+    assert (odd.format, odd.shape) == ("f16", ())
+    assert odd.reason.startswith("convolution")
+    assert one(given, shape=(10, 77)).format == "f16"
+
+
+def test_edge_blocks_override_the_mix_downwards_too_and_are_counted():
+    given = policy(
+        "q3_k" if "q3_k" in FORMATS else "q4_0",
+        mix={"v": (2, "q8_0", "q5_0"), "ffn_down": (0, "q8_0", "q8_0")},
+        edges=(r"^blocks\.(0|3)\.", "q4_k"),
+    )
+    keys = [f"blocks.{i}.{name}.weight" for i in range(4) for name in ("to_v", "down")]
+    found = dict(
+        zip(keys, resolve(given, [Candidate(k, WEIGHT, "f16") for k in keys]), strict=True)
+    )
+    assert [found[f"blocks.{i}.to_v.weight"].format for i in range(4)] == [
+        "q4_k", "q8_0", "q5_0", "q4_k",
+    ]  # fmt: skip
+    assert found["blocks.3.down.weight"].format == "q4_k"
+    assert found["blocks.3.down.weight"].reason == "type's mix: first or last block"
+    pure = policy("q4_0", edges=(r"^blocks\.0\.", "q4_k"), pure=True)
+    assert one(pure, "blocks.0.to_v.weight").format == "q4_0"
+
+
+@pytest.mark.parametrize("base", ["q8_0", "bf16", "f16"])
+def test_tables_are_stored_as_vectors_are(base):
+    table = Rule(r"emb\.", None, "an embedding table", table=True)
+    given = Policy(base=base, mix={}, keep=(table,), vector="f32", high=GGUF)
+    found = one(given, "emb.weight", WEIGHT, "bf16")
+    assert (found.format, found.reason) == ("f32", "an embedding table")
 
 
 @pytest.mark.parametrize(
