@@ -78,6 +78,29 @@ def test_threads_do_not_change_the_bytes(command, flux, tmp_path):
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "3.safetensors").read_bytes()
 
 
+def test_target_and_policy_are_said_and_written(command, examples, tmp_path):
+    out = tmp_path / "sd.gguf"
+    args = ("quantize", examples / "sd15-shapes", "-o", out, "-t", "q4_k")  # short for q4_k_m
+    planned = command(*args, "--dry-run")
+    assert "for universal, policy published (the peers' mix)" in planned.out
+    assert "convolutions stay f16; --target comfyui-gguf packs them as q4_k_m" in planned.out
+    ran = command(*args, "--target", "comfyui-gguf", "--json")
+    assert (ran.code, ran.json["warnings"]) == (0, [])
+    result = ran.result
+    assert (result["type"], result["target"], result["policy"]) == (
+        "q4_k_m", "comfyui-gguf", "published",
+    )  # fmt: skip
+    assert result["bits_per_weight"] < 5.5
+    with open_source(out) as source:
+        assert source.metadata["diffquant.target"] == "comfyui-gguf"
+        assert source.metadata["diffquant.policy"] == "published"
+        assert source.metadata["general.file_type"] == 15
+    pure = command(*args, "--pure", "--exclude", "emb_layers", "--dry-run", "--json").result
+    assert pure["policy"] == "pure, user rules: 1"
+    eight = command(*args[:-1], "q8_0", "--policy", "tuned", "--dry-run", "--json").result
+    assert eight["notes"] or eight["policy"] == "tuned"
+
+
 def test_user_rules_win_and_say_so(command, flux, tmp_path):
     args = ("-o", tmp_path / "a.gguf", "-t", "q4_k_s", "--json", "--dry-run")
     rules = ("--tensor-type", r"linear1\.weight=q8_0", "--exclude", "linear2", "--pure")
@@ -98,6 +121,24 @@ REFUSED = {
     "type in a wrong container": (["-t", "nf4"], "a.gguf", 2, "nf4 cannot go into a .gguf file"),
     "scaled fp8 in a folder": (["-t", "fp8_scaled"], "a", 2, "write it to a .safetensors file"),
     "extension nobody writes": (["-t", "q8_0"], "a.ckpt", 2, "cannot write .ckpt"),
+    "unknown target": (
+        ["-t", "q8_0", "--target", "comfyu"],
+        "a.gguf",
+        4,
+        "unknown target 'comfyu'",
+    ),
+    "target of another container": (
+        ["-t", "q8_0", "--target", "comfyui"],
+        "a.gguf",
+        2,
+        "target comfyui reads safetensors",
+    ),
+    "format its target cannot read": (
+        ["-t", "q8_0", "--target", "universal", "--tensor-type", "img_attn.norm=bf16"],
+        "a.gguf",
+        1,
+        "universal cannot read",
+    ),
     "bad regex": (["-t", "q8_0", "--exclude", "("], "a.gguf", 2, "(: not a regular expression"),
     "bad rule": (["-t", "q8_0", "--tensor-type", "x"], "a.gguf", 2, "expected REGEX=FORMAT"),
     "bad regex in rule": (

@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from diffquant.cli.frame import Options, Outcome, common, echo, run, table
+from diffquant.convert.targets import TARGETS
 from diffquant.quant.formats import FORMATS
-from diffquant.quant.types import TYPES
+from diffquant.quant.types import ALIASES, TYPES
 
 __all__ = ["command"]
 
@@ -16,7 +17,7 @@ __all__ = ["command"]
 @click.command("formats")
 @common
 def command(options: Options) -> None:
-    """List the types -t takes, the number formats behind them, and where each can be written."""
+    """List the types -t takes, the number formats behind them, and the programs that read them."""
 
     def work() -> Outcome:
         types = [
@@ -27,8 +28,20 @@ def command(options: Options) -> None:
                 "containers": sorted(row.dialects),
                 "dialects": dict(row.dialects),
                 "about": row.about,
+                "mix": {name: list(given) for name, given in row.mix.items()},
+                "edge": row.edge,
+                "published": row.published,
             }
             for row in TYPES.values()
+        ]
+        targets = [
+            {
+                "name": row.name,
+                "about": row.about,
+                "reads": {container: sorted(names) for container, names in row.reads.items()},
+                "reshapes": row.reshapes,
+            }
+            for row in TARGETS.values()
         ]
         formats = [
             {
@@ -43,7 +56,8 @@ def command(options: Options) -> None:
             }
             for row in FORMATS.values()
         ]
-        return Outcome({"types": types, "formats": formats})
+        shown = {"types": types, "aliases": ALIASES, "formats": formats, "targets": targets}
+        return Outcome(shown)
 
     def render(result: dict[str, Any]) -> None:
         echo("Types (-t):")
@@ -55,6 +69,9 @@ def command(options: Options) -> None:
             ],
             right=(1,),
         )
+        echo()
+        short = ", ".join(f"{name} = {full}" for name, full in result["aliases"].items())
+        echo(f"As in llama-quantize: {short}")
         echo()
         echo("Number formats (--tensor-type REGEX=FORMAT):")
         table(
@@ -69,6 +86,12 @@ def command(options: Options) -> None:
                 for row in result["formats"]
             ],
             right=(1, 2),
+        )
+        echo()
+        echo("Programs an output can be written for (--target):")
+        table(
+            ("target", "containers", "what it is"),
+            [(row["name"], ", ".join(row["reads"]), row["about"]) for row in result["targets"]],
         )
 
     run("formats", options, work, render)

@@ -171,7 +171,7 @@ def _policy_label(architecture: Architecture, request: Request) -> str:
         label = "pure"
     else:
         label = "published" if kind.published else "uniform"
-    return f"{label}, {len(request.rules)} rules of the user" if request.rules else label
+    return f"{label}, user rules: {len(request.rules)}" if request.rules else label
 
 
 def _given_up(
