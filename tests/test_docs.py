@@ -135,9 +135,9 @@ def test_every_architecture_is_documented(slug: str) -> None:
     variants |= {name for _, name in architecture.pipelines.values()}
     assert variants <= set(re.findall(r"[\w.]+", row))
     assert f"`{architecture.gguf_architecture}`" in row
-    for one in architecture.keep:
+    for one in (*architecture.keep, *architecture.tuned_keep):
         assert f"`{one.pattern}`" in text
-    for family in architecture.families:
+    for family in (*architecture.families, *architecture.tuned_families):
         assert f"`{family.pattern}`" in text.replace("\\|", "|")
 
 

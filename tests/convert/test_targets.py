@@ -260,6 +260,45 @@ def test_the_marker_of_edit_2511_reaches_gguf(shape):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "qkv", "down"), [("q4_k_s", "q5_k", "q5_k"), ("q4_k_m", "q5_k", "q6_k")]
+)
+def test_tuned_flux_has_down_projections(name, qkv, down):
+    plan = plan_of(source_of(FLUX), type=type_named(name), policy="tuned")
+    assert plan.policy == "tuned"
+    stored = {step.key: step for step in plan.steps}
+    for key, step in stored.items():
+        if re.search(r"(img|txt)_mlp\.2\.weight$|single_blocks\.\d+\.linear2\.weight$", key):
+            assert (step.stored, step.decision.reason) == (down, "tuned mix (ours): ffn_down")
+        elif key.endswith("attn.qkv.weight"):
+            assert step.stored == qkv
+        elif re.search(r"blocks\.\d+\..*weight$", key):
+            assert step.stored == TYPES[name].base
+    published = plan_of(source_of(FLUX), type=type_named(name))
+    assert published.policy == "published"
+    assert published.nbytes < plan.nbytes
+
+
+def test_tuned_qwen_image_keeps_the_first_modulation_and_only_that():
+    tuned = plan_of(source_of(QWEN), type=type_named("q8_0"), policy="tuned")
+    plain = plan_of(source_of(QWEN), type=type_named("q8_0"))
+    differ = [
+        (one.key, one.stored)
+        for one, other in zip(tuned.steps, plain.steps, strict=True)
+        if one.stored != other.stored
+    ]
+    assert differ == [("transformer_blocks.0.img_mod.1.weight", "bf16")]
+
+
+def test_tuned_without_rules_is_published_and_says_so():
+    source = source_of("sd15.unet.ldm", "F16")
+    tuned = plan_of(source, type=type_named("q4_k_s"), policy="tuned")
+    assert tuned.policy == "published"
+    assert tuned.notes[0] == "no tuned rules for sd15: the published policy is used"
+    plain = plan_of(source, type=type_named("q4_k_s"))
+    assert [step.stored for step in tuned.steps] == [step.stored for step in plain.steps]
+
+
 def test_types_a_named_target_cannot_read_are_refused_with_who_can():
     source = source_of(FLUX)
     iq = next((n for n in TYPES if n.startswith("iq")), None)

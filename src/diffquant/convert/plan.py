@@ -164,8 +164,7 @@ def _policy_label(architecture: Architecture, request: Request) -> str:
     kind = request.type
     if kind is None or FORMATS[kind.base].is_cast:
         return ""
-    ours = architecture.tuned_families or architecture.tuned_keep
-    if request.policy == "tuned" and ours:
+    if request.policy == "tuned" and architecture.is_tuned:
         label = "tuned"
     elif request.pure and (kind.mix or kind.edge):
         label = "pure"
@@ -179,8 +178,7 @@ def _given_up(
 ) -> tuple[str, ...]:
     """What the target gives up against one that restores shapes, and what tuned does not do."""
     notes = []
-    ours = architecture.tuned_families or architecture.tuned_keep
-    if request.policy == "tuned" and not ours:
+    if request.policy == "tuned" and not architecture.is_tuned:
         notes.append(f"no tuned rules for {architecture.slug}: the published policy is used")
     kind = request.type
     if kind is None or request.container != "gguf" or FORMATS[kind.base].is_cast:

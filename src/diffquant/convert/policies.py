@@ -41,12 +41,12 @@ def policy_for(
     kind = request.type
     assert kind is not None
     gguf = request.container == "gguf"
-    tuned = request.policy == "tuned"
+    tuned = request.policy == "tuned" and architecture.is_tuned
     families = (*(architecture.tuned_families if tuned else ()), *architecture.families)
     keep = (*(architecture.tuned_keep if tuned else ()), *architecture.keep)
     return Policy(
         base=kind.base,
-        mix=kind.mix,
+        mix={**kind.mix, **(kind.tuned if architecture.tuned_families and tuned else {})},
         families=tuple((row.name, row.pattern) for row in families),
         keep=tuple(Rule(row.pattern, None, row.reason, row.table) for row in keep)
         if denoiser
@@ -56,6 +56,7 @@ def policy_for(
         vector="f32" if gguf else "",
         high=_high(kind.base) if gguf else {},
         pure=request.pure,
+        mix_name="tuned mix (ours)" if tuned else "type's mix",
         edges=_edges(architecture.edge_blocks, kind.edge, keys) if denoiser else None,
         fallbacks=target.fallbacks,
         reshape=gguf and denoiser and target.reshapes and architecture.reshapes,

@@ -137,6 +137,7 @@ class Policy:
         high: format of kept weights: "conv" for convolutions, else by source format, else "*"; what
             no key names stays as the source has it.
         pure: ignore `mix` and `edges`, use `base` throughout.
+        mix_name: what reasons call the mix.
         edges: (pattern, format) of the first and the last block; it overrides the mix.
         fallbacks: FALLBACKS, or what the reader has instead.
         reshape: whether the reader restores shapes, so that awkward rows may be stored flat.
@@ -151,6 +152,7 @@ class Policy:
     vector: str = ""
     high: Mapping[str, str] | None = None
     pure: bool = False
+    mix_name: str = "type's mix"
     edges: tuple[str, str] | None = None
     fallbacks: Mapping[str, str] = field(default_factory=lambda: FALLBACKS)
     reshape: bool = False
@@ -205,23 +207,24 @@ def _decide(policy: Policy, one: Candidate, counts: dict[str, int]) -> Decision:
     if len(one.shape) > 2 and not policy.convs and not (policy.reshape and flat_shape(one.shape)):
         return _keep(policy, one, CONVOLUTION)
     wanted, where = _wanted(policy, one, counts)
-    return _fit(policy, wanted, one, f"type's {where}" if wanted != policy.base else "type's base")
+    named = f"{policy.mix_name}: {where}" if wanted != policy.base else "type's base"
+    return _fit(policy, wanted, one, named)
 
 
 def _wanted(policy: Policy, one: Candidate, counts: dict[str, int]) -> tuple[str, str]:
     """The type's format for a tensor, and which of its rules says so."""
     if policy.pure:
-        return policy.base, "base"
-    wanted, where = policy.base, "base"
+        return policy.base, ""
+    wanted, where = policy.base, ""
     family = next((n for n, pattern in policy.families if re.search(pattern, one.key)), "")
     if family in policy.mix:
         first, early, late = policy.mix[family]
         seen = counts.get(family, 0)
         counts[family] = seen + 1
         wanted = early if seen < first else late
-        where = f"mix: {family}, first {first}" if seen < first else f"mix: {family}"
+        where = f"{family}, first {first}" if seen < first else family
     if policy.edges and re.search(policy.edges[0], one.key):  # counted before, as the peers do
-        return policy.edges[1], "mix: first or last block"
+        return policy.edges[1], "first or last block"
     return wanted, where
 
 

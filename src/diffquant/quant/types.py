@@ -30,6 +30,7 @@ class QuantType:
         mix: family -> (count, format of the first count tensors, format of the rest).
         edge: format of the first and the last block, where the architecture names such blocks;
             it overrides the mix, downwards too. "" where the published mix has no such rule.
+        tuned: what `--policy tuned` puts over `mix`, where an architecture has tuned families.
         published: whether peers publish this mix; else the choice is ours.
         convs: whether convolutions are packed as well.
         file_type: llama.cpp's general.file_type, for GGUF.
@@ -41,6 +42,7 @@ class QuantType:
     about: str
     mix: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
     edge: str = ""
+    tuned: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
     published: bool = False
     convs: bool = False
     file_type: int | None = None
@@ -53,7 +55,8 @@ class QuantType:
     @property
     def formats(self) -> frozenset[str]:
         """Every format the type asks for, before any fallback."""
-        mixed = {name for _, early, late in self.mix.values() for name in (early, late)}
+        rows = (*self.mix.values(), *self.tuned.values())
+        mixed = {name for _, early, late in rows for name in (early, late)}
         return frozenset({self.base, *mixed, *((self.edge,) if self.edge else ())})
 
 
@@ -71,6 +74,7 @@ def _published(
     qkv: str = "",
     down: str = "",
     edge: str = "",
+    tuned_qkv: str = "",
 ) -> QuantType:
     """A GGUF type as the peers mix it; a family without a format has the base."""
     rows = {"v": v, "qkv": qkv, "ffn_down": down}
@@ -79,7 +83,10 @@ def _published(
         for family, given in rows.items()
         if given
     }
-    return QuantType(name, base, _GGUF, about, mix, edge, published=True, file_type=file_type)
+    tuned = {"qkv": (0, tuned_qkv, tuned_qkv)} if tuned_qkv else {}
+    return QuantType(
+        name, base, _GGUF, about, mix, edge, tuned, published=True, file_type=file_type
+    )
 
 
 def _uniform(name: str, file_type: int, about: str) -> QuantType:
@@ -123,6 +130,7 @@ _ROWS = (
         "4 bits, blocks of 256; first value projections and all down projections in q5_k",
         v=(4, "q5_k", "q4_k"),
         down="q5_k",
+        tuned_qkv="q5_k",
     ),
     _published("q4_1", "q4_1", 3, "4 bits and a minimum, blocks of 32"),
     _published("q4_0", "q4_0", 2, "4 bits, blocks of 32; down projections in q4_1", down="q4_1"),

@@ -247,6 +247,11 @@ class Architecture:
     tuned_keep: tuple[Keep, ...] = ()
     tuned_families: tuple[Family, ...] = ()
 
+    @property
+    def is_tuned(self) -> bool:
+        """Whether `--policy tuned` differs from the published policy here."""
+        return bool(self.tuned_keep or self.tuned_families)
+
     def component(self, name: str) -> Component:
         """The component of that name; KeyError when the architecture has none."""
         for one in self.components:

@@ -115,6 +115,16 @@ QWEN_IMAGE = Architecture(
         Keep(r"^proj_out\.", "output layer", _CG),
         Keep(r"^norm_out\.", "output modulation", _CG),
     ),
+    tuned_keep=(
+        # Not measured here. Three recipes agree on it: sdnq 0.2.8 common.py:480-585,
+        # silveroxides/convert_to_quant@ee83a4d:convert_to_quant/constants.py:125-250 and the one
+        # below, of the makers of ComfyUI.
+        Keep(
+            r"^transformer_blocks\.0\.img_mod\.1\.",
+            "first block's modulation: tuned, as the makers of ComfyUI keep it",
+            "Comfy-Org/comfy-quants@55f0a26:configs/qwen_image_2512_fp8_static.yaml",
+        ),
+    ),
     families=(
         Family("v", r"\.(to_v|add_v_proj)\.weight$"),
         Family("ffn_down", r"\.(img|txt)_mlp\.net\.2\.weight$"),
