@@ -48,6 +48,10 @@ def command(files: tuple[str, ...], explain: bool, options: Options) -> None:
 
 
 def _render(report: FileReport, *, explain: bool) -> None:
+    if report.kind == "imatrix":
+        echo(report.path)
+        echo(f"  importance matrix · {report.container}, {report.evidence[0]}")
+        return
     name = report.architecture + (f" {report.variant}" if report.variant else "")
     layout = f", {report.layout} layout" if report.layout else ""
     echo(report.path)

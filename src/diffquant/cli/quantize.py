@@ -17,6 +17,7 @@ from diffquant.convert.request import POLICIES
 from diffquant.convert.targets import TARGETS
 from diffquant.core.errors import UsageError
 from diffquant.core.report import to_json
+from diffquant.io.imatrix import merge_imatrices, read_imatrix
 from diffquant.quant.formats import format_named
 from diffquant.quant.policy import Rule
 from diffquant.quant.types import QuantType, type_named
@@ -56,6 +57,14 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
     show_default=True,
     help="The peers' mix, or ours where measurements show that theirs misses.",
 )
+@click.option(
+    "--imatrix",
+    "imatrices",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Importance matrix, .gguf or .dat (`diffquant calibrate`); several are merged.",
+)
 @click.option("--allow-requantize", is_flag=True, help="Accept an already quantized source.")
 @click.option("--base", type=click.Path(path_type=Path), help="Folder to take configs from.")
 @click.option(
@@ -83,6 +92,7 @@ def command(
     pure: bool,
     target: str,
     policy: str,
+    imatrices: tuple[Path, ...],
     allow_requantize: bool,
     base: Path | None,
     verify: str,
@@ -122,6 +132,9 @@ def command(
             workers=options.threads,
             verify="tensors" if verify == "image" else verify,
             progress=options.bar(),
+            matrix=merge_imatrices([read_imatrix(path) for path in imatrices])
+            if imatrices
+            else None,
         )
         return _outcome(report, source, out, verify, prompts, options)
 

@@ -1,12 +1,14 @@
 """GGUF header keys: what loaders and the Hub read, and our own.
 
-Keys: gguf-py 0.19.0 gguf/constants.py `Keys.General`; what ComfyUI-GGUF demands of
+Keys: gguf-py 0.19.0 gguf/constants.py `Keys.General`; `quantize.imatrix.*`:
+ggml-org/llama.cpp@42ea59b:tools/quantize/quantize.cpp; what ComfyUI-GGUF demands of
 `general.architecture`: city96/ComfyUI-GGUF@795e451:loader.py:12,77-91. Recipe in docs/formats.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import PureWindowsPath
 from typing import Any
 
 from diffquant.convert.detect import Match
@@ -39,6 +41,7 @@ def gguf_metadata(
     out["general.name"] = source.path.stem if source.path.is_file() else source.path.name
     if match.variant:
         out["general.finetune"] = match.variant
+    out.update(_imatrix_metadata(plan))
     out.update(ours)
     for step in plan.steps:
         if step.flat:
@@ -72,3 +75,18 @@ def check_arrays(
 def _is_array(value: object) -> bool:
     inner = value.value if isinstance(value, GgufValue) else value
     return isinstance(inner, GgufArray | list | tuple)
+
+
+def _imatrix_metadata(plan: Plan) -> dict[str, Any]:
+    """What llama-quantize says of the importance matrix it used; names only, never a path."""
+    matrix = plan.matrix
+    if matrix is None or not plan.importance:
+        return {}
+    out: dict[str, Any] = {"quantize.imatrix.file": ", ".join(matrix.files)}
+    if matrix.datasets:
+        names = (PureWindowsPath(one).name for one in matrix.datasets)  # splits at both slashes
+        out["quantize.imatrix.dataset"] = ", ".join(names)
+    out["quantize.imatrix.entries_count"] = len(matrix.entries)
+    if matrix.chunk_count:
+        out["quantize.imatrix.chunks_count"] = matrix.chunk_count
+    return out

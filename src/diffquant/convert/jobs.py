@@ -29,6 +29,7 @@ from diffquant.core.errors import ResourceError, UsageError, VerificationError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.core.tensors import TensorSource
 from diffquant.io import open_sink, open_source
+from diffquant.io.importance import ImportanceMatrix
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.metrics import verdict_of
 
@@ -147,6 +148,7 @@ def run_job(
     workers: int | None = None,
     verify: str = "tensors",
     progress: Progress = NO_PROGRESS,
+    matrix: ImportanceMatrix | None = None,
 ) -> JobReport:
     """Plan, and unless `dry_run` write, one output.
 
@@ -161,6 +163,7 @@ def run_job(
         verify: "none", "load" (the output opens again and holds what was planned) or "tensors"
             (also every chunk is decoded before it is written, and its hash compared on re-opening).
         progress: told about bytes.
+        matrix: importance matrix, for formats that weigh errors by one.
 
     Raises:
         DiffquantError: see core/errors.py; nothing is left behind.
@@ -171,7 +174,7 @@ def run_job(
         raise UsageError(f"{out} exists; use --force to replace it")
     count = workers or default_workers()
     with opened(src) as (source, logical, match):
-        plan = make_plan(logical, match, request)
+        plan = make_plan(logical, match, request, matrix=matrix)
         configs, files, missing = _surroundings(plan, source, base)
         memory = peak_nbytes(plan, count)
         results: tuple[StepResult, ...] = ()
@@ -192,6 +195,7 @@ def run_job(
                     workers=count,
                     progress=progress,
                     check=verify == "tensors",
+                    importance=plan.importance,
                 )
                 sink.commit()
             remember(fingerprint(source), src)

@@ -6,12 +6,16 @@ prints it, convert/engine.py runs it, and a sink can reserve the final size from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.detect import Match, PartMatch
+from diffquant.convert.importance import weigh_steps
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.steps import (
     Request,
@@ -26,6 +30,7 @@ from diffquant.convert.steps import (
 from diffquant.convert.targets import TARGETS, Target, candidates
 from diffquant.core.errors import DuplicateTarget, PolicyError, UsageError, shorten
 from diffquant.core.tensors import TensorSpec
+from diffquant.io.importance import ImportanceMatrix
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.policy import CONVOLUTION, flat_shape
 
@@ -47,6 +52,8 @@ class Plan:
         target: TARGETS name the output is written for.
         policy: whose choice the mix is, as `diffquant.policy` says it; "" where nothing was chosen.
         notes: what the target gives up against another.
+        importance: canonical key -> (K,) mean squares, of the steps that are encoded with them.
+        matrix: the importance matrix they come from, None where none was given.
     """
 
     architecture: str
@@ -60,6 +67,10 @@ class Plan:
     target: str = ""
     policy: str = ""
     notes: tuple[str, ...] = ()
+    importance: Mapping[str, NDArray[np.float32]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    matrix: ImportanceMatrix | None = field(default=None, repr=False, compare=False)
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -87,14 +98,21 @@ class Plan:
         return sum(step.nbytes for step in steps) * 8 / weights if weights else 0.0
 
 
-def make_plan(logical: LogicalSource, match: Match, request: Request) -> Plan:
-    """Plan an output from specs alone.
+def make_plan(
+    logical: LogicalSource,
+    match: Match,
+    request: Request,
+    *,
+    matrix: ImportanceMatrix | None = None,
+) -> Plan:
+    """Plan an output from specs alone; `matrix` weighs errors where formats can.
 
     Raises:
         UsageError: parts that are not there, or that the container cannot hold.
         MappingError: keys and rules do not fit.
         PolicyError, UnsupportedDtype: a weight that cannot be read or packed as asked, or that no
             program named by the request would read.
+        ImportanceRequired, UnsupportedShape: the matrix, or its absence, does not fit the formats.
     """
     architecture = ARCHITECTURES[match.architecture]
     wanted = _choose_parts(match, request)
@@ -116,19 +134,22 @@ def make_plan(logical: LogicalSource, match: Match, request: Request) -> Plan:
         if key.endswith((".input_scale", ".scale_input"))
     ]
     _check_unique(steps)
+    weighed = weigh_steps(steps, matrix, architecture, wanted)
     mixed, warnings = _judge(steps, request)
     return Plan(
         architecture=match.architecture,
         variant=match.variant,
         request=request,
-        steps=tuple(steps),
+        steps=weighed.steps,
         dropped=tuple(dropped),
-        warnings=(*logical.warnings, *match.warnings, *moved, *warnings),
+        warnings=(*logical.warnings, *match.warnings, *moved, *warnings, *weighed.warnings),
         mixed=mixed,
         gguf_architecture=architecture.gguf_architecture,
         target=target.name,
         policy=_policy_label(architecture, request),
         notes=_given_up(architecture, steps, request, target),
+        importance=weighed.values,
+        matrix=matrix,
     )
 
 

@@ -11,6 +11,13 @@ from diffquant.convert.detect import Match, detect, detect_component, kind_of
 from diffquant.convert.logical import LogicalSource, LogicalTensor, bind
 from diffquant.core.errors import ArchitectureError, UnknownArchitecture
 from diffquant.io import open_source
+from diffquant.io.imatrix import (
+    ImportanceMatrix,
+    is_gguf_imatrix,
+    is_legacy_imatrix,
+    read_gguf,
+    read_imatrix,
+)
 
 __all__ = ["FileReport", "PartReport", "StorageCount", "describe"]
 
@@ -43,8 +50,8 @@ class FileReport:
     """What `diffquant inspect` says about one file.
 
     Attributes:
-        kind: checkpoint, diffusion_model, lora, vae, text_encoder, textual_inversion, controlnet or
-            unknown.
+        kind: checkpoint, diffusion_model, lora, vae, text_encoder, textual_inversion, controlnet,
+            imatrix or unknown.
         architecture: slug, or "unknown".
         layout: "single" or "diffusers".
         nbytes: bytes of all tensors.
@@ -77,7 +84,12 @@ def describe(path: str | Path) -> FileReport:
     Raises:
         CheckpointError: it cannot be read.
     """
-    with open_source(Path(path)) as source:
+    path = Path(path)
+    if path.is_file() and is_legacy_imatrix(path):
+        return _describe_matrix(path, read_imatrix(path))
+    with open_source(path) as source:
+        if source.container == "gguf" and is_gguf_imatrix(source):
+            return _describe_matrix(path, read_gguf(source))
         logical = bind(source)
         specs = logical.specs()
         storage: dict[str, StorageCount] = {}
@@ -111,6 +123,37 @@ def describe(path: str | Path) -> FileReport:
             metadata=_metadata(source.metadata),
             warnings=(*logical.warnings, *(match.warnings if match else ())),
         )
+
+
+def _describe_matrix(path: Path, matrix: ImportanceMatrix) -> FileReport:
+    """Describe an importance matrix: it has no architecture, and its tensors are no weights."""
+    values = sum(entry.sums.size for entry in matrix.entries.values())
+    measured = f"{len(matrix.entries)} weights measured in {matrix.chunk_count} chunks"
+    if matrix.datasets:
+        measured += f" on {', '.join(matrix.datasets)}"
+    nbytes = sum(4 * (one.sums.size + one.counts.size) for one in matrix.entries.values())
+    return FileReport(
+        path=str(path),
+        container="dat" if matrix.legacy else "gguf",
+        kind="imatrix",
+        architecture="unknown",
+        variant="",
+        layout="",
+        tensors=len(matrix.entries),
+        parameters=values,
+        nbytes=nbytes,
+        storage={"F32": StorageCount(len(matrix.entries), nbytes)},
+        parts=(),
+        evidence=(measured,),
+        leftovers={},
+        candidates={},
+        metadata={
+            "entries": str(len(matrix.entries)),
+            "chunks": str(matrix.chunk_count),
+            "datasets": ", ".join(matrix.datasets),
+        },
+        warnings=(),
+    )
 
 
 def _recognise(

@@ -1,0 +1,146 @@
+"""`diffquant calibrate MODEL --prompts FILE -o imatrix.gguf`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from diffquant.cli.frame import Options, Outcome, common, echo, run
+from diffquant.cli.values import check_device, prompts_from, size_from
+from diffquant.core.errors import UsageError
+from diffquant.io.imatrix import check_target, write_imatrix
+
+__all__ = ["command"]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateReport:
+    """What was measured, and where it was written."""
+
+    output: str
+    entries: int
+    layers: int
+    pictures: int
+    calls: int
+    chunk_size: int
+    seconds: float
+
+
+@click.command("calibrate")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), required=True, help="A prompt per line."
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("imatrix.gguf"),
+    show_default=True,
+    help="File to write: .gguf, or .dat for older programs.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**62),
+    default=0,
+    show_default=True,
+    help="Seed of the first picture; each next one adds 1.",
+)
+@click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--cfg", type=float, help="Guidance strength, 1 is off (default: the family's).")
+@click.option("--guidance", type=float, help="Distilled guidance of Flux dev (default 3.5).")
+@click.option("--size", metavar="WxH", help="Picture size (default: the model's own).")
+@click.option("--sampler", help="euler, ddim, pndm (default: the model's own).")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Compute dtype.",
+)
+@click.option("--base", type=click.Path(path_type=Path), help="Where missing parts come from.")
+@click.option("--vae", type=click.Path(path_type=Path), help="VAE file to use instead.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@common
+def command(
+    model: Path,
+    prompts: Path,
+    output: Path,
+    seed: int,
+    steps: int,
+    cfg: float | None,
+    guidance: float | None,
+    size: str | None,
+    sampler: str | None,
+    device: str,
+    dtype: str,
+    base: Path | None,
+    vae: Path | None,
+    force: bool,
+    options: Options,
+) -> None:
+    """Measure an importance matrix of MODEL's denoiser while it draws one picture per prompt.
+
+    `diffquant quantize --imatrix` spends bits where the measured inputs are strong. Prompts should
+    look like those the model will be used with; runs on several prompt files can be merged with
+    `diffquant imatrix`.
+    """
+
+    def work() -> Outcome:
+        check_target(output, force=force)
+        lines = prompts_from(prompts)
+        wanted = size_from(size)
+        if seed + len(lines) > 2**63:
+            raise UsageError(f"--seed {seed}: too large for {len(lines)} prompts")
+        check_device(device)
+        from diffquant.runtime.calibrate import calibrate
+
+        started = time.perf_counter()
+        made = calibrate(
+            model,
+            lines,
+            dataset=prompts.name,
+            seed=seed,
+            steps=steps,
+            cfg=cfg,
+            guidance=guidance,
+            size=wanted,
+            sampler=sampler,
+            device=device,
+            dtype=dtype,
+            base=base,
+            vae=vae,
+            progress=options.bar(),
+        )
+        write_imatrix(output, made.matrix, force=force)
+        warnings = list(made.warnings)
+        entries = len(made.matrix.entries)
+        if entries < made.layers:
+            warnings.append(f"{made.layers - entries} layers were never called: no entry for them")
+        packed = next(part for part in made.origins if part.name == "denoiser")
+        odd = sorted(name for name in packed.formats if name not in ("f32", "f16", "bf16"))
+        if odd:
+            warnings.append(f"measured on a denoiser that is already quantized ({', '.join(odd)})")
+        report = CalibrateReport(
+            output=str(output),
+            entries=entries,
+            layers=made.layers,
+            pictures=made.pictures,
+            calls=made.calls,
+            chunk_size=made.matrix.chunk_size,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        return Outcome(report, warnings)
+
+    def render(report: CalibrateReport) -> None:
+        echo(f"wrote {report.output} in {report.seconds:.1f} s")
+        echo(
+            f"  {report.entries} layers, measured in {report.calls} calls of the denoiser for "
+            f"{report.pictures} pictures"
+        )
+
+    run("calibrate", options, work, render)
