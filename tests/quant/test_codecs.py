@@ -38,6 +38,7 @@ GOLDEN = {
     "q5_1": "0e387c0b355e03bc",
     "q8_0": "cb55e6e4e1c1ac3b",
     "q2_k": "a3c750e3ed3dfaee",
+    "q3_k": "becc4cfc6a472fad",
     "q4_k": "48040fd898600125",
     "q5_k": "050b3d74c70ae5af",
     "q6_k": "16b5787fee58d153",

@@ -6,8 +6,9 @@
 
 Each half of 128 weights owns 64 nibble bytes and 32 upper-bit bytes. With its weights as a..d, 32
 each: nibble byte l is a[l] | c[l] << 4, byte 32 + l is b[l] | d[l] << 4, and byte l of the upper
-bits holds two bits of each of a, b, c, d from the lowest up. Source: ggml-quants.c
-quantize_row_q6_K_ref, dequantize_row_q6_K, ggml-org/llama.cpp@01243c5.
+bits holds two bits of each of a, b, c, d from the lowest up. An element's squared error counts by
+its column's importance alone, without importance by the element squared. Source: ggml-quants.c
+quantize_row_q6_K_ref, quantize_row_q6_K_impl, dequantize_row_q6_K, ggml-org/llama.cpp@01243c5.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from diffquant.quant.codecs import fields
+from diffquant.quant.codecs.affine_search import columns_of
 from diffquant.quant.codecs.arrays import Bytes, Float32
 from diffquant.quant.codecs.ggml_rows import row_codec
 from diffquant.quant.codecs.scale_search import GROUP_MAX_EPS, symmetric_search
@@ -25,8 +27,17 @@ _F = np.float32
 
 
 def _encode(blocks: Float32) -> Bytes:
-    x = np.ascontiguousarray(blocks.reshape(-1, 16).T)  # (16, 16 B)
-    found, searched = symmetric_search(x, 32)
+    return _pack(blocks, None)
+
+
+def _encode_weighted(rows: Float32, importance: Float32) -> Bytes:
+    weight = np.tile(columns_of(importance, 16), (1, len(rows)))  # (16, 16 B)
+    return _pack(rows.reshape(-1, 256), weight)
+
+
+def _pack(blocks: Float32, weight: Float32 | None) -> Bytes:
+    x = columns_of(blocks, 16)  # (16, 16 B)
+    found, searched = symmetric_search(x, 32, weight)
     found = found.reshape(-1, 16)
     most = fields.peak(found)  # (B, 1)
     empty = np.abs(most) < GROUP_MAX_EPS
@@ -54,4 +65,4 @@ def _decode(packed: Bytes) -> Float32:
     return blocks.reshape(-1, 256)
 
 
-encode, decode = row_codec(_encode, _decode)
+encode, decode = row_codec(_encode, _decode, _encode_weighted)

@@ -2,8 +2,8 @@
 
 All sub-blocks are searched side by side: arrays are (n, B), column b is sub-block b, and a loop
 over n adds its elements in ggml's order, so every float32 rounding is ggml's. Source:
-ggml-quants.c make_qx_quants, ggml-org/llama.cpp@01243c5, without importance. The affine formats
-have theirs in affine_search.py.
+ggml-quants.c make_qx_quants, ggml-org/llama.cpp@01243c5. The affine formats have theirs in
+affine_search.py.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ def sum_rows(terms: Float32) -> Float32:
     return total
 
 
-def symmetric_search(x: Float32, half: int) -> tuple[Float32, Int32]:
+def symmetric_search(x: Float32, half: int, weight: Float32 | None = None) -> tuple[Float32, Int32]:
     """Find a scale so that x is near `scale * (level - half)`, level in 0..2 * half - 1.
 
     Candidates put the element of largest magnitude at level 0 of grids with half - 0.9 to
-    half + 0.9 intervals to the middle; each is fitted by least squares weighted with x squared.
+    half + 0.9 intervals to the middle; each is fitted by weighted least squares.
 
     Args:
         x: (n, B) sub-blocks in columns.
         half: the level of zero.
+        weight: (n, B) weight of each element's squared error; x squared where there is none.
 
     Returns:
         scale (B,), of either sign; levels (n, B), all 0 where the scale is 0.
     """
     index = np.abs(x).argmax(axis=0)
     peak = np.take_along_axis(x, index[None], axis=0)[0]
-    weight = x * x
+    weight = x * x if weight is None else weight
     levels = scale = best = None
     for step in (0, *range(-9, 0), *range(1, 10)):
         intervals = _F(half) + _F(_F(0.1) * _F(step))
         trial = np.clip(nearest_int(-intervals / peak * x), -half, half - 1)
         level = trial.astype(np.float32)
-        sum_lx = sum_rows(weight * x * level)
+        sum_lx = sum_rows(weight * x * level) + _F(0)  # C starts from +0: nothing but -0 adds to +0
         sum_l2 = sum_rows(weight * level * level)
         fit = sum_lx / sum_l2
         if levels is None or scale is None or best is None:

@@ -94,6 +94,16 @@ def _q2_k(blocks: Tensor) -> Tensor:  # scale | min << 4 [16], q[64]: four level
     return q.float() * scale.unsqueeze(-1) - minimum.unsqueeze(-1)
 
 
+def _q3_k(blocks: Tensor) -> Tensor:  # third bits [32], q[64]: four levels, scales[12], d f16
+    nibbles = shifted(blocks[:, 96:104], (0, 4), 15).flatten(1)
+    upper = shifted(blocks[:, 104:108], (0, 2, 4, 6), 3).flatten(1)
+    scale = half(blocks, 108) * ((nibbles | upper << 4).float() - 32)
+    third = shifted(blocks[:, :32], tuple(range(8)), 1)  # (B, 8, 32)
+    lower = shifted(blocks[:, 32:96].reshape(-1, 2, 32), (0, 2, 4, 6), 3).reshape(-1, 8, 32)
+    q = (lower | third << 2).float() - 4
+    return scale.unsqueeze(-1) * q.reshape(-1, 16, 16)
+
+
 def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """The eight scales and minima of a Q4_K or Q5_K block: float32 (B, 8, 1) each.
 
@@ -155,6 +165,7 @@ KERNELS: Mapping[str, Kernel] = {
     "q5_0": of_blocks(22, _q5_0),
     "q5_1": of_blocks(24, _q5_1),
     "q2_k": of_blocks(84, _q2_k),
+    "q3_k": of_blocks(110, _q3_k),
     "q4_k": of_blocks(144, _q4_k),
     "q5_k": of_blocks(176, _q5_k),
     "q6_k": of_blocks(210, _q6_k),

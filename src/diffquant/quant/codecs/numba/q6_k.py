@@ -8,8 +8,10 @@ from diffquant.quant.codecs.arrays import Bytes, Float32
 from diffquant.quant.codecs.ggml_rows import row_codec
 from diffquant.quant.codecs.numba import blocks
 from diffquant.quant.codecs.numba import symmetric_lanes as search
+from diffquant.quant.codecs.numba.affine_lanes import load
 from diffquant.quant.codecs.numba.compile import inlined, kernel
 from diffquant.quant.codecs.numba.floats import nearest_int
+from diffquant.quant.codecs.numba.importance import lane_columns
 from diffquant.quant.codecs.numba.lanes import LANES, scratch
 from diffquant.quant.codecs.scale_search import GROUP_MAX_EPS
 
@@ -28,33 +30,20 @@ _NBYTES = 210
 
 
 @inlined
-def _load(weight: Float32, start: int, count: int, grid: Float32) -> None:
-    # (count, 256) rows -> lanes; lanes beyond the last super-block are zero.
-    for b in range(_BATCH):
-        for j in range(_SUB):
-            for i in range(_SUB):
-                lane = _SUB * b + j
-                grid[i, lane] = weight[start + b, _SUB * j + i] if b < count else _ZERO
+def _weigh(grid: Float32, columns: Float32, start: int) -> None:
+    first = start % (columns.shape[1] - LANES + 1)
+    for i in range(_SUB):
+        for k in range(LANES):
+            grid[_SUB + i, k] = columns[i, first + k]
 
 
 @inlined
 def _largest(state: Float32, first: int) -> np.float32:
     most = _ZERO  # the first scale of largest magnitude
     for j in range(_SUB):
-        lane = first + j
-        if abs(state[search.PEAK, lane]) < GROUP_MAX_EPS:
-            state[search.SCALE, lane] = _ZERO
-        scale = state[search.SCALE, lane]
+        scale = state[search.SCALE, first + j]
         most = scale if abs(scale) > abs(most) else most
     return most
-
-
-@inlined
-def _level(scaled: np.float32) -> np.uint8:
-    level = nearest_int(scaled)
-    level = level if level > np.int32(-_HALF) else np.int32(-_HALF)
-    level = level if level < _HALF else np.int32(_HALF - np.int32(1))
-    return np.uint8(np.int32(level + _HALF))
 
 
 @inlined
@@ -62,10 +51,10 @@ def _search_levels(
     weight: Float32, b: int, j: int, state: Float32, lane: int, level: Bytes
 ) -> None:
     # A scale that rounds to 0 keeps the levels that the search found, or 0 where it found nothing.
-    empty = abs(state[search.PEAK, lane]) < GROUP_MAX_EPS
+    empty = search.is_empty(state[search.PEAK, lane])
     for i in range(_SUB):
         scaled = np.float32(state[search.FIT_ISCALE, lane] * weight[b, _SUB * j + i])
-        level[_SUB * j + i] = np.uint8(0) if empty else _level(scaled)
+        level[_SUB * j + i] = np.uint8(0) if empty else search.clipped_level(scaled, _HALF)
 
 
 @inlined
@@ -83,12 +72,23 @@ def _store_levels(packed: Bytes, b: int, level: Bytes) -> None:
 
 
 @kernel
-def _encode_kernel(weight: Float32, packed: Bytes, grid: Float32, state: Float32) -> None:
+def _encode_kernel(
+    weight: Float32,
+    sub_blocks: Float32,
+    columns: Float32,
+    packed: Bytes,
+    grid: Float32,
+    state: Float32,
+) -> None:
+    # (B, 256) and the same as (16 B, 16); `columns` has no rows in the mode without importance.
     level, divisor = np.empty(256, np.uint8), np.empty(256, np.float32)
+    weighted = columns.shape[0] > 0
     for start in range(0, weight.shape[0], _BATCH):
         count = min(_BATCH, weight.shape[0] - start)
-        _load(weight, start, count, grid)
-        search.search(grid, state, _HALF)
+        load(sub_blocks, _SUB * start, _SUB * count, grid)
+        if weighted:
+            _weigh(grid, columns, _SUB * start)
+        search.search(grid, state, sub_blocks.shape[1], np.float32(_HALF), weighted)
         for n in range(count):
             b = start + n
             most = _largest(state, _SUB * n)
@@ -105,7 +105,7 @@ def _encode_kernel(weight: Float32, packed: Bytes, grid: Float32, state: Float32
                 for i in range(_SUB):
                     divisor[_SUB * j + i] = np.float32(step * np.float32(np.int8(scale)))
             for i in range(256):
-                level[i] = _level(np.float32(weight[b, i] / divisor[i]))
+                level[i] = search.clipped_level(np.float32(weight[b, i] / divisor[i]), _HALF)
             for j in range(_SUB):
                 if divisor[_SUB * j] == _ZERO:
                     _search_levels(weight, b, j, state, _SUB * n + j, level)
@@ -131,8 +131,20 @@ def _decode_kernel(packed: Bytes, weight: Float32) -> None:
                 weight[b, _SUB * j + i] = d[j] * np.float32(np.int32(level - _HALF))
 
 
-def _encode(weight: Float32, packed: Bytes) -> None:
-    _encode_kernel(weight, packed, scratch(search.GRID_ROWS), scratch(search.STATE_ROWS))
+def _pack(rows: Float32, columns: Float32) -> Bytes:
+    weight = rows.reshape(-1, 256)
+    packed = np.empty((len(weight), _NBYTES), np.uint8)
+    grid, state = scratch(3 * _SUB), scratch(search.STATE_ROWS)
+    _encode_kernel(weight, rows.reshape(-1, _SUB), columns, packed, grid, state)
+    return packed
 
 
-encode, decode = row_codec(blocks.encoder(_encode, _NBYTES), blocks.decoder(_decode_kernel, 256))
+def _encode(blocks: Float32) -> Bytes:
+    return _pack(blocks, np.empty((0, LANES), np.float32))
+
+
+def _encode_weighted(rows: Float32, importance: Float32) -> Bytes:
+    return _pack(rows, lane_columns(importance, _SUB))
+
+
+encode, decode = row_codec(_encode, blocks.decoder(_decode_kernel, 256), _encode_weighted)
