@@ -26,7 +26,6 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import tempfile
 import time
@@ -35,91 +34,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flux_shaped import HEADS, HIDDEN, blocks_for, build, flux_shapes
 from peak_memory import SAMPLE_S, environment, mib, run
 
-HIDDEN = 3072
-HEADS = 24
 LOADED = {
     "the interpreter with numpy": ("numpy",),
     "the same and diffquant's planner": ("diffquant.convert.jobs",),
     "the same and numba, llvmlite": ("diffquant.convert.jobs", "numba"),
 }
-Shapes = dict[str, tuple[int, ...]]
-
-
-# --- the checkpoint ------------------------------------------------------------------------------
-
-
-def flux_shapes(hidden: int, double: int, single: int) -> Shapes:
-    """Flux.1-dev's names; text widths 4096 and 768 scale with the hidden size."""
-    head = 128 if hidden % 128 == 0 and hidden > 128 else hidden // 2
-    text, pooled, mlp = hidden * 4096 // 3072, hidden * 768 // 3072, 4 * hidden
-    out: Shapes = {}
-
-    def linear(name: str, rows: int, columns: int) -> None:
-        out[f"{name}.weight"], out[f"{name}.bias"] = (rows, columns), (rows,)
-
-    linear("img_in", hidden, 64)
-    linear("txt_in", hidden, text)
-    for name, width in (("time_in", 256), ("guidance_in", 256), ("vector_in", pooled)):
-        linear(f"{name}.in_layer", hidden, width)
-        linear(f"{name}.out_layer", hidden, hidden)
-    linear("final_layer.linear", 64, hidden)
-    linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
-    for block in range(double):
-        for stream in ("img", "txt"):
-            name = f"double_blocks.{block}.{stream}"
-            linear(f"{name}_mod.lin", 6 * hidden, hidden)
-            linear(f"{name}_attn.qkv", 3 * hidden, hidden)
-            linear(f"{name}_attn.proj", hidden, hidden)
-            linear(f"{name}_mlp.0", mlp, hidden)
-            linear(f"{name}_mlp.2", hidden, mlp)
-            for norm in ("query", "key"):
-                out[f"{name}_attn.norm.{norm}_norm.scale"] = (head,)
-    for block in range(single):
-        name = f"single_blocks.{block}"
-        linear(f"{name}.modulation.lin", 3 * hidden, hidden)
-        linear(f"{name}.linear1", 3 * hidden + mlp, hidden)
-        linear(f"{name}.linear2", hidden, hidden + mlp)
-        for norm in ("query", "key"):
-            out[f"{name}.norm.{norm}_norm.scale"] = (head,)
-    return out
-
-
-def size(shapes: Shapes) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
-def blocks_for(nbytes: float) -> tuple[int, int]:
-    """Double and single blocks, one to two as in Flux, for at least this many bytes."""
-    double = 1
-    while 2 * size(flux_shapes(HIDDEN, double, 2 * double)) < nbytes:
-        double += 1
-    single = 2 * double
-    while single > 1 and 2 * size(flux_shapes(HIDDEN, double, single - 1)) >= nbytes:
-        single -= 1
-    return double, single
-
-
-def build(path: Path, shapes: Shapes) -> int:
-    """Write random bfloat16 weights (deviation 0.02): real bytes, a block of noise repeated."""
-    normal = np.random.default_rng(0).standard_normal((1 << 23) + 4099, np.float32)
-    noise = ((normal * np.float32(0.02)).view(np.uint32) >> 16).astype(np.uint16).tobytes()
-    header: dict[str, Any] = {}
-    at = 0
-    for key, shape in shapes.items():
-        end = at + 2 * math.prod(shape)
-        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for left in (2 * math.prod(shape) for shape in shapes.values()):
-            while left > 0:
-                file.write(noise[: min(left, len(noise))])
-                left -= len(noise)
-    return path.stat().st_size
 
 
 # --- what runs in a process of its own -----------------------------------------------------------
@@ -127,14 +49,14 @@ def build(path: Path, shapes: Shapes) -> int:
 
 def quantize(job: dict[str, Any]) -> dict[str, Any]:
     """Quantize as the command does; the phases are told apart by wrapping two functions."""
-    from diffquant.convert import engine, jobs
+    from diffquant.convert import cutting, jobs
     from diffquant.convert.plan import Request
     from diffquant.quant.types import type_named
 
     if job.get("chunk"):
-        engine.CHUNK = 1 << job["chunk"]
+        cutting.CHUNK = 1 << job["chunk"]
     spent: dict[str, float] = {}
-    for name in ("run_plan", "_reopen"):
+    for name in ("run_plan", "verify_output"):
         setattr(jobs, name, timed(getattr(jobs, name), spent, name))
     layers = _wrap_layers(spent) if job.get("profile") else ()
     out = Path(job["out"])
@@ -154,7 +76,7 @@ def quantize(job: dict[str, Any]) -> dict[str, Any]:
         "seconds": seconds,
         "stream_end": spent.pop("end of run_plan"),
         "stream_s": spent["run_plan"],
-        "reread_s": spent.get("_reopen", 0.0),
+        "reread_s": spent.get("verify_output", 0.0),
         "planned_nbytes": report.peak_nbytes,
         "weights": sum(row.parameters for row in report.tensors),
         "output_nbytes": out.stat().st_size,
@@ -198,8 +120,7 @@ def _wrap_layers(spent: dict[str, float]) -> tuple[str, ...]:
         sha256 = staticmethod(timed(digest, spent, "sha256"))
 
     engine.hashlib = Hashes
-    for name in ("_refuse_non_finite", "_refuse_overflow"):
-        setattr(engine, name, timed(getattr(engine, name), spent, "finite?"))
+    engine._amax = timed(engine._amax, spent, "finite?")
     for owner, name, label in (
         (logical.LogicalSource, "read", "read, to float32"),
         (metrics.ErrorStats, "add", "error sums"),
@@ -359,7 +280,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"{HIDDEN}, built in {time.perf_counter() - start:.0f} s; memory in MiB"
     )
     threads = [int(one) for one in arguments.threads.split(",")]
-    chunk = 20  # engine.CHUNK
+    chunk = 20  # cutting.CHUNK
     report["loaded"] = {}
     for label, modules in LOADED.items():
         one = run_child({"load": modules})["anonymous_nbytes"]

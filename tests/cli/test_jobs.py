@@ -251,7 +251,8 @@ def test_interrupts_are_130(command, flux, tmp_path, monkeypatch):
     monkeypatch.setattr(FlatSink, "write", interrupted)
     ran = command("quantize", flux, "-o", tmp_path / "a.gguf", "-t", "q8_0")
     assert ran.code == 130
-    assert ran.err == "diffquant quantize: interrupted; nothing was left behind\n"
+    hint = "(with --resume, a run can be continued)"
+    assert ran.err == f"diffquant quantize: interrupted; nothing was left behind {hint}\n"
     assert list(tmp_path.iterdir()) == []
 
 

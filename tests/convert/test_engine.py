@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
+import textwrap
 import threading
 
 import numpy as np
 import pytest
 
-from diffquant.convert import engine
+from diffquant.convert import cutting, engine
 from diffquant.convert.adapters import ROWS, WHOLE
+from diffquant.convert.cutting import chunk_extents
 from diffquant.convert.detect import detect
 from diffquant.convert.dialects import pack
-from diffquant.convert.engine import chunk_extents, run_plan
+from diffquant.convert.engine import run_plan
 from diffquant.convert.jobs import container_for, opened, run_job
 from diffquant.convert.logical import bind
 from diffquant.convert.plan import Plan, Request, Step, make_plan
@@ -22,6 +26,7 @@ from diffquant.convert.rules import Assignment, Piece
 from diffquant.core.errors import QuantError
 from diffquant.core.tensors import TensorSpec
 from diffquant.io import open_sink, open_source
+from diffquant.quant.backends import backend
 from diffquant.quant.formats import FORMATS, format_named
 from diffquant.quant.policy import Decision
 from diffquant.quant.types import TYPES, type_named
@@ -31,7 +36,12 @@ CASES = [(name, container) for name, row in TYPES.items() for container in row.d
 
 
 SHAPES = ((100, 37), (7, 256), (64, 96), (3, 5, 2, 2), (50, 33))
-CUTS = [(fmt, shape) for fmt, row in FORMATS.items() for shape in SHAPES if not row.check(shape)]
+CUTS = [
+    (fmt, shape)
+    for fmt, row in FORMATS.items()
+    for shape in SHAPES
+    if row.encodes and not row.check(shape)
+]
 
 
 class MemorySink:
@@ -120,13 +130,13 @@ def test_bytes_do_not_depend_on_workers_or_chunks(examples, tmp_path, digest, mo
     out = tmp_path / f"out{SUFFIX[container]}"
     found, errors = set(), []
     for chunk, workers in ((1 << 20, 2), (1 << 15, 1), (1 << 15, 2), (1 << 15, 3)):
-        monkeypatch.setattr(engine, "CHUNK", chunk)
+        monkeypatch.setattr(cutting, "CHUNK", chunk)
         report = run_job(examples / "flux1-shapes", out, wanted, workers=workers, force=True)
         found.add(digest(out)["."])
         errors.append(report.error)
     with opened(examples / "flux1-shapes") as (_, logical, match):
         steps = make_plan(logical, match, wanted).steps
-    assert max(len(engine._chunks(step)) for step in steps) > 10
+    assert max(len(cutting.chunks_of(step)) for step in steps) > 10
     assert len(found) == 1
     # sums of squares are added up chunk by chunk, so only their last digits may differ
     assert errors == pytest.approx([errors[0]] * 4, rel=1e-6)
@@ -140,8 +150,8 @@ def test_cutting_a_weight_changes_no_byte(tmp_path, write, monkeypatch, fmt, sha
     path = write(tmp_path / "w.safetensors", {"w.weight": rng.standard_normal(shape, np.float32)})
     plan = one_step(fmt, shape)
     whole, (result,) = run(path, plan, workers=1)
-    monkeypatch.setattr(engine, "CHUNK", 150)
-    pieces = engine._chunks(plan.steps[0])
+    monkeypatch.setattr(cutting, "CHUNK", 150)
+    pieces = cutting.chunks_of(plan.steps[0])
     assert all(start % row.row_multiple(shape) == 0 for start, _ in pieces)
     for workers in (1, 2, 3):
         cut, (again,) = run(path, plan, workers=workers)
@@ -155,9 +165,9 @@ def test_cutting_a_weight_changes_no_byte(tmp_path, write, monkeypatch, fmt, sha
 
 
 def test_rows_that_end_inside_an_nf4_block_are_cut_where_blocks_end(monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK", 150)
+    monkeypatch.setattr(cutting, "CHUNK", 150)
     step = one_step("nf4", (200, 37)).steps[0]
-    assert [start for start, _ in engine._chunks(step)] == [0, 64, 128, 192]
+    assert [start for start, _ in cutting.chunks_of(step)] == [0, 64, 128, 192]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +187,7 @@ def test_rows_that_end_inside_an_nf4_block_are_cut_where_blocks_end(monkeypatch)
 def test_weights_a_format_cannot_hold_stop_the_run_by_name(
     tmp_path, write, monkeypatch, fmt, value, message, workers
 ):
-    monkeypatch.setattr(engine, "CHUNK", 256)
+    monkeypatch.setattr(cutting, "CHUNK", 256)
     weight = np.zeros((40, 256), np.float32)
     weight[17, 3] = value
     tensors = {"good.weight": np.ones((40, 256), np.float32), "w.weight": weight}
@@ -200,7 +210,7 @@ def test_floats_that_hold_nan_keep_it(tmp_path, write):
 
 
 def test_first_error_stops_the_other_threads(tmp_path, write, monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK", 64)
+    monkeypatch.setattr(cutting, "CHUNK", 64)
     weight = np.ones((1000, 64), np.float32)
     weight[2, 0] = np.nan
     path = write(tmp_path / "w.safetensors", {"w.weight": weight})
@@ -213,7 +223,7 @@ def test_first_error_stops_the_other_threads(tmp_path, write, monkeypatch):
 
 
 def test_a_sinks_error_reaches_the_caller(tmp_path, write, monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK", 64)
+    monkeypatch.setattr(cutting, "CHUNK", 64)
     path = write(tmp_path / "w.safetensors", {"w.weight": np.ones((100, 64), np.float32)})
     plan = one_step("q8_0", (100, 64))
 
@@ -260,7 +270,7 @@ def test_adapters_change_the_weight_before_it_is_encoded(
     changed = {"w.weight": adapter.apply(weight, (0, 96))}
     merged = write(tmp_path / "merged.safetensors", changed)
     expected, _ = run(merged, one_step(fmt, shape))
-    monkeypatch.setattr(engine, "CHUNK", chunk)
+    monkeypatch.setattr(cutting, "CHUNK", chunk)
     found, _ = run(plain, one_step(fmt, shape, adapters=(adapter,)), workers=2)
     assert found == expected
 
@@ -275,14 +285,14 @@ def test_fused_pieces_are_cut_across_their_borders(tmp_path, write, monkeypatch)
     expected, _ = run(
         write(tmp_path / "fused.safetensors", {"w.weight": fused}), one_step("q8_0", (47, 64))
     )
-    monkeypatch.setattr(engine, "CHUNK", 64 * 10)
+    monkeypatch.setattr(cutting, "CHUNK", 64 * 10)
     assert run(path, plan, workers=2)[0] == expected
 
 
 @pytest.mark.parametrize("name", ["fp8_scaled", "q4_k_s", "nf4", "bf16"])
 @pytest.mark.parametrize("chunk", [1 << 20, 3000])
 def test_progress_adds_up_to_what_was_announced(examples, tmp_path, monkeypatch, name, chunk):
-    monkeypatch.setattr(engine, "CHUNK", chunk)
+    monkeypatch.setattr(cutting, "CHUNK", chunk)
     kind = type_named(name)
     container = next(iter(kind.dialects))
     with opened(examples / "flux1-shapes") as (_, logical, match):
@@ -313,7 +323,7 @@ def packed(examples, tmp_path_factory):
 @pytest.mark.parametrize("name", ["fp8_scaled", "nf4", "int8_rowwise", "q4_k_s", "fp8_e4m3"])
 @pytest.mark.parametrize("chunk", [1 << 20, 5000])
 def test_packed_weights_are_copied_bit_for_bit(packed, tmp_path, load, monkeypatch, name, chunk):
-    monkeypatch.setattr(engine, "CHUNK", chunk)
+    monkeypatch.setattr(cutting, "CHUNK", chunk)
     out = tmp_path / packed[name].name
     run_job(packed[name], out, Request(container_for(out)), workers=2)
     before, after = load(packed[name])[0], load(out)[0]
@@ -329,7 +339,7 @@ def test_packed_weights_are_copied_bit_for_bit(packed, tmp_path, load, monkeypat
 def test_copied_scales_keep_the_shape_they_came_in(
     packed, tmp_path, write, load, monkeypatch, name, shape
 ):
-    monkeypatch.setattr(engine, "CHUNK", 5000)
+    monkeypatch.setattr(cutting, "CHUNK", 5000)
     tensors, metadata = load(packed[name])
     rows = {key: (dtype, data, size) for key, (dtype, size, data) in tensors.items()}
     key = max(
@@ -359,7 +369,7 @@ def test_empty_and_tiny_tensors_are_copied_and_cast(tmp_path, write, shape):
 
 
 def test_transposed_weights_are_transposed(tmp_path, write, monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK", 100)
+    monkeypatch.setattr(cutting, "CHUNK", 100)
     weight = np.arange(60 * 32, dtype=np.float32).reshape(60, 32)
     path = write(tmp_path / "w.safetensors", {"w.weight": weight})
     step = one_step("f32", (32, 60), pieces=(Piece("w.weight", 0, 60),)).steps[0]
@@ -375,7 +385,81 @@ def test_transposed_weights_are_transposed(tmp_path, write, monkeypatch):
 def test_peak_memory_follows_the_chunk_not_the_model():
     small = engine.peak_nbytes(one_step("q8_0", (4096, 1024)), 2)
     assert engine.peak_nbytes(one_step("q8_0", (40960, 1024)), 2) == small
-    assert engine.peak_nbytes(one_step("q8_0", (4096, 1024)), 4) == 2 * small
+    one, more = (engine.peak_nbytes(one_step("q8_0", (4096, 1024)), count) for count in (1, 4))
+    assert more - one == 3 * (small - one) > 0
+
+
+MEASURED = """
+    import sys, threading
+    from pathlib import Path
+    from diffquant.convert.dialects import pack
+    from diffquant.convert.engine import peak_nbytes, run_plan
+    from diffquant.convert.logical import bind
+    from diffquant.convert.plan import Plan, Request, Step
+    from diffquant.convert.rules import Assignment, Piece
+    from diffquant.io import open_sink, open_source
+    from diffquant.quant.policy import Decision
+    seen, ended, shape = [0], threading.Event(), (16384, 1024)
+    def watch():
+        while not ended.wait(0.002):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            seen.append(next(int(one.split()[1]) for one in lines if one.startswith("RssAnon")))
+    thread = threading.Thread(target=watch)
+    thread.start()
+    assignment = Assignment("w", shape, (Piece("w", 0, shape[0]),))
+    packed = pack("plain", "w", "q8_0", shape, "f32")
+    step = Step("", "w", "w", assignment, Decision("q8_0", ""), "q8_0", packed, 4 << 24)
+    plan = Plan("sd15", "", Request("gguf"), (step,))
+    with open_source(sys.argv[1]) as source, open_sink(sys.argv[2], plan.specs, {}) as sink:
+        run_plan(bind(source), plan, sink, workers=int(sys.argv[3]))
+    ended.set()
+    thread.join()
+    print(max(seen) * 1024, peak_nbytes(plan, int(sys.argv[3])))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_planned_memory_is_an_upper_bound_and_less_than_twice_what_is_used(tmp_path, write):
+    weight = np.random.default_rng(0).standard_normal((16384, 1024), np.float32)
+    path = write(tmp_path / "w.safetensors", {"w": weight})
+    for workers in ("1", "4"):
+        command = [sys.executable, "-c", textwrap.dedent(MEASURED), str(path)]
+        command += [str(tmp_path / f"{workers}.gguf"), workers]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        used, planned = map(int, done.stdout.split())
+        assert used < planned < 2 * used
+
+
+@pytest.mark.parametrize("fmt", [name for name, row in FORMATS.items() if row.encodes])
+def test_weights_up_to_the_safe_amax_do_not_overflow(fmt):
+    """So that the engine need not decode them to know; one step further the casts do."""
+    row = format_named(fmt)
+    if not row.limited:
+        return
+    rng, ones = np.random.default_rng(1), np.ones(512, np.float32)
+    rows = [np.sign(rng.standard_normal(512)), rng.uniform(-1, 1, 512), np.ones(512)]
+    rows += [-np.ones(512), np.arange(512) % 2, np.eye(1, 512)[0], -np.eye(1, 512)[0]]
+    rows += [rng.uniform(0.99, 1, 512), rng.standard_normal(512).clip(-1, 1) ** 9]
+    weight = (np.array(rows) * row.safe_amax).astype(np.float32)
+    modes = [{}] if row.importance == "unused" else [{"importance": ones}]
+    modes += [{"importance": None}] if row.importance == "optional" else []
+    for mode in modes:
+        parts = backend(row.codec, "encode")(weight, None, fmt=fmt, **mode)
+        decoded = backend(row.codec, "decode")(parts, weight.shape, fmt=fmt)
+        assert np.isfinite(decoded).all(), mode
+
+
+def test_weights_in_range_are_decoded_only_to_measure_errors(tmp_path, write, monkeypatch):
+    path = write(tmp_path / "w.safetensors", {"w.weight": np.ones((64, 64), np.float32)})
+    plan, calls, load = one_step("q8_0", (64, 64)), [], engine.backend
+    monkeypatch.setattr(engine, "backend", lambda *a: (calls.append(a[1]), load(*a))[1])
+    run(path, plan, check=False)
+    assert calls == ["encode"]
+    run(path, plan, check=True)
+    assert calls == ["encode", "encode", "decode"]
+    big = write(tmp_path / "big.safetensors", {"w.weight": np.full((64, 64), 1e38, np.float32)})
+    with pytest.raises(QuantError, match="overflow q8_0"):
+        run(big, plan, check=False)
 
 
 def test_sink_specs_match_the_plan(examples, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from diffquant.cli.frame import Options, Outcome, common, run, threads
-from diffquant.cli.job import render_job
+from diffquant.cli.job import render_job, resumable
 from diffquant.convert.jobs import JobReport, container_for, run_job
 from diffquant.convert.plan import Request
 
@@ -30,6 +30,7 @@ __all__ = ["command"]
 @click.option("--base", type=click.Path(path_type=Path), help="Folder to take configs from.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
+@resumable
 @threads
 @common
 def command(
@@ -40,6 +41,7 @@ def command(
     base: Path | None,
     dry_run: bool,
     force: bool,
+    resume: bool,
     options: Options,
 ) -> None:
     """Convert SOURCE between a single file and a Diffusers folder, extract parts, change dtype.
@@ -57,6 +59,7 @@ def command(
             force=force,
             dry_run=dry_run,
             workers=options.threads,
+            resume=resume,
             progress=options.bar(),
         )
         return Outcome(report, report.warnings)

@@ -131,7 +131,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
             message = f"{message} (nearest: {near})"
         return error.exit_code, message
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; nothing was left behind"
+        return 130, str(error) or "interrupted; nothing was left behind"
     if isinstance(error, MemoryError):
         return 6, "out of memory; use fewer --threads"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import click
 
 from diffquant.cli.frame import echo, human, table
 from diffquant.convert.jobs import JobReport
 from diffquant.core.report import to_json
 
-__all__ = ["JobOutcome", "render_job"]
+__all__ = ["JobOutcome", "render_job", "resumable"]
 
 _WORST = 5
 _POLICIES = {
@@ -17,6 +20,16 @@ _POLICIES = {
     "uniform": "uniform (ours: no mix is published for this type)",
     "tuned": "tuned (ours)",
 }
+
+
+def resumable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --resume."""
+    return click.option(
+        "--resume",
+        is_flag=True,
+        help="When interrupted, keep what is finished; continue what an earlier run kept. With "
+        "--force, start over where that was another conversion. Single files only.",
+    )(function)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +53,8 @@ def render_job(report: JobReport, *, verbose: bool = False) -> None:
     echo(f"  {name}{what}, {human(report.nbytes)}, {report.bits_per_weight:.2f} bits per weight")
     policy = f", policy {_POLICIES.get(report.policy, report.policy)}" if report.policy else ""
     echo(f"  for {report.target}{policy}")
+    if report.continued:
+        echo(f"  continued: {report.continued} of {len(report.tensors)} weights were finished")
     echo()
     table(
         ("part", "tensors", "parameters", "size", "bits/weight", "stored as"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from diffquant.cli.frame import Options, Outcome, common, run, threads
-from diffquant.cli.job import JobOutcome, render_job
+from diffquant.cli.job import JobOutcome, render_job, resumable
 from diffquant.cli.values import prompts_from
 from diffquant.cli.verdict import render_image
 from diffquant.convert.jobs import JobReport, container_for, run_job
@@ -79,6 +79,7 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
+@resumable
 @threads
 @common
 def command(
@@ -99,6 +100,7 @@ def command(
     prompts: Path | None,
     dry_run: bool,
     force: bool,
+    resume: bool,
     options: Options,
 ) -> None:
     """Quantize SOURCE (a checkpoint file or Diffusers folder) to TYPE.
@@ -130,6 +132,7 @@ def command(
             force=force,
             dry_run=dry_run,
             workers=options.threads,
+            resume=resume,
             verify="tensors" if verify == "image" else verify,
             progress=options.bar(),
             matrix=merge_imatrices([read_imatrix(path) for path in imatrices])

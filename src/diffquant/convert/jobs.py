@@ -7,25 +7,21 @@ return frozen reports; the command line only renders them.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffquant.convert.detect import Match, detect
-from diffquant.convert.engine import (
-    StepResult,
-    chunk_extents,
-    default_workers,
-    peak_nbytes,
-    run_plan,
-)
+from diffquant.convert.engine import peak_nbytes, run_plan
 from diffquant.convert.logical import LogicalSource, bind
 from diffquant.convert.output import configs_of, file_metadata, fingerprint, folder_configs
 from diffquant.convert.plan import Plan, Request, make_plan
 from diffquant.convert.remember import remember
-from diffquant.core.errors import ResourceError, UsageError, VerificationError
+from diffquant.convert.reread import verify_output
+from diffquant.convert.resume import Resumed, left_by_another_run, refuse_folder, run_resumable
+from diffquant.convert.workers import default_workers
+from diffquant.core.errors import ResourceError, UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.core.tensors import TensorSource
 from diffquant.io import open_sink, open_source
@@ -83,6 +79,7 @@ class JobReport:
         target: the program the output is written for.
         policy: whose choice the formats are.
         notes: what the target gives up against another.
+        continued: weights taken over from an interrupted run.
     """
 
     output: str
@@ -105,6 +102,7 @@ class JobReport:
     verify: str
     error: float | None
     verdict: str | None
+    continued: int
     warnings: tuple[str, ...]
     target: str = ""
     policy: str = ""
@@ -147,6 +145,7 @@ def run_job(
     dry_run: bool = False,
     workers: int | None = None,
     verify: str = "tensors",
+    resume: bool = False,
     progress: Progress = NO_PROGRESS,
     matrix: ImportanceMatrix | None = None,
 ) -> JobReport:
@@ -162,46 +161,65 @@ def run_job(
         workers: threads.
         verify: "none", "load" (the output opens again and holds what was planned) or "tensors"
             (also every chunk is decoded before it is written, and its hash compared on re-opening).
+        resume: keep what is finished when interrupted, and continue it (convert/resume.py); single
+            files only.
         progress: told about bytes.
         matrix: importance matrix, for formats that weigh errors by one.
 
     Raises:
-        DiffquantError: see core/errors.py; nothing is left behind.
+        DiffquantError: see core/errors.py; nothing is left behind unless `resume`.
     """
     if out.exists():
         _refuse_own_source(src, out, base)
     if out.exists() and not force and not dry_run:
         raise UsageError(f"{out} exists; use --force to replace it")
+    if resume and request.container == "folder":
+        refuse_folder(out)
     count = workers or default_workers()
+    check = verify == "tensors"
     with opened(src) as (source, logical, match):
         plan = make_plan(logical, match, request, matrix=matrix)
         configs, files, missing = _surroundings(plan, source, base)
         memory = peak_nbytes(plan, count)
-        results: tuple[StepResult, ...] = ()
+        done = Resumed((), 0, ())
         if not dry_run:
             _check_memory(memory)
-            with open_sink(
-                out,
-                plan.specs,
-                _metadata(plan, match, source),
-                force=force,
-                configs=configs,
-                files=files,
-            ) as sink:
-                results = run_plan(
-                    logical,
-                    plan,
-                    sink,
-                    workers=count,
-                    progress=progress,
-                    check=verify == "tensors",
-                    importance=plan.importance,
-                )
-                sink.commit()
+            metadata = _metadata(plan, match, source)
+            common: Any = {
+                "workers": count,
+                "progress": progress,
+                "check": check,
+                "importance": plan.importance,
+            }
+            if resume:
+                done = run_resumable(logical, plan, out, metadata, force=force, **common)
+            else:
+                with (
+                    _told_of_resume(request),
+                    open_sink(
+                        out, plan.specs, metadata, force=force, configs=configs, files=files
+                    ) as sink,
+                ):
+                    results = run_plan(logical, plan, sink, hashes=check, **common)
+                    sink.commit()
+                done = Resumed(results, 0, left_by_another_run(out))
             remember(fingerprint(source), src)
-    if results and verify != "none":
-        _reopen(out, plan, results, hashes=verify == "tensors", progress=progress)
-    return _report(src, out, plan, results, missing, memory, count, verify, dry_run)
+    if done.results and verify != "none":
+        verify_output(out, plan, done.results, hashes=check, workers=count, progress=progress)
+    return _report(src, out, plan, done, missing, memory, count, verify, dry_run)
+
+
+@contextlib.contextmanager
+def _told_of_resume(request: Request) -> Iterator[None]:
+    """Nothing is kept without --resume; whoever interrupts may want to know that it could be."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if request.container == "folder":
+            raise
+        raise KeyboardInterrupt(
+            "interrupted; nothing was left behind (with --resume, a run can be continued)"
+        ) from None
 
 
 def _refuse_own_source(src: Path, out: Path, base: Path | None) -> None:
@@ -277,61 +295,18 @@ def _check_memory(needed: int) -> None:
         )
 
 
-def _reopen(
-    out: Path,
-    plan: Plan,
-    results: tuple[StepResult, ...],
-    *,
-    hashes: bool,
-    progress: Progress,
-) -> None:
-    """Open the output as a stranger would, and compare what is there with what was planned."""
-    with open_source(out) as source:
-        found = {key: (spec.dtype, spec.shape) for key, spec in source.specs.items()}
-        planned = {spec.key: (spec.dtype, spec.shape) for spec in plan.specs}
-        if found != planned:
-            odd = sorted(set(found.items()) ^ set(planned.items()), key=str)[:3]
-            raise VerificationError(f"{out}: re-opened, it does not hold what was planned: {odd}")
-        if not hashes:
-            return
-        progress.start("re-read", plan.nbytes)
-        for step, result in zip(plan.steps, results, strict=True):
-            for key, digests in result.digests.items():
-                _compare(source, key, digests, chunk_extents(step, key), out)
-                progress.advance(source.specs[key].nbytes, key)
-        progress.stop()
-
-
-def _compare(
-    source: TensorSource,
-    key: str,
-    digests: tuple[str, ...],
-    extents: tuple[tuple[int, int], ...],
-    out: Path,
-) -> None:
-    """Hash the same ranges again, a chunk at a time: a tensor may be larger than memory allows."""
-    per_row = source.specs[key].row_nbytes
-    for digest, (start, stop) in zip(digests, extents, strict=True):
-        if per_row and not start % per_row and not stop % per_row:
-            data = source.read(key, (start // per_row, stop // per_row))
-        else:
-            data = source.read(key)[start:stop]
-        if hashlib.sha256(data.data).hexdigest() != digest:
-            raise VerificationError(f"{out}: {key} reads back other bytes than were written")
-
-
 def _report(
     src: Path,
     out: Path,
     plan: Plan,
-    results: tuple[StepResult, ...],
+    done: Resumed,
     missing: tuple[str, ...],
     memory: int,
     workers: int,
     verify: str,
     dry_run: bool,
 ) -> JobReport:
-    rows = []
+    rows, results = [], done.results
     for index, step in enumerate(plan.steps):
         error = results[index].error if results else None
         gaussian = FORMATS[step.stored].gaussian_error if step.stored in FORMATS else 0.0
@@ -375,7 +350,10 @@ def _report(
         verify=verify if not dry_run else "none",
         error=_overall(rows),
         verdict=worst if verify == "tensors" else None,
-        warnings=plan.warnings + tuple(f"missing from the folder: {name}" for name in missing),
+        continued=done.continued,
+        warnings=plan.warnings
+        + done.warnings
+        + tuple(f"missing from the folder: {name}" for name in missing),
         target=plan.target,
         policy=plan.policy,
         notes=plan.notes,

@@ -10,6 +10,7 @@ until every byte is there, then `sink.commit()`.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,9 +27,19 @@ from diffquant.io import (
     sharded,
     torch_pickle,
 )
+from diffquant.io.atomic import FlatSink
 from diffquant.io.gguf_values import GgufArray, GgufValue
+from diffquant.io.kept import Claim, KeptFile
 
-__all__ = ["CONTAINERS", "Container", "GgufArray", "GgufValue", "open_sink", "open_source"]
+__all__ = [
+    "CONTAINERS",
+    "Container",
+    "GgufArray",
+    "GgufValue",
+    "open_resumable",
+    "open_sink",
+    "open_source",
+]
 
 _HEAD_NBYTES = 64
 
@@ -178,6 +189,24 @@ def open_sink(
     if configs or files:
         raise UsageError(f"{target}: a single file takes no configs or side files")
     return row.create(target, specs, metadata, force=force)
+
+
+def open_resumable(
+    claim: Claim, specs: Iterable[TensorSpec], metadata: Mapping[str, Any], *, force: bool = False
+) -> FlatSink:
+    """Open a single-file output in the file that `claim` holds; leaving it unfinished keeps it.
+
+    Raises:
+        UsageError: the target is a folder, has an unknown extension, or exists.
+        ResourceError: not enough disk.
+    """
+    row = CONTAINERS[_sink_container(claim.target, as_folder=False)]
+    if row.name == "diffusers_folder" or row.create is None:
+        raise UsageError(f"{claim.target}: --resume writes .safetensors and .gguf files only")
+    file = functools.partial(KeptFile, claim=claim)
+    sink = row.create(claim.target, specs, metadata, force=force, file=file)
+    assert isinstance(sink, FlatSink)
+    return sink
 
 
 def _sink_container(target: Path, *, as_folder: bool) -> str:

@@ -138,17 +138,20 @@ class PartialFile:
         self.target = target
         self.nbytes = nbytes
         self._lock = threading.Lock()
-        self._path = partial_path(target)
-        check_disk(target, nbytes)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        with disk_errors(target, nbytes):
-            self._descriptor = os.open(self._path, flags, 0o666)
+        self._path, self._descriptor = self._open()
         try:
             with disk_errors(target, nbytes):
                 self._reserve()
         except BaseException:
             self.abort()
             raise
+
+    def _open(self) -> tuple[Path, int]:
+        check_disk(self.target, self.nbytes)
+        path = partial_path(self.target)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        with disk_errors(self.target, self.nbytes):
+            return path, os.open(path, flags, 0o666)
 
     def _reserve(self) -> None:
         if self.nbytes and hasattr(os, "posix_fallocate"):
@@ -174,21 +177,38 @@ class PartialFile:
             os.lseek(self._descriptor, offset, os.SEEK_SET)
             return os.write(self._descriptor, data)
 
+    def flush(self) -> None:
+        """Wait until what was written is on the disk."""
+        with disk_errors(self.target, self.nbytes):
+            getattr(os, "fdatasync", os.fsync)(self._descriptor)
+
     def commit(self) -> None:
-        """Sync and rename over the target."""
+        """Sync and rename over the target.
+
+        The file stays open across the rename, where an open file can be renamed: a lock on it
+        (io/kept.py) must not end before.
+        """
         with disk_errors(self.target, self.nbytes):
             os.fsync(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
+            if os.name == "nt":
+                self._close()
             self._path.replace(self.target)
+            self._close()
             sync_folder(self.target.parent)
 
-    def abort(self) -> None:
-        """Close and remove; harmless after a commit."""
+    def _close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def abort(self) -> None:
+        """Close and remove; harmless after a commit."""
+        self._close()
         self._path.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove what was written, also where `abort` would keep it (io/kept.py)."""
+        self.abort()
 
 
 def unique_specs(specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -217,6 +237,7 @@ class FlatSink:
         metadata: Mapping[str, Any],
         render: Callable[[Mapping[str, Any]], bytes],
         force: bool,
+        file: Callable[[Path, int], PartialFile] = PartialFile,
     ) -> None:
         """Reserve the file and write its header.
 
@@ -227,6 +248,7 @@ class FlatSink:
             metadata: what `render` takes; strings in it can be patched.
             render: returns the header's bytes for a given metadata.
             force: whether an existing target may be replaced.
+            file: opens the temporary file, given the target and its size.
         """
         check_parent(path)
         remove_stale(path)
@@ -241,12 +263,23 @@ class FlatSink:
         self._lock = threading.Lock()
         self._state = "open"
         self._header = render(metadata)
-        self._file = PartialFile(path, nbytes)
+        self._file = file(path, nbytes)
         try:
             self._file.write(0, memoryview(self._header))
+            self._blank_gaps()
         except BaseException:
             self.abort()
             raise
+
+    def _blank_gaps(self) -> None:
+        """Write the zeros between tensors: a kept file holds whatever it was left with."""
+        at = len(self._header)
+        for offset, nbytes in sorted(self._extents.values()):
+            if offset > at:
+                self._file.write(at, memoryview(bytes(offset - at)))
+            at = offset + nbytes
+        if self.nbytes > at:
+            self._file.write(at, memoryview(bytes(self.nbytes - at)))
 
     def write(self, key: str, offset: int, data: ByteArray) -> None:
         """Write bytes at `offset` inside the tensor `key`.
@@ -268,6 +301,11 @@ class FlatSink:
         self._file.write(extent[0] + offset, flat.data)
         with self._lock:
             self._written[key] += flat.size
+
+    def mark_written(self, key: str) -> None:
+        """Count a tensor as written whose bytes an earlier process left in the file."""
+        self._check_open()
+        self._written[key] = self._extents[key][1]
 
     def patch_metadata(self, key: str, value: str) -> None:
         """Replace a metadata string by another that takes exactly as many bytes.
@@ -307,11 +345,21 @@ class FlatSink:
         self._state = "committed"
         return (self.path,)
 
+    def flush(self) -> None:
+        """Wait until what was written is on the disk."""
+        self._file.flush()
+
     def abort(self) -> None:
-        """Remove what was written; harmless after a commit."""
+        """Remove what was written, or keep it (io/kept.py); harmless after a commit."""
         if self._state == "open":
             self._state = "aborted"
             self._file.abort()
+
+    def discard(self) -> None:
+        """Remove what was written, whatever kind of file it is in; harmless after a commit."""
+        if self._state == "open":
+            self._state = "aborted"
+            self._file.discard()
 
     def _check_open(self) -> None:
         if self._state != "open":

@@ -19,7 +19,7 @@ Sources: ggml-org/ggml docs/gguf.md; gguf-py 0.19.0 gguf/gguf_reader.py:120-330;
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from diffquant.core.errors import (
     UnsupportedShape,
 )
 from diffquant.core.tensors import TensorSpec
-from diffquant.io.atomic import FlatSink, unique_specs
+from diffquant.io.atomic import FlatSink, PartialFile, unique_specs
 from diffquant.io.gguf_values import (
     ARRAY_ID,
     CODES,
@@ -303,6 +303,7 @@ def create(
     metadata: Mapping[str, Any],
     *,
     force: bool = False,
+    file: Callable[[Path, int], PartialFile] = PartialFile,
 ) -> FlatSink:
     """Open a GGUF file for writing; the header is written at once.
 
@@ -311,6 +312,7 @@ def create(
         specs: tensors in file order, shapes outermost first.
         metadata: pairs in file order; values as `gguf_values` lists them.
         force: whether an existing target may be replaced.
+        file: opens the temporary file; see FlatSink.
 
     Raises:
         UnsupportedDtype: a spec's dtype has no GGML type.
@@ -350,6 +352,7 @@ def create(
         metadata=metadata,
         render=render,
         force=force,
+        file=file,
     )
 
 

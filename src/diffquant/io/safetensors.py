@@ -18,7 +18,7 @@ README.md, section Format.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from diffquant.core.errors import (
     UnsupportedDtype,
 )
 from diffquant.core.tensors import TensorSpec
-from diffquant.io.atomic import FlatSink, unique_specs
+from diffquant.io.atomic import FlatSink, PartialFile, unique_specs
 from diffquant.io.reading import FlatSource, RandomFile, checked_shape
 
 __all__ = ["MAX_HEADER_NBYTES", "create", "open_file", "parse_json", "sniff"]
@@ -199,6 +199,7 @@ def create(
     metadata: Mapping[str, Any],
     *,
     force: bool = False,
+    file: Callable[[Path, int], PartialFile] = PartialFile,
 ) -> FlatSink:
     """Open a safetensors file for writing; the header is written at once.
 
@@ -207,6 +208,7 @@ def create(
         specs: tensors in the order the header shall list them.
         metadata: text to text.
         force: whether an existing target may be replaced.
+        file: opens the temporary file; see FlatSink.
 
     Raises:
         UnsupportedDtype: a spec's dtype has no safetensors name.
@@ -233,6 +235,7 @@ def create(
         metadata=metadata,
         render=render,
         force=force,
+        file=file,
     )
 
 

@@ -148,6 +148,15 @@ class QuantFormat:
         """Whether finite weights can overflow its range: 16-bit scales, or no scale at all."""
         return self.name not in _UNLIMITED
 
+    @property
+    def safe_amax(self) -> float:
+        """Weights up to this magnitude cannot overflow the format; beyond it, decoding tells.
+
+        No block format's scale exceeds the largest weight it was made for, and float16 holds twice
+        this value; the casts have their own largest number.
+        """
+        return {"f16": 65504.0, "fp8_e4m3": 448.0}.get(self.name, 32768.0)
+
 
 def _same(shape: Shape) -> Shape:
     return shape

@@ -8,10 +8,6 @@ mapped file into torch tensors of their stored type, one at a time; nothing is u
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +23,7 @@ from diffquant.convert.output import configs_of
 from diffquant.convert.remember import recall
 from diffquant.convert.rules import Assignment
 from diffquant.core.errors import ArchitectureError, UsageError
+from diffquant.core.heap import give_back_freed_blocks
 from diffquant.core.tensors import ByteArray, TensorSource
 from diffquant.io import open_source
 from diffquant.quant.formats import FORMATS
@@ -61,9 +58,6 @@ _TORCH = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-# glibc's malloc.h; blocks of this many bytes and more are given back to the system when freed.
-_M_MMAP_THRESHOLD = -3
-_GIVE_BACK_NBYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,25 +237,11 @@ def packed_weights(logical: LogicalSource, part: PartMatch) -> dict[str, PackedW
 
     On Linux this also tells the C library, for the whole process, to give large freed blocks back.
     """
-    _give_back_freed_blocks()
+    give_back_freed_blocks()  # a decoded layer must not stay part of the process
     return {
         assignment.target: PackedWeight(_segments(logical, assignment))
         for assignment in to_canonical(part)
     }
-
-
-@functools.cache
-def _give_back_freed_blocks() -> None:
-    """Keep layers that were decoded for one call from staying part of the process.
-
-    Left alone, glibc raises its threshold to 32 MiB with use. A freed layer below a living block
-    then stays resident, which cost up to a third of what packed weights save (docs/lab-log.md).
-    A user's own MALLOC_MMAP_THRESHOLD_ is left alone; other C libraries have no such setting.
-    """
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _GIVE_BACK_NBYTES)
 
 
 def _segments(logical: LogicalSource, assignment: Assignment) -> tuple[Segment, ...]:
