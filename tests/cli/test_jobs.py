@@ -114,6 +114,63 @@ def test_user_rules_win_and_say_so(command, flux, tmp_path):
     assert found["single_blocks.0.linear2.weight"]["reason"].startswith("--exclude linear2")
 
 
+def test_recipes_go_out_and_come_back(command, flux, tmp_path):
+    a, b, recipe = tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "a.recipe"
+    rule = ("--tensor-type", r"linear1\.weight=q8_0")
+    planned = command(
+        "quantize", flux, "-o", a, "-t", "q4_k_s", *rule, "--emit-recipe", recipe, "--dry-run"
+    )
+    assert planned.code == 0
+    assert not a.exists()
+    text = recipe.read_text()
+    assert "\ntype = q4_k_s\n" in text
+    assert "\nq8_0  single_blocks.0.linear1.weight\n" in text
+    assert command("quantize", flux, "-o", a, "-t", "q4_k_s", *rule).code == 0
+    for origin in (recipe, a):
+        ran = command("quantize", flux, "-o", b, "--recipe-from", origin, "--force")
+        assert (ran.code, ran.err) == (0, "")
+        assert b.read_bytes() == a.read_bytes()
+    again = command(
+        "quantize", flux, "-o", b, "--recipe-from", a, "--emit-recipe", recipe, "--force"
+    )
+    assert again.code == 0
+    assert recipe.read_text() == text
+
+
+RECIPES = {
+    "neither type nor recipe": ([], 2, "give a type with -t"),
+    "no such recipe": (["--recipe-from", "{}/none"], 1, "no such file"),
+    "a recipe of something else": (["--recipe-from", "{}/file"], 4, "not a checkpoint"),
+    "a recipe without a type": (["--recipe-from", "{}/bare"], 2, "give one with -t"),
+    "of another model": (["--recipe-from", "{}/other"], 2, "a recipe of sd15"),
+    "emitted over a file": (["-t", "q8_0", "--emit-recipe", "{}/file"], 2, "--force"),
+    "emitted over the output": (["-t", "q8_0", "--emit-recipe", "{}/a.gguf"], 2, "another name"),
+    "emitted over its own source": (
+        ["--recipe-from", "{}/typed", "--emit-recipe", "{}/typed", "--force"],
+        2,
+        "another name",
+    ),
+    "emitted nowhere": (["-t", "q8_0", "--emit-recipe", "{}/no/x"], 2, "create it first"),
+    "emitted over a folder": (["-t", "q8_0", "--emit-recipe", "{}"], 2, "is a folder"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_options_that_make_no_sense(command, flux, tmp_path, name):
+    args, code, message = RECIPES[name]
+    head, body = "# diffquant recipe 1\narchitecture = flux1\n", "[denoiser]\nq8_0 x\n"
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "bare").write_text(head + body)
+    (tmp_path / "typed").write_text(head + "type = q8_0\n" + body)
+    (tmp_path / "other").write_text(head.replace("flux1", "sd15") + "type = q8_0\n" + body)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    filled = [text.format(tmp_path) for text in args]
+    ran = command("quantize", flux, "-o", tmp_path / "a.gguf", *filled)
+    assert (ran.code, ran.out) == (code, "")
+    assert message in ran.err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 REFUSED = {
     "unknown type": (["-t", "q4_k_x"], "a.gguf", 4, "did you mean 'q4_k_s'? (known: f32, bf16"),
     "unknown format": (["-t", "q8_0", "--tensor-type", "x=q9"], "a.gguf", 4, "unknown format 'q9'"),

@@ -107,6 +107,17 @@ def test_inspect_imports_neither_torch_nor_numba(examples, unet, gguf_file, what
                          "matplotlib", "skimage", "huggingface_hub", "transformers"}  # fmt: skip
 
 
+@pytest.mark.parametrize("what", ["safetensors", "gguf"])
+def test_an_audit_imports_neither_torch_nor_numba(unet, gguf_file, what):
+    path = {"safetensors": unet, "gguf": gguf_file}[what]
+    ran = process("-c", LOADED, "inspect", "--audit", "--full", path)
+    assert ran.returncode == 0, ran.stderr
+    assert "0 violations" in ran.stdout
+    loaded = set(ran.stderr.split())
+    assert "diffquant" in loaded
+    assert not loaded & {"torch", "numba", "triton", "gguf", "tqdm"}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
 @pytest.mark.parametrize("args", [["formats"], ["inspect", "--json"], ["--help"]])
 def test_a_reader_that_left_is_no_error(examples, args):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
+from diffquant.cli.audit import render_audit
 from diffquant.cli.frame import Options, Outcome, common, echo, human, run, table
 from diffquant.core.errors import DiffquantError
-from diffquant.inspect import FileReport, describe
+from diffquant.inspect import FileReport, audit, describe
 
 __all__ = ["command"]
 
@@ -16,12 +18,26 @@ __all__ = ["command"]
 @click.command("inspect")
 @click.argument("files", nargs=-1, required=True, type=click.Path())
 @click.option("--explain", is_flag=True, help="Show the evidence and the metadata.")
+@click.option(
+    "--audit",
+    "audited",
+    is_flag=True,
+    help="Check the file against the specifications of its container and formats instead.",
+)
+@click.option("--full", is_flag=True, help="With --audit: look at every block, not at samples.")
 @common
-def command(files: tuple[str, ...], explain: bool, options: Options) -> None:
+def command(
+    files: tuple[str, ...], explain: bool, audited: bool, full: bool, options: Options
+) -> None:
     """Say what each FILE (or folder) is: architecture, parts, storage, size.
 
-    Reads headers only. Unknown files are not an error; unreadable ones are.
+    Reads headers only. Unknown files are not an error; unreadable ones are. With --audit: which
+    rules a file breaks; exit code 3 for a violation, warnings alone are 0.
     """
+    if audited:
+        run("inspect", options, lambda: _audit(files, full=full), render_audit)
+    if full:
+        raise click.UsageError("--full looks at blocks for --audit: give both")
 
     def work() -> Outcome:
         reports: list[FileReport] = []
@@ -45,6 +61,12 @@ def command(files: tuple[str, ...], explain: bool, options: Options) -> None:
             _render(report, explain=explain)
 
     run("inspect", options, work, render)
+
+
+def _audit(files: tuple[str, ...], *, full: bool) -> Outcome:
+    reports = [report for path in files for report in audit(Path(path), full=full)]
+    bad = any(report.violations for report in reports)
+    return Outcome({"audits": reports}, (), 3 if bad else 0, ok=not bad)
 
 
 def _render(report: FileReport, *, explain: bool) -> None:

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "imatrix": ("diffquant.cli.imatrix", "Show, merge and convert importance matrices."),
     "generate": ("diffquant.cli.generate", "Generate pictures with the bundled runtime."),
     "verify": ("diffquant.cli.verify", "Compare a file with its source: tensors, pictures."),
+    "diff": ("diffquant.cli.diff", "Say what differs between two checkpoints."),
     "formats": ("diffquant.cli.formats", "List types, formats and containers."),
     "completion": ("diffquant.cli.completion", "Print a shell completion script."),
 }

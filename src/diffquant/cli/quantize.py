@@ -9,10 +9,12 @@ import click
 
 from diffquant.cli.frame import Options, Outcome, common, run, threads
 from diffquant.cli.job import JobOutcome, render_job, resumable
-from diffquant.cli.values import prompts_from
+from diffquant.cli.values import check_free, prompts_from, write_text
 from diffquant.cli.verdict import render_image
 from diffquant.convert.jobs import JobReport, container_for, run_job
 from diffquant.convert.plan import Request
+from diffquant.convert.recipe_source import load_recipe
+from diffquant.convert.recipes import Recipe, recipe_of, render_recipe
 from diffquant.convert.request import POLICIES
 from diffquant.convert.targets import TARGETS
 from diffquant.core.errors import UsageError
@@ -30,7 +32,19 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
 @click.command("quantize")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File or folder to write.")
-@click.option("-t", "--type", "type_name", required=True, help="Type; see `diffquant formats`.")
+@click.option("-t", "--type", "type_name", help="Type; see `diffquant formats`.")
+@click.option(
+    "--recipe-from",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Take each tensor's format from a recipe or from any checkpoint; -t is then optional.",
+)
+@click.option(
+    "--emit-recipe",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the format of every tensor to a text file; with --dry-run too.",
+)
 @click.option("--part", "parts", multiple=True, metavar="NAME", help="Write only this part.")
 @click.option("--all", "all_parts", is_flag=True, help="Quantize text encoders and VAE as well.")
 @click.option(
@@ -85,7 +99,9 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
 def command(
     source: Path,
     output: Path | None,
-    type_name: str,
+    type_name: str | None,
+    recipe_from: Path | None,
+    emit_recipe: Path | None,
     parts: tuple[str, ...],
     all_parts: bool,
     tensor_types: tuple[str, ...],
@@ -111,8 +127,11 @@ def command(
     """
 
     def work() -> Outcome:
-        kind = type_named(type_name)
+        recipe = load_recipe(recipe_from) if recipe_from is not None else None
+        kind = _kind(type_name, recipe)
         out = output or _default_output(source, kind)
+        if emit_recipe is not None:
+            check_free(emit_recipe, (source, out, recipe_from), force=force)
         request = Request(
             container=container_for(out),
             type=kind,
@@ -123,6 +142,7 @@ def command(
             allow_requantize=allow_requantize,
             target=target,
             policy=policy,
+            recipe=recipe,
         )
         report = run_job(
             source,
@@ -139,6 +159,9 @@ def command(
             if imatrices
             else None,
         )
+        if emit_recipe is not None:
+            rows = [(row.part, row.key, row.stored) for row in report.tensors]
+            write_text(emit_recipe, render_recipe(recipe_of(report.architecture, kind.name, rows)))
         return _outcome(report, source, out, verify, prompts, options)
 
     def render(outcome: JobOutcome) -> None:
@@ -169,6 +192,17 @@ def _outcome(
     if failed:
         warnings.append(f"{out} was written, but verification failed: do not publish it")
     return Outcome(JobOutcome(job, image), warnings, 3 if failed else 0, ok=not failed)
+
+
+def _kind(type_name: str | None, recipe: Recipe | None) -> QuantType:
+    """The type asked for, else the one that labels the recipe."""
+    if type_name is not None:
+        return type_named(type_name)
+    if recipe is None:
+        raise UsageError("give a type with -t, or a file to take the formats from: --recipe-from")
+    if not recipe.type:
+        raise UsageError(f"{recipe.name} names no type that is known here: give one with -t")
+    return type_named(recipe.type)
 
 
 def _default_output(source: Path, kind: QuantType) -> Path:

@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from diffquant.core.errors import ResourceError, UsageError
+from diffquant.io.atomic import check_parent, partial_path
 
-__all__ = ["check_device", "lora_pairs", "prompts_from", "seeds_from", "size_from"]
+__all__ = [
+    "check_device",
+    "check_free",
+    "lora_pairs",
+    "prompts_from",
+    "seeds_from",
+    "size_from",
+    "write_text",
+]
+
+
+def check_free(path: Path, taken: Iterable[Path | None], *, force: bool) -> None:
+    """Check, before work starts, that a text file can be written.
+
+    Raises:
+        UsageError: it is one of the `taken` files, exists without `force`, or has no folder.
+    """
+    for other in taken:
+        if other is not None and other.resolve() == path.resolve():
+            raise UsageError(f"{path} is read or written already; choose another name")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give a file name")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; use --force to replace it")
+    check_parent(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that exists only when it is whole."""
+    beside = partial_path(path)
+    try:
+        with beside.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def size_from(text: str | None) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from diffquant.convert.detect import Match
 from diffquant.convert.logical import ORIG_SHAPE
+from diffquant.convert.losses import DESCRIBES_ENCODING
 from diffquant.convert.plan import Plan
 from diffquant.convert.targets import TARGETS, Target
 from diffquant.core.errors import PolicyError, shorten
@@ -22,6 +23,7 @@ from diffquant.io.gguf_values import GgufArray, GgufValue
 __all__ = ["check_arrays", "gguf_metadata"]
 
 _QUANTIZATION_VERSION = 2
+_NAMES = ("general.name", "general.finetune")  # a GGUF source knows its own better than we do
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32}
 
 
@@ -46,6 +48,7 @@ def gguf_metadata(
     for step in plan.steps:
         if step.flat:
             out[ORIG_SHAPE + step.target] = GgufValue("i32", step.assignment.shape)
+    out.update(_carried(plan, source, out))
     check_arrays(TARGETS[plan.target], plan.specs, out)
     return out
 
@@ -90,3 +93,18 @@ def _imatrix_metadata(plan: Plan) -> dict[str, Any]:
     if matrix.chunk_count:
         out["quantize.imatrix.chunks_count"] = matrix.chunk_count
     return out
+
+
+def _carried(plan: Plan, source: TensorSource, out: Mapping[str, Any]) -> dict[str, Any]:
+    """Pairs of a GGUF source, with their types, as llama-quantize keeps them.
+
+    What describes its encoding stays behind when the weights are encoded anew.
+    """
+    pairs: Mapping[str, Any] = getattr(source, "typed_metadata", {})
+    anew = plan.request.type is not None or plan.request.dtype is not None
+    false = ("general.alignment", ORIG_SHAPE, *(DESCRIBES_ENCODING if anew else ()))
+    return {
+        key: value
+        for key, value in pairs.items()
+        if key in _NAMES or (key not in out and not key.startswith((*false, "diffquant.")))
+    }

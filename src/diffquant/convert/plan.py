@@ -17,6 +17,8 @@ from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.detect import Match, PartMatch
 from diffquant.convert.importance import weigh_steps
 from diffquant.convert.logical import LogicalSource
+from diffquant.convert.losses import losses
+from diffquant.convert.recipes import recipe_warnings
 from diffquant.convert.steps import (
     Request,
     Step,
@@ -136,6 +138,9 @@ def make_plan(
     _check_unique(steps)
     weighed = weigh_steps(steps, matrix, architecture, wanted)
     mixed, warnings = _judge(steps, request)
+    rows = [(step.part, step.key, step.stored) for step in steps]
+    warnings += losses(logical, steps, request)
+    warnings += recipe_warnings(request.recipe, match.architecture, rows)
     return Plan(
         architecture=match.architecture,
         variant=match.variant,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffquant.convert.recipes import Recipe
 from diffquant.quant.policy import Rule
 from diffquant.quant.types import QuantType
 
@@ -28,6 +29,7 @@ class Request:
         allow_requantize: whether already quantized weights may be rounded again.
         target: TARGETS name, or "" for the first of the container's that reads the result.
         policy: one of POLICIES.
+        recipe: formats by canonical key, which win over the type's policy.
     """
 
     container: str
@@ -40,3 +42,4 @@ class Request:
     allow_requantize: bool = False
     target: str = ""
     policy: str = "published"
+    recipe: Recipe | None = None

@@ -17,6 +17,7 @@ from diffquant.convert.detect import PartMatch, to_canonical, to_diffusers
 from diffquant.convert.dialects import Packed, pack, skip_conflicts
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.policies import policy_for
+from diffquant.convert.recipes import annotate, recipe_rules
 from diffquant.convert.request import Request
 from diffquant.convert.rules import Assignment, Piece, Shape
 from diffquant.convert.targets import Stored, Target
@@ -24,7 +25,7 @@ from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import PolicyError, UnsupportedDtype
 from diffquant.core.tensors import TensorSpec
 from diffquant.quant.formats import FORMATS, format_named, matrix_shape
-from diffquant.quant.policy import Candidate, Decision, flat_shape, resolve
+from diffquant.quant.policy import Candidate, Decision, Policy, flat_shape, resolve
 from diffquant.quant.types import dialect_for
 
 __all__ = [
@@ -173,11 +174,20 @@ def part_steps(
     quantize = request.type is not None and (
         part.name == "denoiser" or request.all_parts or part.name in request.parts
     )
+    exact, refused = recipe_rules(
+        request.recipe, part.name, candidates, request.container, output.dialect
+    )
     if quantize:
         policy = policy_for(architecture, request, target, keys, denoiser=part.name == "denoiser")
-        decisions = resolve(policy, candidates)
+        decisions = resolve(replace(policy, exact=exact), candidates)
     else:
-        decisions = tuple(_cast(one, output) for one in candidates)
+        kept = tuple(_cast(one, output) for one in candidates)
+        asked = resolve(Policy("f32", {}, exact=exact, fallbacks=target.fallbacks), candidates)
+        decisions = tuple(
+            new if one.key in exact else old
+            for one, old, new in zip(candidates, kept, asked, strict=True)
+        )
+    decisions = annotate(decisions, candidates, refused)
     rows = [
         (part.name, key, prefix + a.target, a, decision, tensors)
         for key, a, decision, tensors in zip(keys, assignments, decisions, inputs, strict=True)

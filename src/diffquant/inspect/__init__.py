@@ -1,5 +1,21 @@
-"""Read-only facts about files: what they are, from headers alone. Loads neither torch nor numba."""
+"""Read-only facts about files: what they are, whether they keep their rules, how two differ.
 
+Headers are read without torch and numba; only `diff` decodes weights, and loads what it needs then.
+"""
+
+from diffquant.inspect.audit import AuditReport, audit
 from diffquant.inspect.describe import FileReport, PartReport, StorageCount, describe
+from diffquant.inspect.diff import DIFF_CLASSES, DiffReport, TensorDiff, diff
 
-__all__ = ["FileReport", "PartReport", "StorageCount", "describe"]
+__all__ = [
+    "DIFF_CLASSES",
+    "AuditReport",
+    "DiffReport",
+    "FileReport",
+    "PartReport",
+    "StorageCount",
+    "TensorDiff",
+    "audit",
+    "describe",
+    "diff",
+]

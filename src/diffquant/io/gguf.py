@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,17 @@ from diffquant.io.gguf_values import (
 )
 from diffquant.io.reading import FlatSource, RandomFile, checked_shape
 
-__all__ = ["MAX_NAME_NBYTES", "GgufSource", "create", "open_file", "sniff"]
+__all__ = [
+    "MAX_NAME_NBYTES",
+    "RETIRED_IDS",
+    "GgufHeader",
+    "GgufSource",
+    "TensorInfo",
+    "create",
+    "open_file",
+    "read_header",
+    "sniff",
+]
 
 MAX_NAME_NBYTES = 127
 _MAGIC = b"GGUF"
@@ -58,7 +69,7 @@ _MIN_PAIR_NBYTES = 8 + 4 + 1
 _MIN_INFO_NBYTES = 8 + 4 + 4 + 8
 _NAMES = {number: name for name, number in TYPE_IDS.items()}
 # Ids that ggml gave out and took back: Q4_2, Q4_3, and the repacked Q4_0_N_M and IQ4_NL_N_M.
-_RETIRED_IDS = {4, 5, 31, 32, 33, 36, 37, 38}
+RETIRED_IDS = {4, 5, 31, 32, 33, 36, 37, 38}
 
 
 class GgufSource(FlatSource):
@@ -83,23 +94,17 @@ def open_file(path: Path) -> GgufSource:
     """
     file = RandomFile(path)
     try:
-        cursor = _Cursor(file)
-        if cursor.take(4, "magic") != _MAGIC:
-            raise MalformedFile("does not start with 'GGUF'", path=path)
-        _check_version(cursor.u32("version"), path)
-        tensor_count, pair_count = cursor.u64("tensor count"), cursor.u64("pair count")
-        cursor.check_room(pair_count, _MIN_PAIR_NBYTES, "metadata pairs")
-        typed = _read_pairs(cursor, pair_count)
-        cursor.check_room(tensor_count, _MIN_INFO_NBYTES, "tensors")
+        header = read_header(file)
+        typed = header.pairs
         specs: dict[str, TensorSpec] = {}
         offsets: dict[str, int] = {}
-        for _ in range(tensor_count):
-            spec, offset = _read_info(cursor)
+        for info in header.tensors:
+            spec = _checked_spec(info, path)
             if spec.key in specs:
                 raise MalformedFile(f"tensor {spec.key!r} appears twice", path=path)
-            specs[spec.key], offsets[spec.key] = spec, offset
+            specs[spec.key], offsets[spec.key] = spec, info.offset
         alignment = _checked_alignment(typed, path)
-        start = -(-cursor.position // alignment) * alignment
+        start = -(-header.nbytes // alignment) * alignment
         offsets = {key: start + offset for key, offset in offsets.items()}
         _check_extents(specs, offsets, alignment, file)
     except BaseException:
@@ -114,6 +119,45 @@ def open_file(path: Path) -> GgufSource:
     )
     source.typed_metadata = typed
     return source
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as the header has it, unchecked; dimensions innermost first."""
+
+    key: str
+    dims: tuple[int, ...]
+    type_id: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """A header as it stands; what its tensors say is not checked yet. `nbytes` has no padding."""
+
+    version: int
+    pairs: Mapping[str, GgufValue]
+    tensors: tuple[TensorInfo, ...]
+    nbytes: int
+
+
+def read_header(file: RandomFile) -> GgufHeader:
+    """Read a header without judging its tensors: `open_file` refuses, an audit reports.
+
+    Raises:
+        TruncatedFile, MalformedFile, UnsupportedContainer: it cannot be read to its end.
+    """
+    cursor = _Cursor(file)
+    if cursor.take(4, "magic") != _MAGIC:
+        raise MalformedFile("does not start with 'GGUF'", path=file.path)
+    version = cursor.u32("version")
+    _check_version(version, file.path)
+    tensor_count, pair_count = cursor.u64("tensor count"), cursor.u64("pair count")
+    cursor.check_room(pair_count, _MIN_PAIR_NBYTES, "metadata pairs")
+    pairs = _read_pairs(cursor, pair_count)
+    cursor.check_room(tensor_count, _MIN_INFO_NBYTES, "tensors")
+    tensors = tuple(_read_info(cursor) for _ in range(tensor_count))
+    return GgufHeader(version, pairs, tensors, cursor.position)
 
 
 def _check_version(version: int, path: Path) -> None:
@@ -237,30 +281,33 @@ def _checked_type(cursor: _Cursor, type_id: int, key: str) -> str:
     return name
 
 
-def _read_info(cursor: _Cursor) -> tuple[TensorSpec, int]:
-    """Return one tensor's spec and its offset inside the data."""
+def _read_info(cursor: _Cursor) -> TensorInfo:
     key = cursor.text("a tensor name")
     n_dims = cursor.u32(f"dimensions of {key!r}")
     if n_dims > _MAX_DIMS:
         raise cursor.fail(f"tensor {key!r} has {n_dims} dimensions, at most {_MAX_DIMS} expected")
     dims = struct.unpack(f"<{n_dims}Q", cursor.take(8 * n_dims, f"dimensions of {key!r}"))
     type_id = cursor.u32(f"type of {key!r}")
-    offset = cursor.u64(f"offset of {key!r}")
-    row = GGML_IDS.get(type_id)
+    return TensorInfo(key, dims, type_id, cursor.u64(f"offset of {key!r}"))
+
+
+def _checked_spec(info: TensorInfo, path: Path) -> TensorSpec:
+    key, row = info.key, GGML_IDS.get(info.type_id)
     if row is None:
-        if type_id in _RETIRED_IDS:
+        if info.type_id in RETIRED_IDS:
             raise UnsupportedDtype(
-                f"{cursor.path}: {key!r} has ggml type id {type_id}, which ggml has retired"
+                f"{path}: {key!r} has ggml type id {info.type_id}, which ggml has retired"
             )
-        raise cursor.fail(
-            f"{key!r} has unknown ggml type id {type_id}: damaged, or newer than this program"
+        raise MalformedFile(
+            f"{key!r} has unknown ggml type id {info.type_id}: damaged, or newer than this program",
+            path=path,
         )
-    shape = checked_shape(dims[::-1], key, cursor.path)
+    shape = checked_shape(info.dims[::-1], key, path)
     try:
         storage_nbytes(row.name, shape)
     except UnsupportedShape as error:
-        raise cursor.fail(f"tensor {key!r}: {error}") from None
-    return TensorSpec(key, row.name, shape), offset
+        raise MalformedFile(f"tensor {key!r}: {error}", path=path) from None
+    return TensorSpec(key, row.name, shape)
 
 
 def _checked_alignment(typed: Mapping[str, GgufValue], path: Path) -> int:

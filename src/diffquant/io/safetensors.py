@@ -33,7 +33,15 @@ from diffquant.core.tensors import TensorSpec
 from diffquant.io.atomic import FlatSink, PartialFile, unique_specs
 from diffquant.io.reading import FlatSource, RandomFile, checked_shape
 
-__all__ = ["MAX_HEADER_NBYTES", "create", "open_file", "parse_json", "sniff"]
+__all__ = [
+    "MAX_HEADER_NBYTES",
+    "checked_entry",
+    "create",
+    "open_file",
+    "parse_json",
+    "read_header",
+    "sniff",
+]
 
 MAX_HEADER_NBYTES = 100_000_000
 _METADATA = "__metadata__"
@@ -61,12 +69,12 @@ def open_file(path: Path) -> FlatSource:
     """
     file = RandomFile(path)
     try:
-        start, header = _read_header(file)
+        start, header = read_header(file)
         metadata = _checked_metadata(header.pop(_METADATA, {}), path)
         specs: dict[str, TensorSpec] = {}
         offsets: dict[str, int] = {}
         for key, entry in header.items():
-            spec, begin = _checked_entry(key, entry, path)
+            spec, begin = checked_entry(key, entry, path)
             specs[key], offsets[key] = spec, start + begin
         _check_tiles(specs, offsets, start, file)
     except BaseException:
@@ -75,8 +83,12 @@ def open_file(path: Path) -> FlatSource:
     return FlatSource(file, "safetensors", specs=specs, offsets=offsets, metadata=metadata)
 
 
-def _read_header(file: RandomFile) -> tuple[int, dict[str, Any]]:
-    """Return where the data starts and the parsed header."""
+def read_header(file: RandomFile) -> tuple[int, dict[str, Any]]:
+    """Return where the data starts and the parsed header, its entries unchecked.
+
+    Raises:
+        TruncatedFile, MalformedFile: there is no header, or it is not one JSON object.
+    """
     if file.size < 8:
         raise TruncatedFile(
             f"{file.size} bytes, a safetensors file has at least 10", path=file.path
@@ -141,8 +153,13 @@ def _checked_metadata(metadata: object, path: Path) -> dict[str, str]:
     return metadata
 
 
-def _checked_entry(key: str, entry: object, path: Path) -> tuple[TensorSpec, int]:
-    """Return the spec and where its data begins, counted from the start of the data."""
+def checked_entry(key: str, entry: object, path: Path) -> tuple[TensorSpec, int]:
+    """Return the spec and where its data begins, counted from the start of the data.
+
+    Raises:
+        MalformedFile: the entry breaks a rule.
+        UnsupportedDtype: a dtype that the format has and STORAGE lacks.
+    """
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise MalformedFile(f"entry {key!r} must have exactly {sorted(_FIELDS)}", path=path)
     dtype = entry["dtype"]

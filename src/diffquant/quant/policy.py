@@ -7,7 +7,7 @@ taken (facts on row lengths: city96/ComfyUI-GGUF@795e451:tools/lcpp.patch:227-25
 
 Order, first match wins:
 
-1. user rules (`--exclude`, `--tensor-type REGEX=FORMAT`), in the order given;
+1. user rules (`--exclude`, `--tensor-type REGEX=FORMAT`), in the order given, then the recipe's;
 2. not floating point: stored as it is;
 3. vectors, raw parameters, tables and tiny tensors: high precision;
 4. the architecture's keep list: high precision;
@@ -132,6 +132,7 @@ class Policy:
         families: (name, pattern) rows of the architecture, exclusive, in order.
         keep: the architecture's high-precision rows.
         user: rules from the command line.
+        exact: canonical key -> a recipe's rule, looked up and not searched; after `user`.
         convs: whether tensors of more than two dimensions are quantized.
         vector: format of vectors, tiny tensors and raw parameters; "" keeps the source's.
         high: format of kept weights: "conv" for convolutions, else by source format, else "*"; what
@@ -156,6 +157,7 @@ class Policy:
     edges: tuple[str, str] | None = None
     fallbacks: Mapping[str, str] = field(default_factory=lambda: FALLBACKS)
     reshape: bool = False
+    exact: Mapping[str, Rule] = field(default_factory=dict)
 
 
 def flat_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -180,15 +182,16 @@ def resolve(policy: Policy, candidates: Sequence[Candidate]) -> tuple[Decision, 
 
 
 def _decide(policy: Policy, one: Candidate, counts: dict[str, int]) -> Decision:
-    for rule in policy.user:
-        if re.search(rule.pattern, one.key):
-            if rule.format is None:
-                vector = len(one.shape) < 2 and bool(one.dtype)
-                return (_vector if vector else _keep)(policy, one, rule.reason)
-            if len(one.shape) < 2 and format_named(rule.format).check(one.shape):
-                kept = _vector(policy, one, f"{rule.reason}; a vector is not packed")
-                return Decision(kept.format, kept.reason, rule.format)
-            return _fit(policy, rule.format, one, rule.reason)
+    rule = next((r for r in policy.user if re.search(r.pattern, one.key)), None)
+    rule = rule or policy.exact.get(one.key)
+    if rule is not None:
+        if rule.format is None:
+            vector = len(one.shape) < 2 and bool(one.dtype)
+            return (_vector if vector else _keep)(policy, one, rule.reason)
+        if len(one.shape) < 2 and format_named(rule.format).check(one.shape):
+            kept = _vector(policy, one, f"{rule.reason}; a vector is not packed")
+            return Decision(kept.format, kept.reason, rule.format)
+        return _fit(policy, rule.format, one, rule.reason)
     if not one.dtype:
         return Decision("", "not floating point: copied")
     cast = FORMATS[policy.base].is_cast

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diffquant.convert.canonical_rows import canonical_rows
 from diffquant.convert.detect import PartMatch, to_canonical
 from diffquant.convert.jobs import opened
 from diffquant.convert.logical import LogicalSource
@@ -188,7 +188,7 @@ def _compare_weights(
         step = max(_ROWS_AT_ONCE // max(k, 1), 1)
         for start in range(0, n, step):
             span = (start, min(start + step, n))
-            stats.add(_rows(left, theirs, span), _rows(right, mine, span))
+            stats.add(canonical_rows(left, theirs, span), canonical_rows(right, mine, span))
             progress.advance((span[1] - start) * k, theirs.target)
         stored = tensor.format or tensor.dtype.lower()
         error = stats.relative_rmse
@@ -205,27 +205,3 @@ def _compare_weights(
         compared=len(rows),
         worst=tuple(worst[:_WORST]),
     )
-
-
-def _rows(
-    logical: LogicalSource, assignment: Assignment, rows: tuple[int, int]
-) -> NDArray[np.float32]:
-    """Rows of a canonical weight as (R, K) float32, whatever pieces it is stored in."""
-    n, k = matrix_shape(assignment.shape)
-    if len(assignment.shape) < 2 or assignment.transpose:
-        found = []
-        for piece in assignment.pieces:
-            values = logical.read(piece.key)
-            shape = logical.tensors[piece.key].shape
-            flat = values.reshape(shape[0] if shape else 1, -1)
-            found.append(flat[piece.start : piece.stop])
-        whole = np.concatenate(found)
-        return (whole.T if assignment.transpose else whole).reshape(n, k)[rows[0] : rows[1]]
-    found, at = [], 0
-    for piece in assignment.pieces:
-        length = piece.stop - piece.start
-        start, stop = max(rows[0] - at, 0), min(rows[1] - at, length)
-        if start < stop:
-            found.append(logical.read(piece.key, (piece.start + start, piece.start + stop)))
-        at += length
-    return np.concatenate(found).reshape(rows[1] - rows[0], k)
