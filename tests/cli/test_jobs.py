@@ -129,7 +129,10 @@ def test_recipes_go_out_and_come_back(command, flux, tmp_path):
     for origin in (recipe, a):
         ran = command("quantize", flux, "-o", b, "--recipe-from", origin, "--force")
         assert (ran.code, ran.err) == (0, "")
-        assert b.read_bytes() == a.read_bytes()
+        with open_source(a) as first, open_source(b) as second:
+            assert list(first.specs.items()) == list(second.specs.items())
+            assert all(bytes(first.read(k)) == bytes(second.read(k)) for k in first.specs)
+            assert second.metadata["diffquant.policy"] == "recipe"
     again = command(
         "quantize", flux, "-o", b, "--recipe-from", a, "--emit-recipe", recipe, "--force"
     )

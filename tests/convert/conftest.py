@@ -10,8 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffquant.convert.detect import Match, to_canonical
+from diffquant.convert.logical import LogicalSource
 from diffquant.core.tensors import TensorSpec
 from diffquant.io import open_sink, open_source
+from diffquant.io.importance import Entry, ImportanceMatrix
+from diffquant.quant.formats import FORMATS, matrix_shape
+from diffquant.quant.types import type_named
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 _NAMES = {"<f4": "F32", "<f2": "F16", "<f8": "F64", "|u1": "U8", "|i1": "I8", "<i8": "I64"}
@@ -74,3 +79,24 @@ def digest() -> Callable[[Path], dict[str, str]]:
         }
 
     return of
+
+
+def _even_matrix(logical: LogicalSource, match: Match) -> ImportanceMatrix:
+    """Ones for every column of the denoiser, for formats that cannot be encoded without."""
+    (part,) = (one for one in match.parts if one.name == "denoiser")
+    entries = {
+        one.target: Entry(np.ones((1, matrix_shape(one.shape)[1])), np.array([1]))
+        for one in to_canonical(part)
+    }
+    return ImportanceMatrix(entries, files=("ones.gguf",))
+
+
+@pytest.fixture(scope="session")
+def matrix_for() -> Callable[[str, LogicalSource, Match], ImportanceMatrix | None]:
+    """The importance matrix a type needs on an opened source: None where it can do without."""
+
+    def make(name: str, logical: LogicalSource, match: Match) -> ImportanceMatrix | None:
+        needs = {FORMATS[one].importance for one in type_named(name).formats}
+        return _even_matrix(logical, match) if "required" in needs else None
+
+    return make

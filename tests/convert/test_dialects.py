@@ -27,7 +27,9 @@ def encoded(dialect, fmt, shape, write, path):
     n = shape[0]
     weight = rng.standard_normal((n, int(np.prod(shape)) // n), np.float32)
     codec = FORMATS[fmt].codec
-    parts = backend(codec, "encode")(weight, fmt=fmt)
+    needs = FORMATS[fmt].importance == "required"
+    extra = {"importance": np.ones(weight.shape[1], np.float32)} if needs else {}
+    parts = backend(codec, "encode")(weight, fmt=fmt, **extra)
     decoded = backend(codec, "decode")(parts, weight.shape, fmt=fmt)
     tensors = {}
     for one in pack(dialect, "l.weight", fmt, shape, "bf16"):

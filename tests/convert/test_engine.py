@@ -109,11 +109,15 @@ def run(path, plan, **options):
 
 @pytest.mark.parametrize("model", ["sd15-shapes", "flux1-shapes"])
 @pytest.mark.parametrize(("name", "container"), CASES)
-def test_written_bytes_are_the_planned_bytes(examples, tmp_path, model, name, container):
+def test_written_bytes_are_the_planned_bytes(
+    examples, tmp_path, matrix_for, model, name, container
+):
     """Through run_job, which re-opens the output and compares names, shapes and every chunk."""
     out = tmp_path / f"out{SUFFIX[container]}"
     wanted = Request(container, type=type_named(name), parts=("denoiser",))
-    report = run_job(examples / model, out, wanted, workers=2)
+    with opened(examples / model) as (_, logical, match):
+        matrix = matrix_for(name, logical, match)
+    report = run_job(examples / model, out, wanted, workers=2, matrix=matrix)
     with open_source(out) as source:
         assert sum(spec.nbytes for spec in source.specs.values()) == report.nbytes
     assert report.nbytes == sum(row.nbytes for row in report.tensors)
@@ -149,12 +153,14 @@ def test_cutting_a_weight_changes_no_byte(tmp_path, write, monkeypatch, fmt, sha
     rng = np.random.default_rng(3)
     path = write(tmp_path / "w.safetensors", {"w.weight": rng.standard_normal(shape, np.float32)})
     plan = one_step(fmt, shape)
-    whole, (result,) = run(path, plan, workers=1)
+    ones = np.ones(math.prod(shape) // shape[0], np.float32)
+    importance = {"w.weight": ones} if row.importance == "required" else {}
+    whole, (result,) = run(path, plan, workers=1, importance=importance)
     monkeypatch.setattr(cutting, "CHUNK", 150)
     pieces = cutting.chunks_of(plan.steps[0])
     assert all(start % row.row_multiple(shape) == 0 for start, _ in pieces)
     for workers in (1, 2, 3):
-        cut, (again,) = run(path, plan, workers=workers)
+        cut, (again,) = run(path, plan, workers=workers, importance=importance)
         assert cut == whole
         assert again.error == pytest.approx(result.error, rel=1e-6, abs=1e-12)
     for one in plan.steps[0].packed:

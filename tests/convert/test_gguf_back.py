@@ -142,7 +142,7 @@ def test_to_gguf_blocks_are_copied_and_keys_kept(written, tmp_path, name, prefix
     path, expected = written(name, prefix)
     out = tmp_path / "a.gguf"
     report = run_job(path, out, Request("gguf"))
-    assert report.warnings == ()
+    assert all(text.startswith("written for") for text in report.warnings)  # not for every reader
     with open_source(out) as source:
         for key, (x, raw) in expected.items():
             data = source.read(key)  # bare in the output, whatever they were

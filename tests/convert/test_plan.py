@@ -36,10 +36,11 @@ def blind(path):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("name", "container"), CASES)
-def test_plans_of_every_type_are_pure_and_add_up(examples, model, name, container):
+def test_plans_of_every_type_are_pure_and_add_up(examples, matrix_for, model, name, container):
     kind = type_named(name)
     with blind(examples / model) as (logical, match):
-        plan = make_plan(logical, match, Request(container, type=kind))
+        matrix = matrix_for(name, logical, match)
+        plan = make_plan(logical, match, Request(container, type=kind), matrix=matrix)
     denoiser = plan.part_steps("denoiser")
     weights = sum(np.prod(shape) for shape in match.part("denoiser").shapes.values())
     assert sum(step.parameters for step in denoiser) == weights
@@ -51,7 +52,7 @@ def test_plans_of_every_type_are_pure_and_add_up(examples, model, name, containe
             assert step.stored == step.decision.format
             held = sum(one.spec.nbytes for one in step.packed if one.part)
             assert held == FORMATS[step.stored].nbytes(step.assignment.shape)
-    wanted = {kind.base, *(f for _, a, b in kind.mix.values() for f in (a, b))}
+    wanted = kind.formats
     got = sum(step.parameters for step in denoiser if step.stored in wanted)
     assert plan.mixed == (not FORMATS[kind.base].is_cast and got * 2 < weights)
     assert plan.mixed == any("MIXED" in text for text in plan.warnings)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from diffquant.convert import engine
+from diffquant.convert import cutting
 from diffquant.convert.detect import detect
 from diffquant.convert.gguf_metadata import check_arrays
 from diffquant.convert.jobs import opened, run_job
@@ -416,13 +416,13 @@ def test_files_of_every_target_keep_comfyuis_rules(examples, model, target, tmp_
 
 def test_chunks_of_reshaped_tensors_make_the_same_bytes(reshaped, examples, tmp_path, monkeypatch):
     path, _ = reshaped
-    monkeypatch.setattr(engine, "CHUNK", 3000)
+    monkeypatch.setattr(cutting, "CHUNK", 3000)
     again = tmp_path / "again.gguf"
     request = Request("gguf", type=type_named("q4_k_s"), target="comfyui-gguf")
     with opened(examples / "sd15-shapes") as (_, logical, match):
         plan = make_plan(logical, match, request)
         flat = [step for step in plan.steps if step.flat]
-        assert max(len(engine._chunks(step)) for step in flat) > 10
+        assert max(len(cutting.chunks_of(step)) for step in flat) > 10
         assert {step.row_multiple for step in flat} == {2, 4}
     run_job(examples / "sd15-shapes", again, request)
     assert again.read_bytes() == path.read_bytes()

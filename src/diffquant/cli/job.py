@@ -19,6 +19,7 @@ _POLICIES = {
     "published": "published (the peers' mix)",
     "uniform": "uniform (ours: no mix is published for this type)",
     "tuned": "tuned (ours)",
+    "recipe": "as the recipe says",
 }
 
 

@@ -41,7 +41,9 @@ def losses(logical: LogicalSource, steps: Sequence[Step], request: Request) -> l
         out.append(f"weights that were quantized before keep that rounding: {listed}")
     metadata = logical.source.metadata
     if _KEEP.get(logical.source.container) != request.container:
-        lost = [key for key in metadata if not key.startswith((*DESCRIBES_ENCODING, *_OURS))]
+        names = {key: key.rpartition("/")[2] for key in metadata}  # folders: "unet/format"
+        ours = (*DESCRIBES_ENCODING, *_OURS)
+        lost = [key for key, name in names.items() if not name.startswith(ours)]
         if lost:
             out.append(
                 f"{len(lost)} header keys have no place in a {request.container} output: "

@@ -190,6 +190,8 @@ def _policy_label(architecture: Architecture, request: Request) -> str:
     kind = request.type
     if kind is None or FORMATS[kind.base].is_cast:
         return ""
+    if request.recipe is not None:
+        return "recipe"
     if request.policy == "tuned" and architecture.is_tuned:
         label = "tuned"
     elif request.pure and (kind.mix or kind.edge):

@@ -191,8 +191,7 @@ _ROWS = (
     ),
 )
 
-# A type is offered once FORMATS has every format it names.
-TYPES: dict[str, QuantType] = {row.name: row for row in _ROWS if row.formats <= FORMATS.keys()}
+TYPES: dict[str, QuantType] = {row.name: row for row in _ROWS}
 
 # As llama-quantize has them: ggml-org/llama.cpp tools/quantize/quantize.cpp, QUANT_OPTIONS.
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
