@@ -142,6 +142,11 @@ def measure_type(
         for name, command in programs.items():
             out = source.with_name("out.gguf")
             found = one_run(command(kind, source, out), out)
+            print(
+                f"turn {turn}: {name} {kind} {found['seconds']:.1f} s, {found['cpu_s']:.1f} CPU s",
+                file=sys.stderr,
+                flush=True,
+            )
             if turn:
                 runs[name].append(found)
             else:
