@@ -59,6 +59,15 @@ def test_what_is_packed_is_bound_again(tmp_path, write, dialect, fmt, shape):
         assert logical.warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("dialect", "fmt"),
+    [("comfy", "nf4"), ("plain", "nf4"), ("gguf", "nf4"), ("bnb", "int8_rowwise")],
+)
+def test_a_format_is_refused_where_its_scales_have_no_place(dialect, fmt):
+    with pytest.raises(PolicyError, match=f"no place for the (absmax|scale) of {fmt}"):
+        pack(dialect, "l.weight", fmt, (4, 64), "f16")
+
+
 @pytest.mark.parametrize("dialect", ["comfy", "bnb"])
 def test_only_layer_weights_are_packed(dialect):
     fmt = "nf4" if dialect == "bnb" else "int8_rowwise"

@@ -156,4 +156,11 @@ def pack(dialect: str, key: str, fmt: str, shape: Shape, source: str) -> tuple[P
     Raises:
         PolicyError: the dialect cannot hold the format under this key.
     """
-    return DIALECTS[dialect](key, fmt, shape, _TORCH_NAMES.get(source, "float32"))
+    packed = DIALECTS[dialect](key, fmt, shape, _TORCH_NAMES.get(source, "float32"))
+    lost = {part.name for part in format_named(fmt).parts} - {one.part for one in packed}
+    if lost:  # without them the numbers could not be decoded again
+        raise PolicyError(
+            f"{key}: the {dialect} dialect has no place for the {' and '.join(sorted(lost))} of "
+            f"{fmt}; choose another format or container for it"
+        )
+    return packed
