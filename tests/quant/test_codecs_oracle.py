@@ -81,6 +81,26 @@ def test_blocks_with_importance_equal_ggmls(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1e8, 1e12, 1e19, 3e37])
+@pytest.mark.parametrize("name", ["q3_k", "q6_k"])
+def test_sums_that_overflow_leave_ggmls_scales(
+    name: str,
+    scale: float,
+    device: str,
+    awkward: Mapping[str, np.ndarray],
+    importances: Mapping[str, np.ndarray],
+    ggml_encode: Callable[..., np.ndarray],
+) -> None:
+    # Squares and cubes become infinite, scales not a number: ggml takes the largest of the others.
+    weight = awkward["gaussian"] * np.float32(scale * 50)
+    assert np.isfinite(weight).all()
+    for importance in (None, importances["mean squares"]):
+        extra = {} if importance is None else {"importance": importance}
+        found = backend(name, "encode", device)(weight, fmt=name, **extra)["weight"]
+        assert bits(found) == bits(ggml_encode(name, weight, importance))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", GGML)
 def test_decoded_blocks_equal_ggufs(
     name: str, device: str, awkward: Mapping[str, np.ndarray]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from diffquant.quant.codecs.arrays import Float32, Int32
-from diffquant.quant.codecs.fields import nearest_int
+from diffquant.quant.codecs.fields import nearest_int, peak
 from diffquant.quant.codecs.scale_search import GROUP_MAX_EPS, sum_rows
 
 __all__ = ["ROUNDS", "descent_search"]
@@ -31,11 +31,10 @@ def descent_search(x: Float32, half: int) -> tuple[Float32, Int32]:
     Returns:
         scale (B,), of either sign; levels (n, B), all 0 where nothing reaches GROUP_MAX_EPS.
     """
-    index = np.abs(x).argmax(axis=0)
-    peak = np.take_along_axis(x, index[None], axis=0)[0]
+    top = peak(x.T)[:, 0]
     weight = x * x
     weighted = weight * x
-    levels = np.clip(nearest_int(_F(-half) / peak * x), -half, half - 1).astype(np.float32)
+    levels = np.clip(nearest_int(_F(-half) / top * x), -half, half - 1).astype(np.float32)
     sum_lx = sum_rows(weighted * levels)
     sum_l2 = sum_rows(weight * levels * levels)
     for _ in range(ROUNDS):
@@ -51,6 +50,6 @@ def descent_search(x: Float32, half: int) -> tuple[Float32, Int32]:
             levels[i] = np.where(better, trial, levels[i])
             sum_lx = np.where(better, trial_lx, sum_lx)
             sum_l2 = np.where(better, trial_l2, sum_l2)
-    empty = np.abs(peak) < GROUP_MAX_EPS
+    empty = np.abs(top) < GROUP_MAX_EPS
     scale: Float32 = np.where(~empty & (sum_l2 > 0), sum_lx / sum_l2, _F(0))
     return scale, np.where(empty, 0, levels.astype(np.int32) + half)

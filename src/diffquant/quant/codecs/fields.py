@@ -60,10 +60,11 @@ def read_fifth_bits(packed: Bytes) -> Bytes:
 
 
 def peak(blocks: Float32) -> Float32:
-    """(B, n) -> (B, 1): the first element of largest magnitude, sign kept; +0 for a zero block."""
-    index = np.abs(blocks).argmax(axis=1, keepdims=True)
+    """(B, n) -> (B, 1): first element of largest magnitude, sign kept; +0 for zeros and NaN."""
+    size = np.where(np.isnan(blocks), np.float32(0), np.abs(blocks))  # C's > passes NaN over
+    index = size.argmax(axis=1, keepdims=True)
     found = np.take_along_axis(blocks, index, axis=1)
-    return np.where(found == 0, np.float32(0), found)
+    return np.where(np.take_along_axis(size, index, axis=1) == 0, np.float32(0), found)
 
 
 def spread(blocks: Float32) -> tuple[Float32, Float32]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from diffquant.quant.codecs.arrays import Float32, Int32
-from diffquant.quant.codecs.fields import nearest_int
+from diffquant.quant.codecs.fields import nearest_int, peak
 
 __all__ = ["GROUP_MAX_EPS", "sum_rows", "symmetric_search"]
 
@@ -41,13 +41,12 @@ def symmetric_search(x: Float32, half: int, weight: Float32 | None = None) -> tu
     Returns:
         scale (B,), of either sign; levels (n, B), all 0 where the scale is 0.
     """
-    index = np.abs(x).argmax(axis=0)
-    peak = np.take_along_axis(x, index[None], axis=0)[0]
+    top = peak(x.T)[:, 0]
     weight = x * x if weight is None else weight
     levels = scale = best = None
     for step in (0, *range(-9, 0), *range(1, 10)):
         intervals = _F(half) + _F(_F(0.1) * _F(step))
-        trial = np.clip(nearest_int(-intervals / peak * x), -half, half - 1)
+        trial = np.clip(nearest_int(-intervals / top * x), -half, half - 1)
         level = trial.astype(np.float32)
         sum_lx = sum_rows(weight * x * level) + _F(0)  # C starts from +0: nothing but -0 adds to +0
         sum_l2 = sum_rows(weight * level * level)
@@ -62,5 +61,5 @@ def symmetric_search(x: Float32, half: int, weight: Float32 | None = None) -> tu
         best = np.where(better, fit * sum_lx, best)
     assert levels is not None
     assert scale is not None
-    empty = np.abs(peak) < GROUP_MAX_EPS
+    empty = np.abs(top) < GROUP_MAX_EPS
     return np.where(empty, _F(0), scale), np.where(empty, 0, levels + half)

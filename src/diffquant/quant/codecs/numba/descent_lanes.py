@@ -16,7 +16,7 @@ import numpy as np
 from diffquant.quant.codecs.arrays import Float32
 from diffquant.quant.codecs.descent_search import ROUNDS
 from diffquant.quant.codecs.numba.compile import inlined, kernel
-from diffquant.quant.codecs.numba.floats import magnitude_bits, nearest_int, select
+from diffquant.quant.codecs.numba.floats import nearest_int, select
 from diffquant.quant.codecs.numba.lanes import LANES
 from diffquant.quant.codecs.scale_search import GROUP_MAX_EPS
 
@@ -54,7 +54,7 @@ def _start(grid: Float32, state: Float32, half: np.int32) -> None:
     for i in range(_SIZE):
         for k in range(LANES):
             x, peak = grid[i, k], state[PEAK, k]
-            above = np.int32(-np.int32(magnitude_bits(x) > magnitude_bits(peak)))
+            above = np.int32(-np.int32(abs(x) > abs(peak)))  # never of NaN
             state[PEAK, k] = select(above, x, peak)
     for k in range(LANES):
         state[SCALE, k] = np.float32(np.float32(-half) / state[PEAK, k])

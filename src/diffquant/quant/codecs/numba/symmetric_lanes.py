@@ -14,7 +14,7 @@ import numpy as np
 
 from diffquant.quant.codecs.arrays import Float32
 from diffquant.quant.codecs.numba.compile import inlined, kernel
-from diffquant.quant.codecs.numba.floats import magnitude_bits, nearest_int, select
+from diffquant.quant.codecs.numba.floats import nearest_int, select
 from diffquant.quant.codecs.numba.lanes import LANES
 from diffquant.quant.codecs.scale_search import GROUP_MAX_EPS
 
@@ -56,7 +56,7 @@ def _prepare(grid: Float32, state: Float32, size: int, weighted: bool) -> None:
     for i in range(size):
         for k in range(LANES):
             x, peak = grid[i, k], state[PEAK, k]
-            above = np.int32(-np.int32(magnitude_bits(x) > magnitude_bits(peak)))
+            above = np.int32(-np.int32(abs(x) > abs(peak)))  # never of NaN
             state[PEAK, k] = select(above, x, peak)
     if not weighted:
         for i in range(size):
