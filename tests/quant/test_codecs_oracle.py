@@ -92,7 +92,7 @@ def test_sums_that_overflow_leave_ggmls_scales(
     ggml_encode: Callable[..., np.ndarray],
 ) -> None:
     # Squares and cubes become infinite, scales not a number: ggml takes the largest of the others.
-    weight = awkward["gaussian"] * np.float32(scale * 50)
+    weight = awkward["gaussian"] * np.float32(50) * np.float32(scale)
     assert np.isfinite(weight).all()
     for importance in (None, importances["mean squares"]):
         extra = {} if importance is None else {"importance": importance}
