@@ -5,10 +5,15 @@ import torch
 from diffquant.core.dtypes import STORAGE
 from diffquant.quant.backends import backend
 from diffquant.quant.formats import FORMATS
-from diffquant.runtime.control import damaged, shuffle
+from diffquant.runtime.control import SCALE_BYTES, damaged, shuffle
 from diffquant.runtime.layers import PackedWeight, QuantLinear, Segment
 
-GGML = tuple(name for name, row in FORMATS.items() if STORAGE[row.parts[0].dtype].is_block)
+BLOCKS = {
+    name: STORAGE[row.parts[0].dtype]
+    for name, row in FORMATS.items()
+    if STORAGE[row.parts[0].dtype].is_block
+}
+ENCODED = tuple(name for name, row in FORMATS.items() if row.encodes)
 
 
 def segment(name, rows=8, columns=512):
@@ -16,7 +21,9 @@ def segment(name, rows=8, columns=512):
     weight *= np.linspace(0.1, 4, rows, dtype=np.float32)[:, None]  # scales that differ
     row = FORMATS[name]
     stats = backend(row.codec, "reduce")(weight, fmt=name) if row.passes == 2 else None
-    parts = backend(row.codec, "encode")(weight, stats, fmt=name)
+    needs = row.importance == "required"
+    extra = {"importance": np.ones(columns, np.float32)} if needs else {}
+    parts = backend(row.codec, "encode")(weight, stats, fmt=name, **extra)
     tensors = {}
     for part in row.parts:
         data = torch.from_numpy(np.ascontiguousarray(parts[part.name]))
@@ -33,7 +40,7 @@ def error(one, other):
     return float((left - right).norm() / left.norm())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ENCODED)
 def test_shuffling_damages_every_format(name):
     one = segment(name)
     before = one.dequantize(torch.float32).clone()
@@ -41,12 +48,19 @@ def test_shuffling_damages_every_format(name):
     assert torch.equal(one.dequantize(torch.float32), before)  # the original is untouched
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ENCODED)
 def test_shuffling_rows_damages_every_format(name):
     assert error(segment(name), shuffle(segment(name), torch.Generator(), rows=True)) > 0.3
 
 
-@pytest.mark.parametrize("name", GGML)
+def test_every_block_format_says_where_its_scales_are():
+    assert {name: row.block_nbytes for name, row in BLOCKS.items()} == {
+        name: size for name, (size, _, _) in SCALE_BYTES.items()
+    }
+    assert all(0 <= start < stop <= size for size, start, stop in SCALE_BYTES.values())
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if FORMATS[name].encodes])
 def test_only_scale_bytes_move_in_block_formats(name):
     one = segment(name)
     other = shuffle(one, torch.Generator().manual_seed(0))
