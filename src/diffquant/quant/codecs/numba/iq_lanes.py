@@ -65,11 +65,11 @@ def weigh(grid: Float32, state: Float32, size: int, weighted: bool) -> None:
     for i in range(size):
         for k in range(LANES):
             x = grid[i, k]
-            grid[3 * size + i, k] = np.float32(state[SIGMA, k] + np.float32(x * x))
+            grid[3 * size + i, k] = state[SIGMA, k] + (x * x)
         if weighted:
             for k in range(LANES):
                 root = np.sqrt(grid[3 * size + i, k])
-                grid[3 * size + i, k] = np.float32(grid[size + i, k] * root)
+                grid[3 * size + i, k] = grid[size + i, k] * root
         for k in range(LANES):
             weight = grid[3 * size + i, k]
             grid[size + i, k] = weight
@@ -95,7 +95,7 @@ def split_signs(grid: Float32, state: Float32, size: int, even: bool, signs: Int
             if even:
                 for k in range(LANES):
                     x = grid[at, k]
-                    loss = np.float32(np.float32(grid[size + at, k] * x) * x)
+                    loss = (grid[size + at, k] * x) * x
                     odd = np.int32(np.int32(signs[eight, k] >> np.int32(i)) & np.int32(1))
                     state[_TRIAL, k] += np.float32(odd)
                     less = np.int32(-np.int32(loss < state[_ERROR, k]))
@@ -120,12 +120,12 @@ def split_signs(grid: Float32, state: Float32, size: int, even: bool, signs: Int
         for k in range(LANES):
             x = grid[i, k]
             state[LARGEST, k] = x if x > state[LARGEST, k] else state[LARGEST, k]
-            grid[2 * size + i, k] = np.float32(grid[size + i, k] * x)
+            grid[2 * size + i, k] = grid[size + i, k] * x
 
 
 @inlined
 def _fit_level(x: np.float32, iscale: np.float32) -> np.float32:
-    level = np.float32(nearest_int(np.float32(iscale * x)))
+    level = np.float32(nearest_int(iscale * x))
     return level if level < _FIT_TOP else _FIT_TOP
 
 
@@ -138,16 +138,16 @@ def _byte(level: np.float32) -> np.float32:
 @inlined
 def _fit_error(grid: Float32, state: Float32, size: int, mask: np.int32, highest: np.int32) -> None:
     for k in range(LANES):
-        state[_TRIAL_SCALE, k] = np.float32(_ONE / state[_TRIAL, k])
+        state[_TRIAL_SCALE, k] = _ONE / state[_TRIAL, k]
         state[_SUM_QX, k] = _ZERO
     for i in range(size):
         for k in range(LANES):
             x = grid[i, k]
-            whole = np.int32(nearest_int(np.float32(state[_TRIAL, k] * x)) & mask)
+            whole = np.int32(nearest_int(state[_TRIAL, k] * x) & mask)
             level = np.float32(whole if whole < highest else highest)
-            diff = np.float32(x - np.float32(state[_TRIAL_SCALE, k] * level))
-            term = np.float32(np.float32(grid[size + i, k] * diff) * diff)
-            state[_SUM_QX, k] = np.float32(state[_SUM_QX, k] + term)
+            diff = x - (state[_TRIAL_SCALE, k] * level)
+            term = (grid[size + i, k] * diff) * diff
+            state[_SUM_QX, k] = state[_SUM_QX, k] + term
 
 
 @inlined
@@ -155,15 +155,13 @@ def fit_scale(grid: Float32, state: Float32, size: int, level: Float32) -> None:
     """make_qp_quants: SCALE from a fit on levels 0 to 4; level (size, LANES) is scratch."""
     for k in range(LANES):
         state[_ERROR, k] = np.float32(np.inf)
-        state[_ISCALE, k] = np.float32(_FIT_TOP / state[LARGEST, k])
+        state[_ISCALE, k] = _FIT_TOP / state[LARGEST, k]
     for turn in range(9):
         # First the grid that reaches the largest element, its levels in bytes and not clamped.
         step = turn - 5 if turn < 5 else turn - 4
-        intervals = (
-            _FIT_TOP if turn == 0 else np.float32(np.float32(_TENTH * np.float32(step)) + _FIT_TOP)
-        )
+        intervals = _FIT_TOP if turn == 0 else (_TENTH * np.float32(step)) + _FIT_TOP
         for k in range(LANES):
-            state[_TRIAL, k] = np.float32(intervals / state[LARGEST, k])
+            state[_TRIAL, k] = intervals / state[LARGEST, k]
         mask, highest = (np.int32(255), np.int32(255)) if turn == 0 else (np.int32(-1), np.int32(4))
         _fit_error(grid, state, size, mask, highest)
         for k in range(LANES):
@@ -177,13 +175,13 @@ def fit_scale(grid: Float32, state: Float32, size: int, level: Float32) -> None:
         for k in range(LANES):
             found = _fit_level(grid[i, k], state[_ISCALE, k])
             level[i, k] = _byte(found)
-            state[_SUM_QX, k] += np.float32(grid[2 * size + i, k] * found)
-            state[_SUM_Q2, k] += np.float32(np.float32(grid[size + i, k] * found) * found)
+            state[_SUM_QX, k] += grid[2 * size + i, k] * found
+            state[_SUM_Q2, k] += (grid[size + i, k] * found) * found
     for _ in range(5):
         for i in range(size):
             _improve_level(grid, state, size, i, level)
     for k in range(LANES):
-        fit = np.float32(state[_SUM_QX, k] / state[_SUM_Q2, k])
+        fit = state[_SUM_QX, k] / state[_SUM_Q2, k]
         scale = fit if state[_SUM_Q2, k] > _ZERO else _ZERO
         state[SCALE, k] = _ZERO if state[LARGEST, k] < _EPS else scale
 
@@ -193,13 +191,13 @@ def _improve_level(grid: Float32, state: Float32, size: int, i: int, level: Floa
     for k in range(LANES):
         x, w, wx, have = grid[i, k], grid[size + i, k], grid[2 * size + i, k], level[i, k]
         sum_lx, sum_l2 = state[_SUM_QX, k], state[_SUM_Q2, k]
-        rest_lx = np.float32(sum_lx - np.float32(wx * have))
-        rest_l2 = np.float32(sum_l2 - np.float32(np.float32(w * have) * have))
-        wanted = _fit_level(np.float32(np.float32(x * rest_l2) / rest_lx), _ONE)
-        new_lx = np.float32(rest_lx + np.float32(wx * wanted))
-        new_l2 = np.float32(rest_l2 + np.float32(np.float32(w * wanted) * wanted))
-        gain = np.float32(np.float32(new_lx * new_lx) * sum_l2)
-        old = np.float32(np.float32(sum_lx * sum_lx) * new_l2)
+        rest_lx = sum_lx - (wx * have)
+        rest_l2 = sum_l2 - ((w * have) * have)
+        wanted = _fit_level((x * rest_l2) / rest_lx, _ONE)
+        new_lx = rest_lx + (wx * wanted)
+        new_l2 = rest_l2 + ((w * wanted) * wanted)
+        gain = (new_lx * new_lx) * sum_l2
+        old = (sum_lx * sum_lx) * new_l2
         positive = np.int32(np.int32(rest_lx > _ZERO) & np.int32(rest_l2 > _ZERO))
         moves = np.int32(np.int32(wanted != have) & np.int32(gain > old))
         better = np.int32(-np.int32(positive & moves))
@@ -215,10 +213,10 @@ def candidate_scales(
     """Scales around the one that puts LARGEST on the highest level; none kept yet."""
     top = np.float32(np.int32(np.int32(2) * base - np.int32(1)))
     for n in range(2 * steps + 1):
-        intervals = np.float32(top + np.float32(step * np.float32(n - steps)))
+        intervals = top + (step * np.float32(n - steps))
         for k in range(LANES):
-            scales[2 * n, k] = np.float32(intervals / state[LARGEST, k])
-            scales[2 * n + 1, k] = np.float32(_ONE / scales[2 * n, k])
+            scales[2 * n, k] = intervals / state[LARGEST, k]
+            scales[2 * n + 1, k] = _ONE / scales[2 * n, k]
     for k in range(LANES):
         state[_BEST, k] = _ZERO
         state[BEST_STEP, k] = -_ONE
@@ -228,7 +226,7 @@ def candidate_scales(
 def scale_found(state: Float32, scales: Float32) -> None:
     """Make the scale found candidate 0's."""
     for k in range(LANES):
-        scales[0, k] = np.float32(_ONE / state[SCALE, k])
+        scales[0, k] = _ONE / state[SCALE, k]
         scales[1, k] = state[SCALE, k]
 
 
@@ -244,8 +242,8 @@ def combine(
         for i in range(group):
             at = group * g + (group - 1 - i)  # the first level is the lowest digit
             for k in range(LANES):
-                scaled = np.float32(np.float32(scales[2 * n, k] * grid[at, k]) - _ONE)
-                level = nearest_int(np.float32(_HALF * scaled))
+                scaled = (scales[2 * n, k] * grid[at, k]) - _ONE
+                level = nearest_int(_HALF * scaled)
                 level = level if level > np.int32(0) else np.int32(0)
                 level = level if level < highest else highest
                 code[n, g, k] = np.int32(np.int32(code[n, g, k] * base) + level)
@@ -268,9 +266,9 @@ def sum_codes(
                 for j in range(4):
                     odd = np.int32(np.int32(digits >> np.int32(bits * np.int32(j))) & mask)
                     q, at = np.float32(odd), group * g + i + j
-                    sum_qx = np.float32(sum_qx + np.float32(grid[2 * size + at, k] * q))
-                    square = np.float32(np.float32(grid[size + at, k] * q) * q)
-                    sum_q2 = np.float32(sum_q2 + square)
+                    sum_qx = sum_qx + (grid[2 * size + at, k] * q)
+                    square = (grid[size + at, k] * q) * q
+                    sum_q2 = sum_q2 + square
                 state[_SUM_QX, k] = sum_qx
                 state[_SUM_Q2, k] = sum_q2
 
@@ -280,11 +278,11 @@ def keep_better(state: Float32, step: int) -> None:
     """Keep the candidate whose sums were just taken, where it fits better."""
     for k in range(LANES):
         sum_qx, sum_q2 = state[_SUM_QX, k], state[_SUM_Q2, k]
-        fit = np.float32(sum_qx / sum_q2)
-        gain = np.float32(sum_qx * sum_qx) > np.float32(state[_BEST, k] * sum_q2)
+        fit = sum_qx / sum_q2
+        gain = sum_qx * sum_qx > state[_BEST, k] * sum_q2
         better = np.int32(-np.int32(np.int32(sum_q2 > _ZERO) & np.int32(gain)))
         state[SCALE, k] = select(better, fit, state[SCALE, k])
-        state[_BEST, k] = select(better, np.float32(fit * sum_qx), state[_BEST, k])
+        state[_BEST, k] = select(better, fit * sum_qx, state[_BEST, k])
         state[BEST_STEP, k] = select(better, np.float32(step), state[BEST_STEP, k])
 
 
@@ -294,4 +292,4 @@ def refit(state: Float32, wanted: Int32) -> None:
     for k in range(LANES):
         sum_qx, sum_q2 = state[_SUM_QX, k], state[_SUM_Q2, k]
         better = np.int32(wanted[k] & np.int32(-np.int32(sum_q2 > _ZERO)))
-        state[SCALE, k] = select(better, np.float32(sum_qx / sum_q2), state[SCALE, k])
+        state[SCALE, k] = select(better, sum_qx / sum_q2, state[SCALE, k])

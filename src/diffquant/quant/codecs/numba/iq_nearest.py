@@ -57,8 +57,8 @@ def _term(
     code: np.int32, at: int, mask: int, scale: np.float32, x: np.float32, w: np.float32
 ) -> np.float32:
     odd = np.float32(np.int32(np.int32(code >> np.int32(at)) & np.int32(mask)))
-    diff = np.float32(np.float32(scale * odd) - x)
-    return np.float32(np.float32(w * diff) * diff)
+    diff = (scale * odd) - x
+    return (w * diff) * diff
 
 
 @inlined
@@ -100,9 +100,9 @@ def place_fours(
                 for t in range(_CHUNK):
                     found = candidates[first + c, t]
                     d = _term(found, 0, 15, scale, x0, w0)
-                    d = np.float32(d + _term(found, 4, 15, scale, x1, w1))
-                    d = np.float32(d + _term(found, 8, 15, scale, x2, w2))
-                    d = np.float32(d + _term(found, 12, 15, scale, x3, w3))
+                    d = d + _term(found, 4, 15, scale, x1, w1)
+                    d = d + _term(found, 8, 15, scale, x2, w2)
+                    d = d + _term(found, 12, 15, scale, x3, w3)
                     best = _nearer(best, d, _CHUNK * c + t)
             position = np.int64(best & _POSITION)
             entry = candidates[first + position // _CHUNK, position % _CHUNK] | MOVED
@@ -137,13 +137,13 @@ def place_eights(
                 for t in range(_CHUNK):
                     found = candidates[first + c, t]
                     d = _term(found, 0, 7, scale, x0, w0)
-                    d = np.float32(d + _term(found, 3, 7, scale, x1, w1))
-                    d = np.float32(d + _term(found, 6, 7, scale, x2, w2))
-                    d = np.float32(d + _term(found, 9, 7, scale, x3, w3))
-                    d = np.float32(d + _term(found, 12, 7, scale, x4, w4))
-                    d = np.float32(d + _term(found, 15, 7, scale, x5, w5))
-                    d = np.float32(d + _term(found, 18, 7, scale, x6, w6))
-                    d = np.float32(d + _term(found, 21, 7, scale, x7, w7))
+                    d = d + _term(found, 3, 7, scale, x1, w1)
+                    d = d + _term(found, 6, 7, scale, x2, w2)
+                    d = d + _term(found, 9, 7, scale, x3, w3)
+                    d = d + _term(found, 12, 7, scale, x4, w4)
+                    d = d + _term(found, 15, 7, scale, x5, w5)
+                    d = d + _term(found, 18, 7, scale, x6, w6)
+                    d = d + _term(found, 21, 7, scale, x7, w7)
                     best = _nearer(best, d, _CHUNK * c + t)
             position = np.int64(best & _POSITION)
             entry = candidates[first + position // _CHUNK, position % _CHUNK] | MOVED

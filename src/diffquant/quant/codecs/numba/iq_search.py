@@ -54,14 +54,14 @@ def _load(
     for i in range(SUPER_BLOCK):
         for b in range(count):
             x = blocks[start + b, i]
-            total[b] = np.float32(total[b] + np.float32(x * x))
+            total[b] = total[b] + (x * x)
     for b in range(LANES // subs):
-        mean = np.float32(np.float32(sigma * total[b]) / np.float32(SUPER_BLOCK))
+        mean = (sigma * total[b]) / np.float32(SUPER_BLOCK)
         for j in range(subs):
             lane = subs * b + j
             state[lanes.SIGMA, lane] = mean
             if importance.shape[0] == 0:
-                state[lanes.SIGMA, lane] = np.float32(plain * mean) if plain > _ZERO else _ZERO
+                state[lanes.SIGMA, lane] = plain * mean if plain > _ZERO else _ZERO
             for i in range(size):
                 grid[i, lane] = blocks[start + b, size * j + i] if b < count else _ZERO
             if importance.shape[0] > 0:
@@ -76,14 +76,14 @@ def _start(state: Float32, numbers: Numbers, searched: Int32) -> None:
     least, base = numbers[6], numbers[9]
     top = np.float32(np.int32(np.int32(2) * base - np.int32(1)))
     for k in range(LANES):
-        state[lanes.SCALE, k] = np.float32(state[lanes.LARGEST, k] / top)
+        state[lanes.SCALE, k] = state[lanes.LARGEST, k] / top
         searched[k] = np.int32(-1) if state[lanes.LARGEST, k] >= least else np.int32(0)
 
 
 @inlined
 def _start_fitted(grid: Float32, state: Float32, numbers: Numbers, searched: Int32) -> None:
     for k in range(LANES):
-        state[lanes.LARGEST, k] = np.float32(state[lanes.SCALE, k] * np.float32(numbers[9]))
+        state[lanes.LARGEST, k] = state[lanes.SCALE, k] * np.float32(numbers[9])
         if not state[lanes.LARGEST, k] > _ZERO:
             searched[k] = np.int32(0)
 
@@ -149,8 +149,10 @@ def _store(
         out_empty[b, j] = empty
         scales[b, j] = _ZERO if empty else abs(scale)
         for g in range(groups):
-            at = _point(code[last, g, lane], numbers[0] // groups, numbers, points)
-            point[b, j, g] = np.int32(0) if empty else at
+            point[b, j, g] = np.int32(0)
+            if not empty:  # else there is no code: combinations of empty sub-blocks stay
+                group = numbers[0] // groups
+                point[b, j, g] = _point(code[last, g, lane], group, numbers, points)
         for eight in range(signs.shape[0]):
             byte = np.int32(signs[eight, lane])
             byte = np.int32(~byte) if scale < _ZERO else byte
@@ -189,33 +191,31 @@ def _kernel_for(*, eights: bool, fitted: bool) -> Kernel:
                 lanes.fit_scale(grid, state, size, scales)
                 _start_fitted(grid, state, numbers, searched)
             lanes.candidate_scales(state, scales, base, steps, numbers[2])
-            wanted_stop, turn = last, 0
             for k in range(LANES):
                 wanted[k] = searched[k]
             # Twice: at all candidate scales, then at the scale found, in candidate 0's place.
-            while turn < 2:
-                for n in range(wanted_stop):
+            for turn in range(2):
+                stop = last if turn == 0 else 1
+                for n in range(stop):
                     lanes.combine(grid, scales, code, n, group, base)
                 for k in range(LANES):
                     for g in range(groups):
                         if wanted[k] == np.int32(0):
                             continue
                         if eights:
-                            place_eights(grid, 3 * size, g, k, scales, tables, code, wanted_stop)
+                            place_eights(grid, 3 * size, g, k, scales, tables, code, stop)
                         else:
-                            place_fours(grid, 3 * size, g, k, scales, tables, code, wanted_stop)
+                            place_fours(grid, 3 * size, g, k, scales, tables, code, stop)
                 if turn == 0:
                     for n in range(last):
                         lanes.sum_codes(grid, state, size, code, n, group, numbers[8])
                         lanes.keep_better(state, n)
                     _take_best(state, code, last, numbers, searched, wanted)
                     lanes.scale_found(state, scales)
-                    wanted_stop = 1
                 else:
                     _take_again(state, code, last, numbers, wanted)
                     lanes.sum_codes(grid, state, size, code, last, group, numbers[8])
                     lanes.refit(state, wanted)
-                turn += 1
             _store(start, count, state, code, signs, searched, numbers, points, found)
 
     compiled: Kernel = search_kernel
