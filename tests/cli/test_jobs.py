@@ -208,7 +208,7 @@ REFUSED = {
         "[: not a regular expression",
     ),
     "missing part": (["-t", "q8_0", "--part", "clip"], "a.gguf", 2, "no part clip"),
-    "part gguf cannot hold": (["-t", "q8_0", "--part", "vae"], "a.gguf", 2, "denoiser only"),
+    "part gguf cannot hold": (["-t", "q8_0", "--part", "vae"], "a.gguf", 2, "no form for vae"),
     "no folder to write to": (["-t", "q8_0"], "no/where/a.gguf", 2, "create it first"),
     "a file for a parent": (["-t", "q8_0"], "file/a.gguf", 2, "create it first"),
     "existing output": (["-t", "q8_0"], "file.gguf", 2, "--force"),

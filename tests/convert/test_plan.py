@@ -81,7 +81,7 @@ def test_gguf_stores_vectors_as_f32_and_convolutions_as_f16(examples):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request("gguf", parts=("vae",)), "GGUF holds the denoiser only"),
+        (Request("gguf", parts=("vae",)), "GGUF has no form for vae"),
         (Request("gguf", parts=("clip",)), r"no part clip .*it has: denoiser, vae, text_encoder"),
         (Request("gguf", type=type_named("nf4")), "nf4 cannot go into a .gguf file"),
         (Request("folder", type=type_named("fp8_scaled")), "write it to a .safetensors file"),

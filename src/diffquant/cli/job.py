@@ -20,6 +20,7 @@ _POLICIES = {
     "uniform": "uniform (ours: no mix is published for this type)",
     "tuned": "tuned (ours)",
     "recipe": "as the recipe says",
+    "encoder": "encoder (ours: the type's mix, token embedding q6_k or better)",
 }
 
 

@@ -11,6 +11,7 @@ from diffquant.cli.frame import Options, Outcome, common, run, threads
 from diffquant.cli.job import JobOutcome, render_job, resumable
 from diffquant.cli.values import check_free, prompts_from, write_text
 from diffquant.cli.verdict import render_image
+from diffquant.convert.encoders.parts import MMPROJ
 from diffquant.convert.jobs import JobReport, container_for, run_job
 from diffquant.convert.plan import Request
 from diffquant.convert.recipe_source import load_recipe
@@ -121,15 +122,15 @@ def command(
 ) -> None:
     """Quantize SOURCE (a checkpoint file or Diffusers folder) to TYPE.
 
-    The extension of -o chooses the container: .gguf holds the denoiser, .safetensors the parts the
-    source has, no extension a Diffusers folder. Only the denoiser is quantized unless --all or
-    --part.
+    The extension of -o chooses the container: .gguf holds the denoiser, or the one part that --part
+    names (a text encoder, or mmproj: its image tower); .safetensors the parts the source has; no
+    extension a Diffusers folder. Only the denoiser is quantized unless --all or --part.
     """
 
     def work() -> Outcome:
         recipe = load_recipe(recipe_from) if recipe_from is not None else None
         kind = _kind(type_name, recipe)
-        out = output or _default_output(source, kind)
+        out = output or _default_output(source, kind, parts)
         if emit_recipe is not None:
             check_free(emit_recipe, (source, out, recipe_from), force=force)
         request = Request(
@@ -205,10 +206,16 @@ def _kind(type_name: str | None, recipe: Recipe | None) -> QuantType:
     return type_named(recipe.type)
 
 
-def _default_output(source: Path, kind: QuantType) -> Path:
-    """Name the output as the Hub reads quant labels: stem-TYPE.ext, in the current folder."""
+def _default_output(source: Path, kind: QuantType, parts: tuple[str, ...]) -> Path:
+    """Name the output as the Hub reads quant labels: stem-PART-TYPE.ext, in the current folder.
+
+    An image tower is named after its language model: ComfyUI-GGUF looks for `mmproj` and the
+    encoder's name in one file name (city96/ComfyUI-GGUF@795e451:loader.py:213-284).
+    """
     container = next(iter(kind.dialects))
     stem = source.stem if source.is_file() else source.name
+    if len(parts) == 1 and parts != ("denoiser",):
+        stem += "-text_encoder-mmproj" if parts == (MMPROJ,) else f"-{parts[0]}"
     return Path(f"{stem}-{kind.name.upper()}{_DEFAULT_SUFFIX[container]}")
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.base import Architecture, Component, Facts, Layout
+from diffquant.convert.architectures.parts import PARTS, TITLES
 from diffquant.convert.kinds import is_lora, kind_of
 from diffquant.convert.rules import Assignment, Piece, Shape, apply_rules
 from diffquant.core.errors import AmbiguousArchitecture, UnknownArchitecture, shorten
@@ -27,9 +28,12 @@ __all__ = [
     "PartMatch",
     "detect",
     "detect_component",
+    "detect_encoder",
+    "flat_config",
     "kind_of",
     "to_canonical",
     "to_diffusers",
+    "to_layout",
 ]
 
 Origin = Literal["config.json", "diffquant.config", "default", "shape"]
@@ -46,7 +50,16 @@ _LEFTOVERS = (
     (r"", "belongs to no part of this architecture"),
 )
 # Parts that circulate as files of their own; OpenCLIP before CLIP, whose names it may have.
-_PARTS = ("vae_kl", "vae_qwen", "openclip_text", "clip_text", "t5_encoder", "qwen2_vl_text")
+_PARTS = (
+    "vae_kl",
+    "vae_qwen",
+    "openclip_text",
+    "clip_text",
+    "t5_encoder",
+    "qwen2_vl_text",
+    "qwen2_vl_vision",
+    "qwen3_text",
+)
 # Config fields whose way of writing varies more than what they mean; the config's own is kept.
 _CONFIG_WINS = ("transformer_layers_per_block",)
 
@@ -169,6 +182,25 @@ def detect(
     return _match(architecture, denoiser, shapes, files, folder=folder)
 
 
+def detect_encoder(
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, object] | None = None,
+    configs: Mapping[str, object] | None = None,
+) -> Match | None:
+    """Recognise a file that holds one text encoder, as a model of its own; None for others."""
+    found = _find_part(specs)
+    if found is None or found.component.kind not in TITLES:
+        return None
+    shapes = {key: spec.shape for key, spec in specs.items()}
+    files = _configs(metadata or {}, configs or {})
+    warnings: list[str] = []
+    part = _part(found, files, {}, warnings)
+    names = "llama.cpp's" if found.layout == "gguf" else found.layout
+    evidence = (f"{names} names of a {TITLES[part.kind]}",)
+    left = _leftovers(shapes, [found])
+    return Match(part.kind, "", "single", (part,), evidence, left, tuple(warnings))
+
+
 def detect_component(
     specs: Mapping[str, TensorSpec], configs: Mapping[str, object] | None = None
 ) -> PartMatch | None:
@@ -176,16 +208,20 @@ def detect_component(
 
     Its hyperparameters hold what shapes and a config.json say, no architecture's defaults.
     """
+    found = _find_part(specs)
+    return None if found is None else _part(found, _Configs(configs or {}, "config.json"), {}, [])
+
+
+def _find_part(specs: Mapping[str, TensorSpec]) -> _Found | None:
     shapes = {key: spec.shape for key, spec in specs.items()}
-    files = _Configs(configs or {}, "config.json")
     for kind in _PARTS:
-        component = _components()[kind]
+        component = PARTS[kind].components[0]
         for prefix in ("", *component.prefixes, f"{component.folder}/"):
             if not all(key.startswith(prefix) for key in shapes):
                 continue
             found = _find(component, shapes, prefix)
             if isinstance(found, _Found) and not _is_clip_l(found):
-                return _part(found, files, {}, [])
+                return found
     return None
 
 
@@ -199,6 +235,11 @@ def to_canonical(part: PartMatch) -> tuple[Assignment, ...]:
     return _assign(part, "canonical")
 
 
+def to_layout(part: PartMatch, layout: Layout) -> tuple[Assignment, ...]:
+    """Assignments from source keys to part-local keys in any layout that can be written."""
+    return _assign(part, layout)
+
+
 def to_diffusers(part: PartMatch) -> tuple[Assignment, ...]:
     """Assignments from source keys to Diffusers part-local keys; identity when already there."""
     return _assign(part, "diffusers")
@@ -208,28 +249,18 @@ def _assign(part: PartMatch, target: Layout) -> tuple[Assignment, ...]:
     component = (
         ARCHITECTURES[part.architecture].component(part.name)
         if part.architecture
-        else _components()[part.kind]
+        else PARTS[part.kind].components[0]
     )
     rules = component.rules(part.shapes, part.layout, target)
     return tuple(
-        Assignment(
-            one.target,
-            one.shape,
-            tuple(Piece(part.prefix + piece.key, piece.start, piece.stop) for piece in one.pieces),
-            one.transpose,
-            one.fill,
+        replace(
+            one,
+            pieces=tuple(
+                Piece(part.prefix + piece.key, piece.start, piece.stop) for piece in one.pieces
+            ),
         )
         for one in apply_rules(rules, part.shapes)
     )
-
-
-def _components() -> dict[str, Component]:
-    """The first component of each kind, for parts that come without an architecture."""
-    found: dict[str, Component] = {}
-    for architecture in ARCHITECTURES.values():
-        for component in architecture.components:
-            found.setdefault(component.kind, component)
-    return found
 
 
 def _denoisers(
@@ -393,7 +424,7 @@ def _hyper(
     out = {name: Hyper(value, "default") for name, value in defaults.items()}
     known = {k: v for k, v in facts.items() if not k.startswith("_") and v is not None}
     out.update((name, Hyper(value, "shape")) for name, value in known.items())
-    for name, raw in _flat(config).items():
+    for name, raw in flat_config(config).items():
         value = tuple(raw) if isinstance(raw, list) else raw
         shape = known.get(name)
         if shape is None or _agree(value, shape) or name in _CONFIG_WINS:
@@ -406,7 +437,7 @@ def _hyper(
     return out
 
 
-def _flat(config: object) -> dict[str, Any]:
+def flat_config(config: object) -> dict[str, Any]:
     """A config with its nested text_config and rope_parameters (newer transformers) spread out."""
     if not isinstance(config, Mapping):
         return {}

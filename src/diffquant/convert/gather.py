@@ -18,7 +18,9 @@ def float_rows(logical: LogicalSource, step: Step, rows: tuple[int, int]) -> NDA
     """The target's rows as float32 (R, K), C-contiguous, adapters applied."""
     assignment = step.assignment
     _, k = matrix_shape(assignment.shape)
-    if len(assignment.shape) < 2 or assignment.transpose:
+    if assignment.axis:
+        weight = _slices(logical, step, rows).reshape(rows[1] - rows[0], k)
+    elif len(assignment.shape) < 2 or assignment.transpose:
         weight = _whole(logical, step)
     else:
         found = [logical.read(key, span) for key, span in source_spans(step, rows)]
@@ -27,6 +29,19 @@ def float_rows(logical: LogicalSource, step: Step, rows: tuple[int, int]) -> NDA
     for adapter in step.adapters:
         weight = adapter.apply(weight, rows)
     return np.ascontiguousarray(weight, dtype=np.float32)
+
+
+def _slices(logical: LogicalSource, step: Step, rows: tuple[int, int]) -> NDArray[np.float32]:
+    """One slice of a later axis, or several tensors stacked as one; rows stay rows."""
+    axis, found = step.assignment.axis, []
+    for piece in step.assignment.pieces:
+        shape = logical.tensors[piece.key].shape
+        whole = logical.read(piece.key, rows).reshape(rows[1] - rows[0], *shape[1:])
+        found.append(whole)
+    if len(found) > 1:
+        return np.stack(found, axis)
+    taken: NDArray[np.float32] = np.take(found[0], step.assignment.pieces[0].start, axis)
+    return taken
 
 
 def _whole(logical: LogicalSource, step: Step) -> NDArray[np.float32]:

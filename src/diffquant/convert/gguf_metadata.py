@@ -12,6 +12,7 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from diffquant.convert.detect import Match
+from diffquant.convert.encoders.files import ENCODER_FILES
 from diffquant.convert.logical import ORIG_SHAPE
 from diffquant.convert.losses import DESCRIBES_ENCODING
 from diffquant.convert.plan import Plan
@@ -28,14 +29,26 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32}
 
 
 def gguf_metadata(
-    plan: Plan, match: Match, source: TensorSource, ours: dict[str, str]
+    plan: Plan,
+    match: Match,
+    source: TensorSource,
+    ours: Mapping[str, str],
+    model: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Metadata of a GGUF output, `general.architecture` first; integers become UINT32."""
+    """Metadata of a GGUF output, `general.architecture` first; integers become UINT32.
+
+    Args:
+        plan: what is written.
+        match: of the source.
+        source: for its name.
+        ours: `diffquant.*`.
+        model: of a text encoder, its header (encoders/header.py).
+    """
     kind = plan.request.type
     file_type = kind.file_type if kind is not None else _FILE_TYPES.get(plan.request.dtype or "")
     out: dict[str, Any] = {
         "general.architecture": plan.gguf_architecture,
-        "general.type": "model",
+        "general.type": ENCODER_FILES[plan.encoder.kind].type if plan.encoder else "model",
         "general.quantization_version": _QUANTIZATION_VERSION,
     }
     if file_type is not None:
@@ -44,6 +57,7 @@ def gguf_metadata(
     if match.variant:
         out["general.finetune"] = match.variant
     out.update(_imatrix_metadata(plan))
+    out.update(model or {})
     out.update(ours)
     for step in plan.steps:
         if step.flat:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffquant.convert.detect import Match, detect
+from diffquant.convert.detect import Match, detect, detect_encoder
+from diffquant.convert.encoders.header import EncoderHeader, encoder_header
 from diffquant.convert.engine import peak_nbytes, run_plan
 from diffquant.convert.logical import LogicalSource, bind
 from diffquant.convert.output import configs_of, file_metadata, fingerprint, folder_configs
@@ -21,9 +22,9 @@ from diffquant.convert.remember import remember
 from diffquant.convert.reread import verify_output
 from diffquant.convert.resume import Resumed, left_by_another_run, refuse_folder, run_resumable
 from diffquant.convert.workers import default_workers
-from diffquant.core.errors import ResourceError, UsageError
+from diffquant.core.errors import ResourceError, UnknownArchitecture, UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
-from diffquant.core.tensors import TensorSource
+from diffquant.core.tensors import TensorSource, TensorSpec
 from diffquant.io import open_sink, open_source
 from diffquant.io.importance import ImportanceMatrix
 from diffquant.quant.formats import FORMATS
@@ -132,7 +133,18 @@ def opened(path: Path) -> Iterator[tuple[TensorSource, LogicalSource, Match]]:
     """Open, bind and recognise a source."""
     with open_source(path) as source:
         logical = bind(source)
-        yield source, logical, detect(logical.specs(), source.metadata, source.configs)
+        yield source, logical, _recognise(logical.specs(), source)
+
+
+def _recognise(specs: Mapping[str, TensorSpec], source: TensorSource) -> Match:
+    """A model, else a text encoder in a file of its own."""
+    try:
+        return detect(specs, source.metadata, source.configs)
+    except UnknownArchitecture:
+        match = detect_encoder(specs, source.metadata, source.configs)
+        if match is None:
+            raise
+        return match
 
 
 def run_job(
@@ -180,11 +192,12 @@ def run_job(
     with opened(src) as (source, logical, match):
         plan = make_plan(logical, match, request, matrix=matrix)
         configs, files, missing = _surroundings(plan, source, base)
+        header = _encoder_header(plan, source, base)
         memory = peak_nbytes(plan, count)
         done = Resumed((), 0, ())
         if not dry_run:
             _check_memory(memory)
-            metadata = _metadata(plan, match, source)
+            metadata = _metadata(plan, match, source, header)
             common: Any = {
                 "workers": count,
                 "progress": progress,
@@ -206,7 +219,8 @@ def run_job(
             remember(fingerprint(source), src)
     if done.results and verify != "none":
         verify_output(out, plan, done.results, hashes=check, workers=count, progress=progress)
-    return _report(src, out, plan, done, missing, memory, count, verify, dry_run)
+    notes = header.warnings + tuple(f"missing from the folder: {name}" for name in missing)
+    return _report(src, out, plan, done, missing, notes, memory, count, verify, dry_run)
 
 
 @contextlib.contextmanager
@@ -235,12 +249,24 @@ def _refuse_own_source(src: Path, out: Path, base: Path | None) -> None:
         raise UsageError(f"{out} holds --base {base}, and would replace it; choose another output")
 
 
-def _metadata(plan: Plan, match: Match, source: TensorSource) -> dict[str, Any]:
+def _encoder_header(plan: Plan, source: TensorSource, base: Path | None) -> EncoderHeader:
+    """Header of a text encoder's GGUF file; nothing for other outputs."""
+    if plan.encoder is None:
+        return EncoderHeader({})
+    if base is None:
+        return encoder_header(plan.encoder, source)
+    with open_source(base) as other:
+        return encoder_header(plan.encoder, source, other)
+
+
+def _metadata(
+    plan: Plan, match: Match, source: TensorSource, header: EncoderHeader
+) -> dict[str, Any]:
     ours = file_metadata(plan, match, source)
     if plan.request.container == "gguf":
         from diffquant.convert.gguf_metadata import gguf_metadata
 
-        return gguf_metadata(plan, match, source, ours)
+        return gguf_metadata(plan, match, source, ours, header.pairs)
     kept = {
         key: value
         for key, value in source.metadata.items()
@@ -301,6 +327,7 @@ def _report(
     plan: Plan,
     done: Resumed,
     missing: tuple[str, ...],
+    notes: tuple[str, ...],
     memory: int,
     workers: int,
     verify: str,
@@ -351,9 +378,7 @@ def _report(
         error=_overall(rows),
         verdict=worst if verify == "tensors" else None,
         continued=done.continued,
-        warnings=plan.warnings
-        + done.warnings
-        + tuple(f"missing from the folder: {name}" for name in missing),
+        warnings=plan.warnings + done.warnings + notes,
         target=plan.target,
         policy=plan.policy,
         notes=plan.notes,

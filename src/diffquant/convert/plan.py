@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.base import Architecture
+from diffquant.convert.architectures.parts import PARTS, architecture_named
 from diffquant.convert.detect import Match, PartMatch
+from diffquant.convert.encoders.files import ENCODER_FILES
+from diffquant.convert.encoders.parts import MMPROJ, gguf_part
 from diffquant.convert.importance import weigh_steps
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.losses import losses
@@ -56,6 +58,7 @@ class Plan:
         notes: what the target gives up against another.
         importance: canonical key -> (K,) mean squares, of the steps that are encoded with them.
         matrix: the importance matrix they come from, None where none was given.
+        encoder: the text encoder that a GGUF file holds alone; None for any other output.
     """
 
     architecture: str
@@ -73,6 +76,7 @@ class Plan:
         default_factory=dict, repr=False, compare=False
     )
     matrix: ImportanceMatrix | None = field(default=None, repr=False, compare=False)
+    encoder: PartMatch | None = None
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -116,8 +120,11 @@ def make_plan(
             program named by the request would read.
         ImportanceRequired, UnsupportedShape: the matrix, or its absence, does not fit the formats.
     """
-    architecture = ARCHITECTURES[match.architecture]
+    architecture = architecture_named(match.architecture)
     wanted = _choose_parts(match, request)
+    encoder = _encoder(wanted, request)
+    if encoder is not None:
+        architecture = PARTS[encoder.kind]
     target, steps, moved = _for_target(logical, architecture, wanted, request)
     dropped = [(key, "another part; not asked for") for key in _unwanted(match, wanted)]
     dropped += _without_target(wanted, steps)
@@ -141,6 +148,7 @@ def make_plan(
     rows = [(step.part, step.key, step.stored) for step in steps]
     warnings += losses(logical, steps, request)
     warnings += recipe_warnings(request.recipe, match.architecture, rows)
+    row = ENCODER_FILES[encoder.kind] if encoder is not None else None
     return Plan(
         architecture=match.architecture,
         variant=match.variant,
@@ -149,12 +157,13 @@ def make_plan(
         dropped=tuple(dropped),
         warnings=(*logical.warnings, *match.warnings, *moved, *warnings, *weighed.warnings),
         mixed=mixed,
-        gguf_architecture=architecture.gguf_architecture,
+        gguf_architecture=row.architecture if row else architecture.gguf_architecture,
         target=target.name,
-        policy=_policy_label(architecture, request),
-        notes=_given_up(architecture, steps, request, target),
+        policy=_policy_label(architecture, request, encoder=encoder is not None),
+        notes=(*_given_up(architecture, steps, request, target), *(row.notes if row else ())),
         importance=weighed.values,
         matrix=matrix,
+        encoder=encoder,
     )
 
 
@@ -167,7 +176,7 @@ def _for_target(
     """Steps for the first target that reads them all, and a warning where it is not the first."""
     dialect_of(request)  # a type that the container cannot hold is refused before any target
     refused: list[str] = []
-    for target in candidates(request.target, request.container):
+    for target in _targets(parts, request):
         steps: list[Step] = []
         for part in parts:
             steps += part_steps(logical, architecture, part, request, target, len(parts))
@@ -185,7 +194,35 @@ def _for_target(
     raise PolicyError(refused[0] + instead)
 
 
-def _policy_label(architecture: Architecture, request: Request) -> str:
+def _encoder(parts: Sequence[PartMatch], request: Request) -> PartMatch | None:
+    """The text encoder that a GGUF output holds, if it does."""
+    alone = request.container == "gguf" and parts[0].kind in ENCODER_FILES
+    return parts[0] if alone else None
+
+
+def _targets(parts: Sequence[PartMatch], request: Request) -> tuple[Target, ...]:
+    """Targets to try; a text encoder in GGUF has readers of its own.
+
+    Raises:
+        PolicyError: the named target does not read such a file.
+    """
+    encoder = _encoder(parts, request)
+    if encoder is None:
+        return candidates(request.target, request.container)
+    row = ENCODER_FILES[encoder.kind]
+    if not request.target:
+        return tuple(TARGETS[name] for name in row.targets)
+    found = candidates(request.target, request.container)
+    if request.target not in row.targets:
+        why = row.unread.get(request.target, "it does not read such a file")
+        raise PolicyError(
+            f"target {request.target}: {why}; targets that read {encoder.name}: "
+            f"{', '.join(row.targets)}"
+        )
+    return found
+
+
+def _policy_label(architecture: Architecture, request: Request, *, encoder: bool) -> str:
     """Whose choice the formats are: the peers' mix, one format throughout, or ours."""
     kind = request.type
     if kind is None or FORMATS[kind.base].is_cast:
@@ -196,6 +233,8 @@ def _policy_label(architecture: Architecture, request: Request) -> str:
         label = "tuned"
     elif request.pure and (kind.mix or kind.edge):
         label = "pure"
+    elif encoder:
+        label = "encoder"
     else:
         label = "published" if kind.published else "uniform"
     return f"{label}, user rules: {len(request.rules)}" if request.rules else label
@@ -244,29 +283,22 @@ def _is_ema(key: str) -> bool:
 
 def _choose_parts(match: Match, request: Request) -> tuple[PartMatch, ...]:
     have = {part.name: part for part in match.parts}
-    missing = [name for name in request.parts if name not in have]
+    gguf = request.container == "gguf"
+    missing = [name for name in request.parts if name not in have and not (gguf and name == MMPROJ)]
     if missing:
         raise UsageError(
             f"no part {shorten(missing)} in this {match.architecture} source (it has: "
             f"{', '.join(have)})"
         )
-    if request.container == "gguf":
-        others = [name for name in request.parts if name != "denoiser"]
-        if others:
-            raise UsageError(
-                f"GGUF holds the denoiser only; write {shorten(others)} to a .safetensors file"
-            )
-        if "denoiser" not in have:
-            raise UsageError("no denoiser in this source, and GGUF holds nothing else")
-        return (have["denoiser"],)
+    if gguf:
+        return (gguf_part(match, request.parts),)
     return tuple(part for part in match.parts if not request.parts or part.name in request.parts)
 
 
 def _unwanted(match: Match, wanted: Sequence[PartMatch]) -> list[str]:
-    names = {part.name for part in wanted}
-    return [
-        part.prefix + key for part in match.parts if part.name not in names for key in part.shapes
-    ]
+    written = {part.prefix + key for part in wanted for key in part.shapes}
+    keys = [part.prefix + key for part in match.parts for key in part.shapes]
+    return [key for key in keys if key not in written]
 
 
 def _without_target(parts: Sequence[PartMatch], steps: Sequence[Step]) -> list[tuple[str, str]]:
@@ -289,7 +321,9 @@ def _judge(steps: Sequence[Step], request: Request) -> tuple[bool, list[str]]:
     """Warn when the label would promise more than the file holds."""
     if request.type is None or FORMATS[request.type.base].is_cast:
         return False, []
-    steps = [step for step in steps if step.part == "denoiser"]
+    whose = "denoiser's" if any(step.part == "denoiser" for step in steps) else "file's"
+    if whose == "denoiser's" or request.container != "gguf":
+        steps = [step for step in steps if step.part == "denoiser"]
     named = request.type.formats
     total = sum(step.parameters for step in steps)
     got = sum(step.parameters for step in steps if step.stored in named)
@@ -305,7 +339,7 @@ def _judge(steps: Sequence[Step], request: Request) -> tuple[bool, list[str]]:
     mixed = total > 0 and got * 2 < total
     if mixed:
         warnings.append(
-            f"MIXED: only {got / total:.0%} of the denoiser's weights are stored as "
+            f"MIXED: only {got / total:.0%} of the {whose} weights are stored as "
             f"{request.type.name}"
         )
     return mixed, warnings

@@ -10,11 +10,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from diffquant.convert.architectures.base import Architecture
+from diffquant.convert.encoders.files import EncoderFile
 from diffquant.convert.request import Request
 from diffquant.convert.targets import Target
-from diffquant.quant.policy import Policy, Rule
+from diffquant.quant.formats import FORMATS
+from diffquant.quant.policy import Candidate, Decision, Policy, Rule, resolve
 
-__all__ = ["policy_for"]
+__all__ = ["encoder_decisions", "policy_for"]
 
 # What GGUF loaders take outside packed linear layers: ComfyUI-GGUF and diffusers count BF16 as
 # quantized, so norms and raw parameters go to F32 and convolutions to F16 (docs/formats.md).
@@ -61,6 +63,52 @@ def policy_for(
         fallbacks=target.fallbacks,
         reshape=gguf and denoiser and target.reshapes and architecture.reshapes,
     )
+
+
+def encoder_decisions(
+    row: EncoderFile,
+    request: Request,
+    target: Target,
+    candidates: Sequence[Candidate],
+    exact: Mapping[str, Rule],
+) -> tuple[Decision, ...]:
+    """Formats of a text encoder's GGUF file: readers want vectors and tables in F32.
+
+    The type's mix applies to the same families as in a denoiser; the token embedding is q6_k or
+    better, as llama-quantize has it for models that use it as their output layer too
+    (ggml-org/llama.cpp src/llama-quant.cpp, llama_tensor_get_type). Without a type or --dtype the
+    matrices keep their bytes.
+    """
+    base = request.type.base if request.type is not None else request.dtype
+    tables = tuple(Rule(one.pattern, None, one.reason, table=True) for one in row.tables)
+    policy = Policy(
+        base=base or "f32",
+        mix=request.type.mix if request.type is not None else {},
+        families=tuple((one.name, one.pattern) for one in row.families),
+        keep=tables,
+        user=(*request.rules, *(() if exact else _embedding(row, request))),
+        exact=exact,
+        vector="f32",
+        high=_high(base or "f32"),
+        pure=request.pure,
+        fallbacks=target.fallbacks,
+    )
+    decided = resolve(policy, candidates)
+    if base is not None:
+        return decided
+    return tuple(
+        Decision("", "copied") if found.reason == f"cast to {policy.base}" else found
+        for found in decided
+    )
+
+
+def _embedding(row: EncoderFile, request: Request) -> tuple[Rule, ...]:
+    kind = request.type
+    if kind is None or not row.embedding or request.pure or FORMATS[kind.base].is_cast:
+        return ()
+    if FORMATS[kind.base].bits >= FORMATS["q6_k"].bits:
+        return ()
+    return (Rule(row.embedding, "q6_k", "token embedding or output layer: q6_k or better"),)
 
 
 def _edges(blocks: str, fmt: str, keys: Iterable[str]) -> tuple[str, str] | None:

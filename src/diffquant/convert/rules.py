@@ -4,6 +4,7 @@ A rule consumes source keys and yields assignments. An assignment says which row
 tensors make a target, so that an engine can stream it without knowing any rule:
 
     target = concatenate(pieces, dim 0), then transposed whole if asked, then viewed as `shape`
+    with `axis`: one slice along that axis taken out, or whole tensors stacked as that axis
 
 A *row* here is one slice along dim 0, for vectors one element; a scalar is one row. Fusing,
 splitting and reordering are therefore the same thing: ranges of rows, in another order.
@@ -68,6 +69,8 @@ class Assignment:
         pieces: concatenated along dim 0; empty for a synthesized tensor.
         transpose: the (2-D, whole) concatenation is transposed.
         fill: the value of every element when there are no pieces.
+        axis: 0, or the axis that pieces count along: a single piece takes slice `start` of it away,
+            several are whole tensors that become its slices.
     """
 
     target: str
@@ -75,6 +78,7 @@ class Assignment:
     pieces: tuple[Piece, ...]
     transpose: bool = False
     fill: float = 0.0
+    axis: int = 0
 
 
 class Rule(Protocol):

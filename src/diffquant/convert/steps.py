@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 from diffquant.convert.adapters import Adapter
 from diffquant.convert.architectures.base import Architecture
-from diffquant.convert.detect import PartMatch, to_canonical, to_diffusers
+from diffquant.convert.detect import PartMatch, to_canonical, to_layout
 from diffquant.convert.dialects import Packed, pack, skip_conflicts
+from diffquant.convert.encoders.files import ENCODER_FILES
 from diffquant.convert.logical import LogicalSource, LogicalTensor
-from diffquant.convert.policies import policy_for
+from diffquant.convert.policies import encoder_decisions, policy_for
 from diffquant.convert.recipes import annotate, recipe_rules
 from diffquant.convert.request import Request
 from diffquant.convert.rules import Assignment, Piece, Shape
@@ -163,21 +164,29 @@ def part_steps(
     canonical = to_canonical(part)
     names = _canonical_names(canonical)
     folder = request.container == "folder"
-    assignments = to_diffusers(part) if folder else canonical
+    encoder = ENCODER_FILES.get(part.kind) if output.gguf else None
+    layout = encoder.layout if encoder else "diffusers" if folder else "canonical"
+    assignments = canonical if layout == "canonical" else to_layout(part, layout)
     prefix = _prefix(architecture, part, request, parts)
-    keys = [names.get(a.pieces[0].key, a.target) if folder else a.target for a in assignments]
+    own = layout == "canonical" or (encoder is not None and layout == "diffusers")
+    keys = [a.target if own else names.get(a.pieces[0].key, a.target) for a in assignments]
     inputs = [_inputs(logical, a) for a in assignments]
     candidates = [
         Candidate(key, a.shape, _source_format(tensors))
         for key, a, tensors in zip(keys, assignments, inputs, strict=True)
     ]
     quantize = request.type is not None and (
-        part.name == "denoiser" or request.all_parts or part.name in request.parts
+        part.name == "denoiser"
+        or request.all_parts
+        or part.name in request.parts
+        or not part.architecture  # a file that holds nothing else
     )
     exact, refused = recipe_rules(
         request.recipe, part.name, candidates, request.container, output.dialect
     )
-    if quantize:
+    if encoder:
+        decisions = encoder_decisions(encoder, request, target, candidates, exact)
+    elif quantize:
         policy = policy_for(architecture, request, target, keys, denoiser=part.name == "denoiser")
         decisions = resolve(replace(policy, exact=exact), candidates)
     else:
@@ -232,11 +241,11 @@ def _canonical_names(canonical: Sequence[Assignment]) -> dict[str, str]:
 
 
 def _prefix(architecture: Architecture, part: PartMatch, request: Request, parts: int) -> str:
+    if request.container == "gguf":
+        return "" if part.kind in ENCODER_FILES else architecture.gguf_prefix
     component = architecture.component(part.name)
     if request.container == "folder":
         return f"{component.folder}/"
-    if request.container == "gguf":
-        return architecture.gguf_prefix
     if part.layout == "canonical" and "/" not in part.prefix:
         return part.prefix  # a single file keeps the names it came with
     return component.prefixes[0] if parts > 1 else architecture.gguf_prefix
@@ -325,6 +334,9 @@ def _step(
         restored = output.plain(key, assignment.shape) if source == "bf16" else source
         why = f"{decision.reason}; own shape restored: {restored}"
         decision = replace(decision, format=restored, reason=why)
+    elif not decision.format and assignment.axis:
+        plain = source if source in FORMATS else "f32"
+        decision = replace(decision, format=plain, reason=f"{decision.reason}; cut: {plain}")
     if output.gguf and not assignment.shape:
         why = "a scalar is written as one element: readers differ on tensors without dimensions"
         decision = replace(decision, reason=f"{decision.reason}; {why}")
@@ -344,6 +356,7 @@ def _is_whole(assignment: Assignment, tensors: Sequence[LogicalTensor]) -> bool:
     return (
         len(tensors) == 1
         and not assignment.transpose
+        and not assignment.axis
         and assignment.shape == tensors[0].shape
         and (assignment.pieces[0].start, assignment.pieces[0].stop)
         == (0, tensors[0].shape[0] if tensors[0].shape else 1)

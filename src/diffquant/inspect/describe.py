@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffquant.convert.detect import Match, detect, detect_component, kind_of
+from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.detect import Match, detect, detect_component, detect_encoder, kind_of
 from diffquant.convert.logical import LogicalSource, LogicalTensor, bind
 from diffquant.core.errors import ArchitectureError, UnknownArchitecture
 from diffquant.io import open_source
@@ -99,8 +100,10 @@ def describe(path: str | Path) -> FileReport:
         match, candidates = _recognise(logical, source.metadata, source.configs)
         parts = _parts(logical, match)
         kind = kind_of(specs)
-        if match is not None:
+        if match is not None and match.architecture in ARCHITECTURES:
             kind = "checkpoint" if len(match.parts) > 1 else "diffusion_model"
+        elif match is not None:
+            kind = "text_encoder"
         elif not parts:
             component = detect_component(specs)
             if component is not None:
@@ -162,7 +165,8 @@ def _recognise(
     try:
         return detect(logical.specs(), metadata, configs), {}
     except UnknownArchitecture as error:
-        return None, dict(error.candidates)
+        encoder = detect_encoder(logical.specs(), metadata, configs)
+        return encoder, {} if encoder else dict(error.candidates)
     except ArchitectureError:
         return None, {}
 

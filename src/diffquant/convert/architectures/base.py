@@ -29,7 +29,7 @@ __all__ = [
     "Variant",
 ]
 
-Layout: TypeAlias = Literal["canonical", "diffusers", "alternate"]
+Layout: TypeAlias = Literal["canonical", "diffusers", "alternate", "gguf"]
 Facts: TypeAlias = dict[str, object]
 Defaults: TypeAlias = Mapping[str, Mapping[str, object]]
 
@@ -64,10 +64,11 @@ class Component:
     Attributes:
         name: denoiser, vae, text_encoder or text_encoder_2.
         kind: which model it is: unet_ldm, flux, qwen_image, vae_kl, vae_qwen, clip_text,
-            openclip_text, t5_encoder or qwen2_vl_text.
+            openclip_text, t5_encoder, qwen2_vl_text, qwen2_vl_vision or qwen3_text.
         folder: subfolder in Diffusers layout.
         prefixes: prefixes in single files, the canonical one first.
-        signatures: by layout. "alternate" is any further naming that can only be read.
+        signatures: by layout. "alternate" is any further naming that can only be read; "gguf" is
+            llama.cpp's, where it has one.
         links: (shapes, layout) -> correspondence, for shapes in that layout; layouts that have no
             signature of their own are never asked for.
         facts: Diffusers-named shapes -> what they say, as config.json fields and structure marks
@@ -76,6 +77,8 @@ class Component:
         same_names: canonical and Diffusers names are the same.
         ignored: (pattern, reason): keys under the prefix that carry nothing.
         published: alternate -> Diffusers links, needed where canonical names are neither.
+        gguf: (shapes, their layout) -> rules to llama.cpp's names, or from them to canonical ones
+            for shapes in layout "gguf".
     """
 
     name: str
@@ -89,6 +92,7 @@ class Component:
     same_names: bool = False
     ignored: tuple[tuple[str, str], ...] = ()
     published: Callable[[Shapes], list[Link]] | None = None
+    gguf: Callable[[Shapes, Layout], tuple[Rule, ...]] | None = None
 
     def diffusers_rules(
         self, shapes: Shapes, hyper: Mapping[str, object] | None = None
@@ -108,8 +112,13 @@ class Component:
         Raises:
             NotInvertible: the target is an alternate naming, or there is no way to it.
         """
-        if source == target or (self.same_names and "alternate" not in (source, target)):
+        alike = self.same_names and not {"alternate", "gguf"} & {source, target}
+        if source == target or alike:
             return tuple(Rename(key, key) for key in shapes)
+        if "gguf" in (source, target):
+            if self.gguf is None or not self.same_names:
+                raise NotInvertible(f"{self.kind}: llama.cpp has no names for it")
+            return self.gguf(shapes, source)
         if target == "alternate":
             raise NotInvertible(f"{self.kind}: {target} names are read, never written")
         if source == "canonical":

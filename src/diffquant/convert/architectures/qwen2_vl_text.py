@@ -8,10 +8,12 @@ _checkpoint_conversion_mapping); that naming is read, never written.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from diffquant.convert.architectures.base import Component, Facts, Layout, Signature
 from diffquant.convert.architectures.links import Link
 from diffquant.convert.architectures.names import count, width
+from diffquant.convert.architectures.qwen_gguf import language_rules
 from diffquant.convert.rules import Shapes
 
 __all__ = ["DEFAULTS", "component"]
@@ -36,6 +38,12 @@ _BODY = (
     f"{_LAYER}.self_attn.q_proj.bias",
     f"{_LAYER}.mlp.gate_proj.weight",
     "norm.weight",
+)
+_GGUF_BODY = (
+    "token_embd.weight",
+    "output_norm.weight",
+    "blk.0.attn_q.bias",
+    "blk.0.ffn_gate.weight",
 )
 
 
@@ -72,7 +80,9 @@ def component(prefixes: tuple[str, ...]) -> Component:
                 tuple(f"model.language_model.{one}" for one in _BODY),
                 (f"model.language_model.{_LAYER}.self_attn.q_norm.",),
             ),
+            "gguf": Signature(_GGUF_BODY, ("blk.0.attn_q_norm.",)),
         },
+        gguf=partial(language_rules, alternate="model.language_model."),
         links=_links,
         facts=_facts,
         same_names=True,

@@ -2,7 +2,8 @@
 
 Its token embedding is stored as `shared.weight`; some files repeat it as
 `encoder.embed_tokens.weight` (huggingface/transformers@v5, models/t5/modeling_t5.py,
-T5EncoderModel._tied_weights_keys).
+T5EncoderModel._tied_weights_keys). llama.cpp's names of a T5 encoder: gguf-py 0.19.0
+gguf/tensor_mapping.py, MODEL_ARCH.T5ENCODER; `wi_1` is its ffn_up, `wi_0` its ffn_gate.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from diffquant.convert.architectures.base import Component, Facts, Layout, Signature
-from diffquant.convert.architectures.links import Link
+from diffquant.convert.architectures.links import Link, backward, forward, rename_table
 from diffquant.convert.architectures.names import count, width
-from diffquant.convert.rules import Shapes
+from diffquant.convert.rules import Rule, Shapes
 
 __all__ = ["DEFAULTS", "component"]
 
@@ -40,6 +41,13 @@ _BODY = (
     f"{_BLOCK}.0.SelfAttention.relative_attention_bias.weight",
     f"{_BLOCK}.1.DenseReluDense.wo.weight",
 )
+_GGUF_BODY = (
+    "token_embd.weight",
+    "enc.output_norm.weight",
+    "enc.blk.0.attn_q.weight",
+    "enc.blk.0.attn_rel_b.weight",
+    "enc.blk.0.ffn_down.weight",
+)
 
 
 def _links(shapes: Shapes, layout: Layout) -> list[Link]:
@@ -48,6 +56,38 @@ def _links(shapes: Shapes, layout: Layout) -> list[Link]:
         Link(("encoder.block",), "encoder.block"),
         Link(("encoder.final_layer_norm",), "encoder.final_layer_norm"),
     ]
+
+
+_GGUF_TOP = {
+    "enc.output_norm": "encoder.final_layer_norm",
+    "token_embd": "shared",
+}
+_GGUF_BLOCK = {
+    "attn_norm": "layer.0.layer_norm",
+    "attn_q": "layer.0.SelfAttention.q",
+    "attn_k": "layer.0.SelfAttention.k",
+    "attn_v": "layer.0.SelfAttention.v",
+    "attn_o": "layer.0.SelfAttention.o",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn_norm": "layer.1.layer_norm",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn_down": "layer.1.DenseReluDense.wo",
+}
+_PLAIN_UP = "layer.1.DenseReluDense.wi"  # of the first T5, whose feed forward has no gate
+
+
+def _gguf(shapes: Shapes, layout: Layout) -> tuple[Rule, ...]:
+    theirs = layout == "gguf"
+    links = rename_table(_GGUF_TOP)
+    if not theirs and "shared.weight" not in shapes:
+        links.append(Link(("token_embd",), "encoder.embed_tokens"))
+    for i in range(count(shapes, "enc.blk" if theirs else "encoder.block")):
+        gate = f"enc.blk.{i}.ffn_gate.weight" if theirs else f"encoder.block.{i}.{_PLAIN_UP}.weight"
+        plain = (gate not in shapes) if theirs else (gate in shapes)
+        block = {**_GGUF_BLOCK, "ffn_up": _PLAIN_UP} if plain else _GGUF_BLOCK
+        links += rename_table(block, f"enc.blk.{i}.", f"encoder.block.{i}.")
+    return forward(links, shapes) if theirs else backward(links, shapes)
 
 
 def _facts(shapes: Shapes) -> Facts:
@@ -82,7 +122,9 @@ def component(
             "alternate": Signature(
                 ("encoder.embed_tokens.weight", *_BODY), ("decoder.", "shared.")
             ),
+            "gguf": Signature(_GGUF_BODY, ("dec.",)),
         },
+        gguf=_gguf,
         links=_links,
         facts=_facts,
         same_names=True,
