@@ -40,7 +40,7 @@ _BNB_ENDINGS = (
     ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{_BNB}nf4", f"{_BNB}fp4",
 )  # fmt: skip
 _FOREIGN = ("F64", "F8_E5M2")
-# Block types that neither we nor gguf-py 0.19.0 decode: ggml's for activations, and a later one.
+# Block types without a row in FORMATS: ggml's for activations, and a later one.
 _UNREAD = ("Q8_1", "Q8_K", "Q1_0")
 _CAST = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _TORCH_CAST = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -78,8 +78,8 @@ class LogicalTensor:
 
     @property
     def _foreign(self) -> bool:
-        """Whether a library or two lines decode what no FORMATS row names."""
-        return not self.why and (self.dtype in _FOREIGN or STORAGE[self.dtype].is_block)
+        """Whether a line decodes what no FORMATS row names."""
+        return not self.why and self.dtype in _FOREIGN
 
     @property
     def is_quantized(self) -> bool:
@@ -212,13 +212,6 @@ def _decode_foreign(
         return raw.view("<f8").reshape(shape).astype(np.float32)
     if tensor.dtype == "F8_E5M2":  # the upper byte of an F16
         return (raw.astype(np.uint16) << 8).view(np.float16).reshape(shape).astype(np.float32)
-    row = STORAGE[tensor.dtype]
-    if row.is_block and row.ggml_id is not None and not tensor.why:
-        import gguf  # a block type we do not encode ourselves yet: the library decodes it
-
-        blocks = raw.reshape(shape[0], -1)
-        out = gguf.dequantize(blocks, gguf.GGMLQuantizationType(row.ggml_id))
-        return np.ascontiguousarray(out.reshape(shape), dtype=np.float32)
     raise UnsupportedDtype(f"{tensor.key}: {tensor.why or f'cannot decode {tensor.dtype}'}")
 
 
