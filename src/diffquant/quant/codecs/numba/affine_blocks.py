@@ -34,12 +34,13 @@ def _kernel(
     level = np.empty((_SIZE, LANES), np.uint8)
     five = top > np.int32(15)
     nibbles_at = 8 if five else 4
+    size = rows.shape[1]
     for start in range(0, packed.shape[0], LANES):
         count = min(LANES, packed.shape[0] - start)
         search.load(rows, start, count, grid)
         affine_weights.by_importance(grid, state, start, importance, sigma2, importance.shape[0])
-        search.search(grid, state, _SIZE, top, _FIRST, _STEP, _STEPS, False)
-        search.take_levels(grid, state, _SIZE, top, level)
+        search.search(grid, state, size, top, _FIRST, _STEP, _STEPS, False)
+        search.take_levels(grid, state, size, top, level)
         for n in range(count):
             b = start + n
             blocks.store_half(packed, b, 0, state[search.SCALE, n])

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from diffquant.quant.codecs.arrays import Bytes, Float32
-from diffquant.quant.codecs.numba.compile import inlined, kernel
+from diffquant.quant.codecs.numba.compile import inlined, merged
 from diffquant.quant.codecs.numba.floats import nearest_int, select
 from diffquant.quant.codecs.numba.lanes import LANES
 
@@ -57,7 +57,7 @@ _ZERO = np.float32(0)
 _ONE = np.float32(1)
 
 
-@kernel
+@inlined
 def load(rows: Float32, start: int, count: int, grid: Float32) -> None:
     """Spread rows `start` and on of (B, size), `count` sub-blocks, to lanes; others get zeros."""
     size = rows.shape[1]
@@ -77,7 +77,7 @@ def _level(x: np.float32, iscale: np.float32, low: np.float32, top: np.int32) ->
     return np.float32(level if level < top else top)
 
 
-@inlined
+@merged
 def _prepare(grid: Float32, state: Float32, size: int) -> None:
     for k in range(LANES):
         x, w = grid[0, k], grid[size, k]
@@ -94,7 +94,7 @@ def _prepare(grid: Float32, state: Float32, size: int) -> None:
             state[_SUM_X, k] += np.float32(w * x)
 
 
-@inlined
+@merged
 def _start(state: Float32, top: np.int32) -> None:
     # The first trial is the plain grid from the minimum to the largest element.
     for k in range(LANES):
@@ -112,7 +112,7 @@ def _start(state: Float32, top: np.int32) -> None:
         state[_TRIAL_ERROR, k] = _ZERO
 
 
-@inlined
+@merged
 def _sum_levels(
     grid: Float32, state: Float32, size: int, top: np.int32, intervals: np.float32
 ) -> None:
@@ -137,7 +137,7 @@ def _sum_levels(
             state[_SUM_XL, k] = sum_xl
 
 
-@inlined
+@merged
 def _fit(state: Float32) -> None:
     # Weighted least squares of x against levels; a minimum above 0 is refitted through 0.
     for k in range(LANES):
@@ -166,7 +166,7 @@ def _difference(grid: Float32, state: Float32, row: int, k: int, top: np.int32) 
     return np.float32(fit - x)
 
 
-@inlined
+@merged
 def _sum_squares(grid: Float32, state: Float32, size: int, top: np.int32) -> None:
     for i in range(0, size, 4):
         for k in range(LANES):
@@ -177,7 +177,7 @@ def _sum_squares(grid: Float32, state: Float32, size: int, top: np.int32) -> Non
             state[_TRIAL_ERROR, k] = error
 
 
-@inlined
+@merged
 def _sum_absolutes(grid: Float32, state: Float32, size: int, top: np.int32) -> None:
     for i in range(0, size, 4):
         for k in range(LANES):
@@ -188,7 +188,7 @@ def _sum_absolutes(grid: Float32, state: Float32, size: int, top: np.int32) -> N
             state[_TRIAL_ERROR, k] = error
 
 
-@inlined
+@merged
 def _keep_better(state: Float32) -> None:
     for k in range(LANES):
         better = np.int32(-np.int32(state[_TRIAL_ERROR, k] < state[_ERROR, k]))
@@ -199,7 +199,7 @@ def _keep_better(state: Float32) -> None:
         state[LOW, k] = select(better, state[_TRIAL_LOW, k], state[LOW, k])
 
 
-@kernel
+@inlined
 def search(
     grid: Float32,
     state: Float32,
@@ -249,7 +249,7 @@ def search(
             state[FIT_ISCALE, k] = _ZERO
 
 
-@kernel
+@inlined
 def take_levels(grid: Float32, state: Float32, size: int, top: np.int32, level: Bytes) -> None:
     """Take the levels that the search found: (size, LANES)."""
     for i in range(size):

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffquant.quant.codecs.arrays import Float32, frozen
 from diffquant.quant.codecs.numba.affine_lanes import SIGMA
-from diffquant.quant.codecs.numba.compile import inlined, kernel
+from diffquant.quant.codecs.numba.compile import kernel, merged
 from diffquant.quant.codecs.numba.lanes import LANES
 
 __all__ = ["by_importance", "by_magnitude", "by_spread", "mean_squares"]
@@ -18,7 +18,7 @@ __all__ = ["by_importance", "by_magnitude", "by_spread", "mean_squares"]
 _ZERO = np.float32(0)
 
 
-@inlined
+@merged
 def by_magnitude(grid: Float32, size: int) -> None:
     """Weights are the magnitudes: Q2_K's."""
     for i in range(size):
@@ -26,7 +26,7 @@ def by_magnitude(grid: Float32, size: int) -> None:
             grid[size + i, k] = abs(grid[i, k])
 
 
-@inlined
+@merged
 def by_spread(grid: Float32, state: Float32, size: int) -> None:
     """Weights are the root mean square of the sub-block plus the magnitude: Q4_K's and Q5_K's."""
     for k in range(LANES):
@@ -60,7 +60,7 @@ def _mean_squares(groups: Float32, factor: np.float32, found: Float32) -> None:
         found[d] = np.float32(np.float32(factor * sum_d) / np.float32(size))
 
 
-@inlined
+@merged
 def by_importance(
     grid: Float32,
     state: Float32,

@@ -10,7 +10,7 @@ from diffquant.quant.codecs.affine_search import WEIGHTED, Candidates
 from diffquant.quant.codecs.arrays import Bytes, Float32, frozen
 from diffquant.quant.codecs.numba import affine_lanes as search
 from diffquant.quant.codecs.numba import affine_weights, blocks, positive_lanes, super_blocks
-from diffquant.quant.codecs.numba.compile import inlined, kernel
+from diffquant.quant.codecs.numba.compile import inlined, kernel, merged
 from diffquant.quant.codecs.numba.lanes import LANES, scratch
 
 __all__ = ["decode_super_blocks", "encoder", "weighted_encoder"]
@@ -24,7 +24,7 @@ _STEP = np.float32(WEIGHTED.step)
 _STEPS = WEIGHTED.steps
 
 
-@inlined
+@merged
 def _store_scales(packed: Bytes, b: int, scale: Bytes, low: Bytes) -> None:
     for j in range(4):
         packed[b, 4 + j] = np.uint8(scale[j] | ((scale[j + 4] >> np.uint8(4)) << np.uint8(6)))
@@ -47,7 +47,7 @@ def _header_scales(packed: Bytes, b: int, d: Float32, minimum: Float32) -> None:
         minimum[j + 4] = low_step * np.float32(upper)
 
 
-@inlined
+@merged
 def _store_levels(packed: Bytes, b: int, five: bool, level: Bytes) -> None:
     at = 16
     if five:
@@ -63,7 +63,7 @@ def _store_levels(packed: Bytes, b: int, five: bool, level: Bytes) -> None:
             packed[b, at + 32 * p + i] = np.uint8((low & np.uint8(15)) | (high << np.uint8(4)))
 
 
-@inlined
+@merged
 def _store(
     rows: Float32, packed: Bytes, b: int, scale: Bytes, low: Bytes, state: Float32, top: np.int32
 ) -> None:
@@ -89,20 +89,21 @@ def _encode_kernel(
     steps: int,
 ) -> None:
     scale, low = np.empty(_SUB, np.uint8), np.empty(_SUB, np.uint8)
+    size = rows.shape[1]  # not the constant: the compiler would write loops out
     for start in range(0, packed.shape[0], _BATCH):
         count = min(_BATCH, packed.shape[0] - start)
         search.load(rows, _SUB * start, _SUB * count, grid)
-        affine_weights.by_spread(grid, state, _SIZE)
-        search.search(grid, state, _SIZE, top, first, step, steps, False)
+        affine_weights.by_spread(grid, state, size)
+        search.search(grid, state, size, top, first, step, steps, False)
         for n in range(count):
-            size = super_blocks.round_steps(
+            step_size = super_blocks.round_steps(
                 state, search.SCALE, np.float32(1), _SUB * n, np.float32(63), _SIX_BITS, scale
             )
-            blocks.store_half(packed, start + n, 0, size)
-            size = super_blocks.round_steps(
+            blocks.store_half(packed, start + n, 0, step_size)
+            step_size = super_blocks.round_steps(
                 state, search.LOW, np.float32(-1), _SUB * n, np.float32(63), _SIX_BITS, low
             )
-            blocks.store_half(packed, start + n, 2, size)
+            blocks.store_half(packed, start + n, 2, step_size)
             _store(rows, packed, start + n, scale, low, state, top)
 
 
@@ -119,17 +120,18 @@ def _weighted_kernel(
     clamp: np.uint8,
 ) -> None:
     scale, low = np.empty(_SUB, np.uint8), np.empty(_SUB, np.uint8)
+    size = rows.shape[1]  # not the constant: the compiler would write loops out
     for start in range(0, packed.shape[0], _BATCH):
         count = min(_BATCH, packed.shape[0] - start)
         search.load(rows, _SUB * start, _SUB * count, grid)
         affine_weights.by_importance(grid, state, _SUB * start, importance, sigma2, _SUB)
-        search.search(grid, state, _SIZE, top, _FIRST, _STEP, _STEPS, False)
-        super_blocks.fit_steps(state, positive, _SUB, np.int32(63))
+        search.search(grid, state, size, top, _FIRST, _STEP, _STEPS, False)
+        super_blocks.fit_steps(state, positive, 256 // size, np.int32(63))
         for n in range(count):
-            size = super_blocks.take_steps(positive, n, clamp, scale)
-            blocks.store_half(packed, start + n, 0, size)
-            size = super_blocks.take_steps(positive, super_blocks.LOWS_AT + n, clamp, low)
-            blocks.store_half(packed, start + n, 2, size)
+            step_size = super_blocks.take_steps(positive, n, clamp, scale)
+            blocks.store_half(packed, start + n, 0, step_size)
+            step_size = super_blocks.take_steps(positive, super_blocks.LOWS_AT + n, clamp, low)
+            blocks.store_half(packed, start + n, 2, step_size)
             _store(rows, packed, start + n, scale, low, state, top)
 
 

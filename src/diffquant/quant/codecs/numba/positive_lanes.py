@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from diffquant.quant.codecs.arrays import Float32
-from diffquant.quant.codecs.numba.compile import inlined, kernel
+from diffquant.quant.codecs.numba.compile import inlined, merged
 from diffquant.quant.codecs.numba.floats import nearest_int, select
 from diffquant.quant.codecs.scale_search import GROUP_MAX_EPS
 
@@ -56,7 +56,7 @@ def _sum_error(grid: Float32, count: int, limit: np.int32, mask: np.int32) -> No
             grid[_TRIAL_ERROR, k] += term
 
 
-@inlined
+@merged
 def _choose_grid(grid: Float32, count: int, top: np.int32) -> None:
     for k in range(POSITIVE_LANES):
         grid[_MOST, k] = _ZERO
@@ -84,7 +84,7 @@ def _choose_grid(grid: Float32, count: int, top: np.int32) -> None:
             grid[_ERROR, k] = select(better, grid[_TRIAL_ERROR, k], grid[_ERROR, k])
 
 
-@inlined
+@merged
 def _fit(grid: Float32, count: int, top: np.int32) -> None:
     for k in range(POSITIVE_LANES):
         grid[_SUM_LX, k] = _ZERO
@@ -100,7 +100,7 @@ def _fit(grid: Float32, count: int, top: np.int32) -> None:
             grid[LEVEL + i, k] = np.float32(np.int32(integer & _BYTE))
 
 
-@inlined
+@merged
 def _move(grid: Float32, count: int, top: np.int32) -> None:
     # Move each level in turn to where the fit of the others wants it.
     for i in range(count):
@@ -128,7 +128,7 @@ def _move(grid: Float32, count: int, top: np.int32) -> None:
             grid[_CHANGED, k] = select(better, _ONE, grid[_CHANGED, k])
 
 
-@kernel
+@inlined
 def search(grid: Float32, count: int, top: np.int32) -> None:
     """Search all lanes; see affine_search.positive_search for the method.
 

@@ -9,7 +9,7 @@ from diffquant.quant.codecs.arrays import Bytes, Float32, frozen
 from diffquant.quant.codecs.ggml_rows import row_codec
 from diffquant.quant.codecs.numba import affine_lanes as search
 from diffquant.quant.codecs.numba import affine_weights, blocks, positive_lanes, super_blocks
-from diffquant.quant.codecs.numba.compile import inlined, kernel
+from diffquant.quant.codecs.numba.compile import inlined, kernel, merged
 from diffquant.quant.codecs.numba.lanes import LANES, scratch
 from diffquant.quant.codecs.q2_k import CANDIDATES
 
@@ -34,7 +34,7 @@ def _scales(packed: Bytes, b: int, d: Float32, minimum: Float32) -> None:
         minimum[j] = low_step * np.float32(packed[b, j] >> np.uint8(4))
 
 
-@inlined
+@merged
 def _store(rows: Float32, packed: Bytes, b: int, scale: Bytes, low: Bytes, state: Float32) -> None:
     # The halves stand in `packed` already.
     d, minimum = np.empty(_SUB, np.float32), np.empty(_SUB, np.float32)
@@ -57,21 +57,22 @@ def _store(rows: Float32, packed: Bytes, b: int, scale: Bytes, low: Bytes, state
 def _encode_kernel(rows: Float32, packed: Bytes, grid: Float32, state: Float32) -> None:
     scale, low = np.empty(_SUB, np.uint8), np.empty(_SUB, np.uint8)
     first, step = np.float32(CANDIDATES.first), np.float32(CANDIDATES.step)
+    size = rows.shape[1]  # not the constant: the compiler would write loops out
     for start in range(0, packed.shape[0], _BATCH):
         count = min(_BATCH, packed.shape[0] - start)
         search.load(rows, _SUB * start, _SUB * count, grid)
-        affine_weights.by_magnitude(grid, _SUB)
-        search.search(grid, state, _SUB, _TOP, first, step, CANDIDATES.steps, True)
+        affine_weights.by_magnitude(grid, size)
+        search.search(grid, state, size, _TOP, first, step, CANDIDATES.steps, True)
         for n in range(count):
             top = np.float32(_STEPS)
-            size = super_blocks.round_steps(
+            step_size = super_blocks.round_steps(
                 state, search.SCALE, np.float32(1), _SUB * n, top, _BYTE, scale
             )
-            blocks.store_half(packed, start + n, _D_AT, size)
-            size = super_blocks.round_steps(
+            blocks.store_half(packed, start + n, _D_AT, step_size)
+            step_size = super_blocks.round_steps(
                 state, search.LOW, np.float32(-1), _SUB * n, top, _BYTE, low
             )
-            blocks.store_half(packed, start + n, _DMIN_AT, size)
+            blocks.store_half(packed, start + n, _DMIN_AT, step_size)
             _store(rows, packed, start + n, scale, low, state)
 
 
@@ -87,17 +88,18 @@ def _weighted_kernel(
 ) -> None:
     scale, low = np.empty(_SUB, np.uint8), np.empty(_SUB, np.uint8)
     first, step = np.float32(WEIGHTED.first), np.float32(WEIGHTED.step)
+    size = rows.shape[1]  # not the constant: the compiler would write loops out
     for start in range(0, packed.shape[0], _BATCH):
         count = min(_BATCH, packed.shape[0] - start)
         search.load(rows, _SUB * start, _SUB * count, grid)
         affine_weights.by_importance(grid, state, _SUB * start, importance, sigma2, _SUB)
-        search.search(grid, state, _SUB, _TOP, first, step, WEIGHTED.steps, False)
-        super_blocks.fit_steps(state, positive, _SUB, _STEPS)
+        search.search(grid, state, size, _TOP, first, step, WEIGHTED.steps, False)
+        super_blocks.fit_steps(state, positive, 256 // size, _STEPS)
         for n in range(count):
-            size = super_blocks.take_steps(positive, n, _BYTE, scale)
-            blocks.store_half(packed, start + n, _D_AT, size)
-            size = super_blocks.take_steps(positive, super_blocks.LOWS_AT + n, _BYTE, low)
-            blocks.store_half(packed, start + n, _DMIN_AT, size)
+            step_size = super_blocks.take_steps(positive, n, _BYTE, scale)
+            blocks.store_half(packed, start + n, _D_AT, step_size)
+            step_size = super_blocks.take_steps(positive, super_blocks.LOWS_AT + n, _BYTE, low)
+            blocks.store_half(packed, start + n, _DMIN_AT, step_size)
             _store(rows, packed, start + n, scale, low, state)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffquant.quant.codecs.arrays import Bytes, Float32
 from diffquant.quant.codecs.numba import affine_lanes, positive_lanes
-from diffquant.quant.codecs.numba.compile import inlined
+from diffquant.quant.codecs.numba.compile import inlined, merged
 from diffquant.quant.codecs.numba.floats import nearest_int
 from diffquant.quant.codecs.numba.lanes import LANES
 from diffquant.quant.codecs.numba.positive_lanes import LEVEL, POSITIVE_LANES, WEIGHT
@@ -44,7 +44,7 @@ def round_steps(
     return np.float32(most / top)
 
 
-@inlined
+@merged
 def fit_steps(state: Float32, positive: Float32, count: int, top: np.int32) -> None:
     """Search steps for all super-blocks at once: scales in lanes 0 and on, minima in LOWS_AT on.
 
@@ -79,7 +79,7 @@ def _clamp(level: np.int32, top: np.int32) -> np.uint8:
     return np.uint8(level if level < top else top)
 
 
-@inlined
+@merged
 def quantize(
     rows: Float32,
     first: int,
