@@ -1,6 +1,7 @@
 """What does each GGUF type weigh and lose on a demo checkpoint? The table of docs/formats.md.
 
-python benchmarks/gguf_types.py [--model examples/flux1-shapes] [--types q4_k_s,iq4_xs] [--json FILE]
+python benchmarks/gguf_types.py [--model examples/flux1-shapes] [--types q4_k_s,iq4_xs]
+    [--steps 12] [--json FILE]
 
 Each type is written as its users get it (published mix, default target) and draws the demo prompts;
 PSNR is against the source's pictures in float32, squared error pooled over all of them. Types that
