@@ -18,7 +18,7 @@ from diffquant.quant.formats import FORMATS
 from diffquant.quant.types import TYPES
 
 CASES = sorted({(dialect, row.base) for row in TYPES.values() for dialect in row.dialects.values()})
-SHAPES = ((96, 256), (7, 512), (50, 37), (3, 4, 3, 3), (1, 64))
+SHAPES = ((96, 256), (256, 128), (7, 512), (50, 37), (3, 4, 3, 3), (1, 64))
 
 
 def encoded(dialect, fmt, shape, write, path):
@@ -29,6 +29,8 @@ def encoded(dialect, fmt, shape, write, path):
     codec = FORMATS[fmt].codec
     needs = FORMATS[fmt].importance == "required"
     extra = {"importance": np.ones(weight.shape[1], np.float32)} if needs else {}
+    if FORMATS[fmt].passes == 2:
+        extra["stats"] = backend(codec, "reduce")(weight, fmt=fmt)
     parts = backend(codec, "encode")(weight, fmt=fmt, **extra)
     decoded = backend(codec, "decode")(parts, weight.shape, fmt=fmt)
     tensors = {}

@@ -17,7 +17,7 @@ from diffquant.convert import cutting, engine
 from diffquant.convert.adapters import ROWS, WHOLE
 from diffquant.convert.cutting import chunk_extents
 from diffquant.convert.detect import detect
-from diffquant.convert.dialects import pack
+from diffquant.convert.dialects import COMFY_FORMATS, pack
 from diffquant.convert.engine import run_plan
 from diffquant.convert.jobs import container_for, opened, run_job
 from diffquant.convert.logical import bind
@@ -83,7 +83,7 @@ class Counter:
 
 def one_step(fmt, shape, *, key="w.weight", source="f32", adapters=(), pieces=None, dialect=""):
     """A plan of one weight."""
-    dialect = dialect or ("comfy" if "scale" in {p.name for p in FORMATS[fmt].parts} else "plain")
+    dialect = dialect or ("comfy" if fmt in COMFY_FORMATS else "plain")
     dialect = "bnb" if fmt == "nf4" else dialect
     parts = pieces or (Piece(key, 0, shape[0]),)
     step = Step(
@@ -398,7 +398,7 @@ def test_peak_memory_follows_the_chunk_not_the_model():
 MEASURED = """
     import sys, threading
     from pathlib import Path
-    from diffquant.convert.dialects import pack
+    from diffquant.convert.dialects import COMFY_FORMATS, pack
     from diffquant.convert.engine import peak_nbytes, run_plan
     from diffquant.convert.logical import bind
     from diffquant.convert.plan import Plan, Request, Step

@@ -19,6 +19,7 @@ pytestmark = [
 ]
 SHAPE = (64, 512)
 TYPED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
+TYPED["F8_E5M2"] = "float8_e5m2"
 
 
 def random_parts(name):
@@ -34,6 +35,9 @@ def random_parts(name):
         elif part.dtype in TYPED:
             values = torch.from_numpy(generator.standard_normal(shape).astype(np.float32))
             parts[part.name] = values.to(getattr(torch, TYPED[part.dtype]))
+        elif FORMATS[name].is_padded:
+            raw = generator.integers(100, 140, shape, np.uint8)  # exponents near 2**0
+            parts[part.name] = torch.from_numpy(raw)
         else:
             nbytes = FORMATS[name].nbytes(SHAPE) if len(FORMATS[name].parts) == 1 else shape[0]
             raw = generator.integers(0, 100, nbytes, np.uint8)  # small bytes: finite f16 scales

@@ -195,35 +195,67 @@ def test_int8_equals_comfy_kitchen(device: str, awkward: Mapping[str, np.ndarray
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_scaled_fp8_equals_torch(device: str, awkward: Mapping[str, np.ndarray]) -> None:
-    name = "fp8_e4m3_scaled"
+def test_int8_of_one_scale_equals_comfy_kitchen(
+    device: str, awkward: Mapping[str, np.ndarray]
+) -> None:
+    eager = imported("comfy_kitchen.backends.eager.quantization")
+    name = "int8_tensor"
     for what, weight in awkward.items():
-        tensor = torch.from_numpy(weight)
-        scale = tensor.abs().amax() / 448
-        if not scale:
-            continue  # torch would divide by zero: ours is tested in test_codecs.py
-        expected = (tensor / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        level, scale = eager.quantize_int8_tensorwise(torch.from_numpy(weight.copy()))
         amax = backend(name, "reduce", device)(weight, None, fmt=name)
         parts = backend(name, "encode", device)(weight, amax, fmt=name)
-        assert bits(parts["weight"]) == bits(expected.view(torch.uint8).numpy()), what
-        assert parts["scale"] == scale.numpy()
-        decoded = backend(name, "decode", device)(parts, weight.shape, fmt=name)
-        assert bits(decoded) == bits((expected.float() * scale).numpy()), what
+        assert bits(parts["weight"]) == bits(level.numpy()), what
+        assert bits(parts["scale"]) == bits(scale.numpy()), what
+        expected = eager.dequantize_int8_simple(level, scale).numpy()
+        found = backend(name, "decode", device)(parts, weight.shape, fmt=name)
+        assert bits(found) == bits(expected), what
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("bf16", torch.bfloat16), ("f16", torch.float16), ("fp8_e4m3", torch.float8_e4m3fn)],
+    [("fp8_e4m3_scaled", torch.float8_e4m3fn), ("fp8_e5m2_scaled", torch.float8_e5m2)],
+)
+def test_scaled_fp8_equals_comfy_kitchen(
+    name: str, dtype: torch.dtype, device: str, awkward: Mapping[str, np.ndarray]
+) -> None:
+    eager = imported("comfy_kitchen.backends.eager.quantization")
+    compared = 0
+    for what, weight in awkward.items():
+        tensor = torch.from_numpy(weight)
+        scale = tensor.abs().amax() / torch.finfo(dtype).max
+        if torch.isinf(1 / scale):
+            continue  # NaN there: ours is tested in test_codecs.py
+        compared += 1
+        expected = eager.quantize_per_tensor_fp8(tensor, scale, dtype)
+        amax = backend(name, "reduce", device)(weight, None, fmt=name)
+        parts = backend(name, "encode", device)(weight, amax, fmt=name)
+        assert bits(parts["weight"]) == bits(expected.view(torch.uint8).numpy()), what
+        assert parts["scale"] == scale.numpy()
+        decoded = backend(name, "decode", device)(parts, weight.shape, fmt=name)
+        plain = eager.dequantize_per_tensor_fp8(expected, scale, torch.float32)
+        assert bits(decoded) == bits(plain.numpy()), what
+    assert compared >= len(awkward) - 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("bf16", torch.bfloat16),
+        ("f16", torch.float16),
+        ("fp8_e4m3", torch.float8_e4m3fn),
+        ("fp8_e5m2", torch.float8_e5m2),
+    ],
 )
 def test_casts_equal_torch(name: str, dtype: torch.dtype, device: str) -> None:
     every = np.arange(0, 2**32, 1021, dtype=np.uint64).astype(np.uint32).view(np.float32)
     # NaN payloads are ours to choose; beyond 464 torch's fp8 saturates or not by version.
-    limit = 464 if name == "fp8_e4m3" else np.inf
+    limit = {"fp8_e4m3": 464, "fp8_e5m2": 61439}.get(name, np.inf)
     weight = every[np.abs(every) <= limit][None]
     codec = FORMATS[name].codec
     found = backend(codec, "encode", device)(weight, fmt=name)["weight"]
-    kind = torch.uint8 if name == "fp8_e4m3" else torch.int16
+    kind = torch.uint8 if name.startswith("fp8") else torch.int16
     expected = torch.from_numpy(weight).to(dtype)
     assert bits(found) == bits(expected.view(kind).numpy())
     decoded = backend(codec, "decode", device)({"weight": found}, weight.shape, fmt=name)

@@ -29,6 +29,8 @@ def segment(name, rows=8, columns=512):
         data = torch.from_numpy(np.ascontiguousarray(parts[part.name]))
         if part.dtype == "F8_E4M3":
             data = data.view(torch.float8_e4m3fn)
+        if part.dtype == "F8_E5M2":
+            data = data.view(torch.float8_e5m2)
         if part.dtype == "BF16":
             data = data.view(torch.bfloat16)
         tensors[part.name] = data

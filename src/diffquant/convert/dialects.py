@@ -6,7 +6,8 @@ dialect writes for one encoded weight; `bind` (convert/logical.py) finds them ag
 ======= ============================================================================================
 plain   `W` holds the numbers; nothing beside it
 gguf    `W` holds ggml blocks
-comfy   `L.weight`, `L.weight_scale` (float32), `L.comfy_quant` (uint8 JSON)
+comfy   `L.weight`, `L.weight_scale` (float32; scales of blocks in tiles), `L.weight_scale_2`
+        (nvfp4), `L.comfy_quant` (uint8 JSON)
         Comfy-Org/ComfyUI@0271a46:comfy/ops.py, comfy/quant_ops.py; released comfy-kitchen 0.2.40
 bnb     `L.weight` uint8 (n, 1), `L.weight.absmax`, `L.weight.quant_map`,
         `L.weight.quant_state.bitsandbytes__nf4` (uint8 JSON)
@@ -19,14 +20,24 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from diffquant.core.errors import PolicyError
 from diffquant.core.tensors import TensorSpec
 from diffquant.quant.formats import format_named
 
-__all__ = ["DIALECTS", "NF4_QUANT_STATE", "NF4_TABLE", "Packed", "pack", "skip_conflicts"]
+__all__ = [
+    "COMFY_FORMATS",
+    "DIALECTS",
+    "GROUP_SIZES",
+    "NF4_QUANT_STATE",
+    "NF4_TABLE",
+    "ORIGINAL_SHAPE",
+    "Packed",
+    "pack",
+    "skip_conflicts",
+]
 
 Shape = tuple[int, ...]
 
@@ -52,7 +63,25 @@ NF4_TABLE = (
 )
 NF4_QUANT_STATE = ".quant_state.bitsandbytes__nf4"
 
-_COMFY_FORMAT = {"fp8_e4m3_scaled": "float8_e4m3fn", "int8_rowwise": "int8_tensorwise"}
+# FORMATS name -> what comfy_quant calls it, and part -> ending of the key behind `L.`.
+COMFY_FORMATS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "fp8_e4m3_scaled": ("float8_e4m3fn", {"scale": "weight_scale"}),
+    "fp8_e5m2_scaled": ("float8_e5m2", {"scale": "weight_scale"}),
+    "int8_tensor": ("int8_tensorwise", {"scale": "weight_scale"}),
+    "int8_rowwise": ("int8_tensorwise", {"scale": "weight_scale"}),
+    "fp8_e4m3_rowwise": ("float8_e4m3fn_rowwise", {"scale": "weight_scale"}),
+    "fp8_e4m3_blockwise": ("float8_e4m3fn_blockwise", {"block_scale": "weight_scale"}),
+    "int8_blockwise": ("int8_blockwise", {"block_scale": "weight_scale"}),
+    "mxfp8": ("mxfp8", {"block_scale": "weight_scale"}),
+    "nvfp4_comfy": (
+        "nvfp4",
+        {"block_scale": "weight_scale", "tensor_scale": "weight_scale_2"},
+    ),
+}
+GROUP_SIZES = {"fp8_e4m3_blockwise": 128, "int8_blockwise": 128}  # said by the marker
+# Key of the marker under which a padded weight's own shape is kept: loaders take theirs from the
+# model and ignore it, we would otherwise read the padding as weights.
+ORIGINAL_SHAPE = "orig_shape"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +117,26 @@ def _json_tensor(key: str, value: object) -> Packed:
 
 def _comfy(key: str, fmt: str, shape: Shape, dtype: str) -> tuple[Packed, ...]:
     row = format_named(fmt)
-    if fmt not in _COMFY_FORMAT:
+    if fmt not in COMFY_FORMATS:
         return _plain(key, fmt, shape, dtype)
     layer = _layer(key, "comfy")
-    weight, scale = row.parts
+    name, endings = COMFY_FORMATS[fmt]
+    marker: dict[str, object] = {"format": name}
+    if fmt in GROUP_SIZES:
+        marker["group_size"] = GROUP_SIZES[fmt]
+    if row.is_padded and any(length % row.padding for length in shape):
+        marker[ORIGINAL_SHAPE] = list(shape)
     return (
-        Packed(TensorSpec(key, weight.dtype, weight.shape(shape)), weight.name),
-        Packed(TensorSpec(f"{layer}.weight_scale", scale.dtype, scale.shape(shape)), scale.name),
-        _json_tensor(f"{layer}.comfy_quant", {"format": _COMFY_FORMAT[fmt]}),
+        *(
+            Packed(
+                TensorSpec(
+                    f"{layer}.{endings.get(part.name, part.name)}", part.dtype, part.shape(shape)
+                ),
+                part.name,
+            )
+            for part in row.parts
+        ),
+        _json_tensor(f"{layer}.comfy_quant", marker),
     )
 
 

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffquant.convert.dialects import COMFY_FORMATS, GROUP_SIZES
+from diffquant.convert.padded import bind_padded, read_padded
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import MalformedFile, UnsupportedDtype
 from diffquant.core.tensors import ByteArray, TensorSource, TensorSpec
@@ -33,15 +35,16 @@ __all__ = ["ORIG_SHAPE", "LogicalSource", "LogicalTensor", "bind"]
 ORIG_SHAPE = "comfy.gguf.orig_shape."  # + the tensor's name as stored
 
 _MARKER_LIMIT = 4096  # bytes of a marker tensor that `bind` is willing to read
-_COMFY_FORMATS = {"float8_e4m3fn": "fp8_e4m3_scaled", "int8_tensorwise": "int8_rowwise"}
+_COMFY_NAMES = {name: fmt for fmt, (name, _) in COMFY_FORMATS.items()}
 _BNB = ".quant_state.bitsandbytes__"
 # bitsandbytes 0.50.2 functional.py, QuantState.as_dict(packed=True)
 _BNB_ENDINGS = (
     ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{_BNB}nf4", f"{_BNB}fp4",
 )  # fmt: skip
-_FOREIGN = ("F64", "F8_E5M2")
+_FOREIGN = ("F64",)
 # Block types without a row in FORMATS: ggml's for activations, and a later one.
 _UNREAD = ("Q8_1", "Q8_K", "Q1_0")
+_SCALED_FP8 = {"F8_E4M3": "fp8_e4m3_scaled", "F8_E5M2": "fp8_e5m2_scaled"}
 _CAST = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _TORCH_CAST = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "F64": "<f8"}
@@ -135,15 +138,21 @@ class LogicalSource:
             return self._read_reshaped(tensor, start * k, stop * k).reshape(stop - start, k)
         if tensor.format == "nf4":
             return self._read_nf4(tensor, start * k, stop * k).reshape(stop - start, k)
+        if tensor.format and format_named(tensor.format).is_tiled:
+            return read_padded(
+                self.source, tensor.format, tensor.parts, tensor.shape, (start, stop)
+            )
         if tensor.format:
             parts = {
                 part.name: self._part(tensor, part.name, part.per_row, (start, stop))
                 for part in format_named(tensor.format).parts
             }
             name, scale = tensor.format, parts.get("scale")
-            if name == "fp8_e4m3_scaled" and scale is not None and scale.ndim == 2:
-                plain = backend("fp8_e4m3", "decode")  # some writers keep one fp8 scale per row
-                rowwise: NDArray[np.float32] = plain(parts, (stop - start, k), fmt="fp8_e4m3")
+            if name in _SCALED_FP8.values() and scale is not None and scale.ndim == 2:
+                fmt = name.removesuffix("_scaled")  # some writers keep one fp8 scale per row
+                rowwise: NDArray[np.float32] = backend(fmt, "decode")(
+                    parts, (stop - start, k), fmt=fmt
+                )
                 scaled: NDArray[np.float32] = rowwise * scale
                 return scaled
             out: NDArray[np.float32] = backend(format_named(name).codec, "decode")(
@@ -210,8 +219,6 @@ def _decode_foreign(
 ) -> NDArray[np.float32]:
     if tensor.dtype == "F64":
         return raw.view("<f8").reshape(shape).astype(np.float32)
-    if tensor.dtype == "F8_E5M2":  # the upper byte of an F16
-        return (raw.astype(np.uint16) << 8).view(np.float16).reshape(shape).astype(np.float32)
     raise UnsupportedDtype(f"{tensor.key}: {tensor.why or f'cannot decode {tensor.dtype}'}")
 
 
@@ -251,8 +258,8 @@ def bind(source: TensorSource) -> LogicalSource:
 def _bind_plain(spec: TensorSpec) -> LogicalTensor:
     row = STORAGE[spec.dtype]
     name = _CAST.get(spec.dtype, "")
-    if not name and spec.dtype == "F8_E4M3":
-        name = "fp8_e4m3"
+    if not name and spec.dtype in _SCALED_FP8:
+        name = _SCALED_FP8[spec.dtype].removesuffix("_scaled")
     if not name and row.is_block and spec.dtype.lower() in FORMATS:
         name = spec.dtype.lower()
     why = f"blocks of {spec.dtype} are not supported" if spec.dtype in _UNREAD else ""
@@ -296,10 +303,9 @@ def _bind_scaled(
     extra = tuple(k for k in (f"{layer}.scale_input", f"{layer}.input_scale") if k in source.specs)
     _check_scale(source, scale, spec)
     parts = {"weight": key, "scale": scale}
-    if spec.dtype != "F8_E4M3":
-        why = f"{spec.dtype} with a scale is not supported yet"
-        return LogicalTensor(key, spec.shape, "", parts, spec.dtype, why), (scale, *extra)
-    tensor = LogicalTensor(key, spec.shape, "fp8_e4m3_scaled", parts, spec.dtype)
+    name = _SCALED_FP8.get(spec.dtype, "")  # by the weight's dtype: a marker of e5m2 may lie
+    why = "" if name else f"{spec.dtype} with a scale is not supported"
+    tensor = LogicalTensor(key, spec.shape, name, parts, spec.dtype, why)
     return tensor, (scale, *extra)
 
 
@@ -318,27 +324,40 @@ def _bind_comfy(
 ) -> tuple[LogicalTensor, tuple[str, ...]]:
     specs = source.specs
     spec = specs[key]
-    used = tuple(
-        k
-        for k in (f"{layer}.comfy_quant", f"{layer}.weight_scale", f"{layer}.input_scale")
-        if k in specs
-    )
-    name = _COMFY_FORMATS.get(str(marker.get("format")), "")
-    scale = f"{layer}.weight_scale"
-    if not name or marker.get("convrot") or scale not in specs:
-        others = tuple(k for k in specs if k.startswith(f"{layer}.weight_") and k not in used)
-        why = f"comfy_quant {json.dumps(dict(marker))} is not supported yet"
+    name = _COMFY_NAMES.get(str(marker.get("format")), "")
+    endings = COMFY_FORMATS[name][1] if name else {"scale": "weight_scale"}
+    parts = {part: f"{layer}.{ending}" for part, ending in endings.items()}
+    beside = (f"{layer}.comfy_quant", *parts.values(), f"{layer}.input_scale")
+    used = tuple(k for k in beside if k in specs)
+    lacking = any(k not in specs for k in parts.values())
+    smoothed = f"{layer}.pre_quant_scale" in specs  # the input is to be multiplied, and is not here
+    other_blocks = name in GROUP_SIZES and marker.get("group_size") != GROUP_SIZES[name]
+    if not name or marker.get("convrot") or lacking or smoothed or other_blocks:
+        ours = (f"{layer}.weight_", f"{layer}.pre_quant_scale")
+        others = tuple(k for k in specs if k.startswith(ours) and k not in used)
+        beside_it = " with pre_quant_scale" if smoothed else ""
+        why = f"comfy_quant {json.dumps(dict(marker))}{beside_it} is not supported yet"
         return LogicalTensor(key, spec.shape, "", {"weight": key}, spec.dtype, why), used + others
-    stored = format_named(name).parts[0].dtype
+    row = format_named(name)
+    stored = row.parts[0].dtype
     if spec.dtype != stored or len(spec.shape) < 2:
         raise MalformedFile(
             f"{key}: {marker['format']} needs {stored} with 2 or more dimensions, found "
             f"{spec.dtype} {spec.shape}",
             path=source.path,
         )
-    _check_scale(source, scale, spec)
-    parts = {"weight": key, "scale": scale}
-    return LogicalTensor(key, spec.shape, name, parts, spec.dtype), used
+    shape = spec.shape
+    if row.is_tiled:
+        shape = bind_padded(source, name, {"weight": key, **parts}, layer, marker)
+    else:
+        _check_scale(source, parts["scale"], spec)
+        if name.startswith("int8") and not _is_per_row(specs[parts["scale"]]):
+            name = "int8_tensor"  # one name for both: the scale's shape tells
+    return LogicalTensor(key, shape, name, {"weight": key, **parts}, spec.dtype), used
+
+
+def _is_per_row(scale: TensorSpec) -> bool:
+    return scale.size > 1 or len(scale.shape) == 2
 
 
 def _bind_bnb(source: TensorSource, key: str) -> tuple[LogicalTensor, tuple[str, ...]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from diffquant.convert.adapters import Adapter
 from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.detect import PartMatch, to_canonical, to_layout
-from diffquant.convert.dialects import Packed, pack, skip_conflicts
+from diffquant.convert.dialects import COMFY_FORMATS, Packed, pack, skip_conflicts
 from diffquant.convert.encoders.files import ENCODER_FILES
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.policies import encoder_decisions, policy_for
@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 _NO_RESHAPE = "that only ComfyUI-GGUF undoes"
-_COMFY_ONLY = ("fp8_e4m3_scaled", "int8_rowwise")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,7 @@ class Step:
         """Whether an already quantized weight is copied with its companions."""
         if self.decision.format or self.stored not in FORMATS:
             return False
-        return not FORMATS[self.stored].is_cast and self.stored != "fp8_e4m3"
+        return FORMATS[self.stored].strategy != "none"
 
     @property
     def passes(self) -> int:
@@ -372,9 +371,9 @@ def _keep_packed(
 ) -> Decision:
     """An already quantized weight can be copied only whole, into a container that holds it."""
     source, container = tensors[0].format, output.request.container
-    block = bool(source) and FORMATS[source].strategy == "block" and source != "nf4"
+    block = bool(source) and STORAGE[FORMATS[source].parts[0].dtype].is_block
     fits = bool(source) and block == output.gguf and not (output.gguf and source.startswith("fp8"))
-    if container == "folder" and source in _COMFY_ONLY:
+    if container == "folder" and source in COMFY_FORMATS:
         fits = False  # diffusers ignores scales it does not know: the weights would be wrong
     flat = output.flat(source, assignment.shape) if fits else None
     if flat is not None and _is_whole(assignment, tensors):
@@ -392,8 +391,8 @@ def _copy_packed(
 ) -> tuple[Packed, ...]:
     first = tensors[0]
     if first.is_quantized:  # companions change names with the container's dialect, not their bytes
-        dialect = {"nf4": "bnb", "fp8_e4m3_scaled": "comfy", "int8_rowwise": "comfy"}
-        own = dialect.get(first.format, "plain")
+        own = "bnb" if first.format == "nf4" else "plain"
+        own = "comfy" if first.format in COMFY_FORMATS else own
         packed = pack(own, name, first.format, shape, first.decodes_to or "bf16")
         return tuple(_as_stored(one, first, output.specs) for one in packed)
     dtypes = {tensor.dtype for tensor in tensors}

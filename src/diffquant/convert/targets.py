@@ -121,6 +121,19 @@ _DIFFUSERS = _CASTS | _BLOCKS_32 | _K_TYPES | _FAST_IQ
 _FORGE = _CASTS | _BLOCKS_32 | _K_TYPES
 _GGML = _CASTS | frozenset(name.lower() for name, row in STORAGE.items() if row.is_block)
 
+# Comfy-Org/ComfyUI@0271a46:comfy/quant_ops.py QUANT_ALGOS
+_PLAIN_FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
+_COMFYUI = _PLAIN_FP8 | {
+    "fp8_e4m3_scaled",
+    "fp8_e5m2_scaled",
+    "int8_tensor",
+    "int8_rowwise",
+    "mxfp8",
+    "nvfp4_comfy",
+}
+# silveroxides/ComfyUI-QuantOps README.md (its own words for the fp8 rows: work in progress)
+_QUANTOPS = frozenset({"fp8_e4m3_rowwise", "fp8_e4m3_blockwise", "int8_blockwise"})
+
 _ROWS = (
     Target(
         "universal",
@@ -156,8 +169,8 @@ _ROWS = (
         "diffusers: from_single_file, or a folder",
         {
             "gguf": _DIFFUSERS,
-            "safetensors": _CASTS | {"fp8_e4m3"},
-            "folder": _CASTS | {"fp8_e4m3", "nf4"},
+            "safetensors": _CASTS | _PLAIN_FP8,
+            "folder": _CASTS | _PLAIN_FP8 | {"nf4"},
         },
         "it raises for the whole file",
         FALLBACKS,
@@ -165,14 +178,21 @@ _ROWS = (
     Target(
         "forge",
         "stable-diffusion-webui-forge",
-        {"gguf": _FORGE, "safetensors": _CASTS | {"fp8_e4m3", "nf4"}},
+        {"gguf": _FORGE, "safetensors": _CASTS | _PLAIN_FP8 | {"nf4"}},
         "it has no such type",
         FALLBACKS_WITHOUT_IQ,
     ),
     Target(
         "comfyui",
         "ComfyUI's own loaders",
-        {"safetensors": _CASTS | {"fp8_e4m3", "fp8_e4m3_scaled", "int8_rowwise"}},
+        {"safetensors": _CASTS | _COMFYUI},
+        "it has no such layer",
+        FALLBACKS,
+    ),
+    Target(
+        "comfyui-quantops",
+        "ComfyUI with the ComfyUI-QuantOps node, which loads files of convert_to_quant",
+        {"safetensors": _CASTS | _COMFYUI | _QUANTOPS},
         "it has no such layer",
         FALLBACKS,
     ),
@@ -183,7 +203,7 @@ TARGETS: dict[str, Target] = {row.name: row for row in _ROWS}
 # Without --target, the first that reads what the type writes: most readers first.
 DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "gguf": ("universal", "diffusers", "sdcpp"),
-    "safetensors": ("comfyui", "forge"),
+    "safetensors": ("comfyui", "forge", "comfyui-quantops"),
     "folder": ("diffusers",),
 }
 

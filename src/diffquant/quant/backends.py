@@ -52,10 +52,17 @@ _CODECS = (
     "iq2_xxs",
     "fp8_e4m3",
     "fp8_e4m3_scaled",
+    "fp8_e5m2",
+    "fp8_e5m2_scaled",
+    "int8_tensor",
     "int8_rowwise",
     "nf4",
+    "fp8_e4m3_rowwise",
+    "blocks_128",
+    "mxfp8",
+    "nvfp4_comfy",
 )
-_TWO_PASS = ("fp8_e4m3_scaled",)
+_TWO_PASS = ("fp8_e4m3_scaled", "fp8_e5m2_scaled", "int8_tensor", "nvfp4_comfy")
 _DECODED_ONLY = ("iq1_s", "iq1_m", "tq1_0", "tq2_0", "nvfp4")
 _ROOM = "diffquant.quant.codecs"
 

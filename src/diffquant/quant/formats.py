@@ -61,13 +61,17 @@ class Part:
 class Requirement:
     """A precondition as data: `check` decides, `describe` explains; both read the same numbers."""
 
-    what: str  # "last_dim" | "row" | "ndim"
+    what: str  # "last_dim" | "row" | "ndim" | "matrix": exactly so many dimensions | "rows"
     multiple: int
 
     def check(self, shape: Shape) -> bool:
         """Whether `shape` satisfies the requirement."""
         if self.what == "ndim":
             return len(shape) >= self.multiple
+        if self.what == "matrix":
+            return len(shape) == self.multiple
+        if self.what == "rows":
+            return matrix_shape(shape)[0] % self.multiple == 0
         value = shape[-1] if self.what == "last_dim" and shape else matrix_shape(shape)[1]
         return value > 0 and value % self.multiple == 0
 
@@ -75,6 +79,10 @@ class Requirement:
         """Say what is required, as it is printed in errors and reasons."""
         if self.what == "ndim":
             return f"at least {self.multiple} dimensions"
+        if self.what == "matrix":
+            return f"exactly {self.multiple} dimensions"
+        if self.what == "rows":
+            return f"number of rows divisible by {self.multiple}"
         name = "last dimension" if self.what == "last_dim" else "row length"
         return f"{name} divisible by {self.multiple}"
 
@@ -144,6 +152,21 @@ class QuantFormat:
         return self.codec == "cast"
 
     @property
+    def padding(self) -> int:
+        """Rows and columns are stored rounded up to a multiple of this; 1: as they are."""
+        return _PADDING.get(self.name, 1)
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether one slice of its scales belongs to several rows: they are read together."""
+        return any(part.name == "block_scale" for part in self.parts)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the weight may be stored with rows and columns that are not its own."""
+        return self.padding > 1
+
+    @property
     def limited(self) -> bool:
         """Whether finite weights can overflow its range: 16-bit scales, or no scale at all."""
         return self.name not in _UNLIMITED
@@ -155,7 +178,7 @@ class QuantFormat:
         No block format's scale exceeds the largest weight it was made for, and float16 holds twice
         this value; the casts have their own largest number.
         """
-        return {"f16": 65504.0, "fp8_e4m3": 448.0}.get(self.name, 32768.0)
+        return _LARGEST.get(self.name, 32768.0)
 
 
 def _same(shape: Shape) -> Shape:
@@ -183,6 +206,39 @@ def _rows_of_64(shape: Shape) -> int:
     return 64 // math.gcd(matrix_shape(shape)[1], 64)
 
 
+def _rows(shape: Shape) -> Shape:
+    return (matrix_shape(shape)[0],)
+
+
+def _blocks128_of(shape: Shape) -> Shape:
+    n, k = matrix_shape(shape)
+    return -(-n // 128), -(-k // 128)
+
+
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _padded(multiple: int, *, per_byte: int = 1) -> Callable[[Shape], Shape]:
+    """Both lengths rounded up to whole blocks, several numbers to a byte."""
+
+    def shape_of(shape: Shape) -> Shape:
+        n, k = matrix_shape(shape)
+        return _rounded_up(n, multiple), _rounded_up(k, multiple) // per_byte
+
+    return shape_of
+
+
+def _tiles(block: int) -> Callable[[Shape], Shape]:
+    """A scale per block of a row, in whole tiles of 128 by 4 (codecs/swizzle.py)."""
+
+    def shape_of(shape: Shape) -> Shape:
+        n, k = matrix_shape(shape)
+        return _rounded_up(n, 128), _rounded_up(-(-k // block), 4)
+
+    return shape_of
+
+
 def _cast(name: str, error: float) -> QuantFormat:
     part = Part("weight", name.upper(), _same)
     bits = STORAGE[name.upper()].block_nbytes * 8.0
@@ -206,6 +262,21 @@ def _ggml(
         source=f"ggml ggml-quants.c {written if encodes else f'dequantize_row_{name}'}",
         importance=importance,
         encodes=encodes,
+    )
+
+
+def _blocks128(name: str, dtype: str, error: float) -> QuantFormat:
+    return QuantFormat(
+        name=name,
+        codec="blocks_128",
+        bits=8.0,
+        strategy="block",
+        block_size=128,
+        requires=(Requirement("matrix", 2), Requirement("row", 128), Requirement("rows", 128)),
+        parts=(Part("weight", dtype, _same), Part("block_scale", "F32", _blocks128_of)),
+        gaussian_error=error,
+        source="blocks of 128 x 128; silveroxides/convert_to_quant@0e2909e utils/comfy_quant.py",
+        row_multiple_of=lambda _shape: 128,
     )
 
 
@@ -260,6 +331,41 @@ _ROWS = (
         passes=2,
     ),
     QuantFormat(
+        name="fp8_e5m2",
+        codec="fp8_e5m2",
+        bits=8.0,
+        strategy="none",
+        block_size=0,
+        requires=(),
+        parts=(Part("weight", "F8_E5M2", _same),),
+        gaussian_error=0.0528,
+        source="OCP 8-bit floating point, e5m2: infinities, largest finite 57344, half to even",
+    ),
+    QuantFormat(
+        name="fp8_e5m2_scaled",
+        codec="fp8_e5m2_scaled",
+        bits=8.0,
+        strategy="tensor",
+        block_size=0,
+        requires=(Requirement("ndim", 2),),
+        parts=(Part("weight", "F8_E5M2", _same), Part("scale", "F32", _scalar, per_row=False)),
+        gaussian_error=0.0528,
+        source="scale = amax / 57344, decoded = qdata * scale; comfy_kitchen 0.2.40 tensor/fp8.py",
+        passes=2,
+    ),
+    QuantFormat(
+        name="int8_tensor",
+        codec="int8_tensor",
+        bits=8.0,
+        strategy="tensor",
+        block_size=0,
+        requires=(Requirement("ndim", 2),),
+        parts=(Part("weight", "I8", _same), Part("scale", "F32", _scalar, per_row=False)),
+        gaussian_error=0.0109,
+        source="scale = amax / 127, half to even; comfy_kitchen 0.2.40 tensor/int8.py",
+        passes=2,
+    ),
+    QuantFormat(
         name="int8_rowwise",
         codec="int8_rowwise",
         bits=8.0,
@@ -282,10 +388,71 @@ _ROWS = (
         source="bitsandbytes 0.50.2 functional.py:788-805, block 64 of the flattened weight",
         row_multiple_of=_rows_of_64,
     ),
+    QuantFormat(
+        name="fp8_e4m3_rowwise",
+        codec="fp8_e4m3_rowwise",
+        bits=8.0,
+        strategy="channel",
+        block_size=0,
+        requires=(Requirement("ndim", 2),),
+        parts=(Part("weight", "F8_E4M3", _same), Part("scale", "F32", _rows)),
+        gaussian_error=0.0265,
+        source="scale = amax(row) / 448; silveroxides/convert_to_quant@0e2909e",
+    ),
+    _blocks128("fp8_e4m3_blockwise", "F8_E4M3", 0.0265),
+    _blocks128("int8_blockwise", "I8", 0.0090),
+    QuantFormat(
+        name="mxfp8",
+        codec="mxfp8",
+        bits=8.25,
+        strategy="block",
+        block_size=32,
+        requires=(Requirement("matrix", 2),),
+        parts=(Part("weight", "F8_E4M3", _padded(32)), Part("block_scale", "U8", _tiles(32))),
+        gaussian_error=0.0265,
+        source="comfy_kitchen 0.2.40 tensor/mxfp8.py, backends/eager/quantization.py:261-330",
+        row_multiple_of=lambda _shape: 128,
+    ),
+    QuantFormat(
+        name="nvfp4_comfy",
+        codec="nvfp4_comfy",
+        bits=4.5,
+        strategy="block",
+        block_size=16,
+        requires=(Requirement("matrix", 2),),
+        parts=(
+            Part("weight", "U8", _padded(16, per_byte=2)),
+            Part("block_scale", "F8_E4M3", _tiles(16)),
+            Part("tensor_scale", "F32", _scalar, per_row=False),
+        ),
+        gaussian_error=0.0951,
+        source="comfy_kitchen 0.2.40 tensor/nvfp4.py, backends/eager/quantization.py:119-225",
+        passes=2,
+        row_multiple_of=lambda _shape: 128,
+    ),
 )
 
 # A scale of 32 bits, or of 8 exponent bits, holds what float32 does.
-_UNLIMITED = frozenset(("f32", "bf16", "fp8_e4m3_scaled", "int8_rowwise", "nf4", "mxfp4"))
+_UNLIMITED = frozenset(
+    (
+        "f32",
+        "bf16",
+        "fp8_e4m3_scaled",
+        "fp8_e5m2_scaled",
+        "int8_tensor",
+        "int8_rowwise",
+        "fp8_e4m3_rowwise",
+        "fp8_e4m3_blockwise",
+        "int8_blockwise",
+        "nf4",
+        "mxfp4",
+        "mxfp8",
+        "nvfp4_comfy",
+    )
+)
+
+_LARGEST = {"f16": 65504.0, "fp8_e4m3": 448.0, "fp8_e5m2": 57344.0}
+_PADDING = {"mxfp8": 32, "nvfp4_comfy": 16}
 
 FORMATS: dict[str, QuantFormat] = {row.name: row for row in _ROWS}
 

@@ -45,7 +45,14 @@ SCALE_BYTES: Mapping[str, tuple[int, int, int]] = {
     "tq2_0": (66, 64, 66),
     "nvfp4": (36, 0, 4),
 }
-_SCALE_PARTS = {"int8_rowwise": "scale", "nf4": "absmax"}
+# Scales of 128 x 128 are too alike to do damage: rows are shuffled instead.
+_SCALE_PARTS = {
+    "int8_rowwise": "scale",
+    "nf4": "absmax",
+    "fp8_e4m3_rowwise": "scale",
+    "mxfp8": "block_scale",
+    "nvfp4_comfy": "block_scale",
+}
 
 
 def shuffle(segment: Segment, generator: torch.Generator, *, rows: bool = False) -> Segment:
@@ -68,8 +75,10 @@ def shuffle(segment: Segment, generator: torch.Generator, *, rows: bool = False)
             return Segment(segment.format, segment.shape, parts)
     name = _SCALE_PARTS.get(segment.format)
     if name is not None and parts[name].numel() > 1:
-        scales = parts[name].reshape(-1)
-        parts[name] = scales[_order(len(scales), generator)].reshape(parts[name].shape)
+        stored = parts[name]
+        scales = (stored.view(torch.uint8) if stored.element_size() == 1 else stored).reshape(-1)
+        order = _order(len(scales), generator)
+        parts[name] = scales[order].reshape(stored.shape).view(stored.dtype)
         return Segment(segment.format, segment.shape, parts)
     return _shuffle_rows(segment, generator)
 
@@ -78,6 +87,8 @@ def _shuffle_rows(segment: Segment, generator: torch.Generator) -> Segment:
     """Permute output rows; scales per row go with them, flat NF4 is cut into as many pieces."""
     parts = dict(segment.parts)
     count = segment.shape[0] if segment.shape else 1
+    if parts["weight"].ndim > 1:
+        count = len(parts["weight"])  # padding counts: it is stored as rows
     if segment.format == "nf4" and parts["weight"].numel() % max(count, 1):
         count = 1
     if count > 1:

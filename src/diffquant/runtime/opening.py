@@ -55,6 +55,8 @@ _TORCH = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.uint8,  # an exponent, which the kernels look up
     "I8": torch.int8,
     "U8": torch.uint8,
 }
@@ -294,6 +296,10 @@ def _as_torch(
     if dtype not in _TORCH:  # ggml blocks stay bytes: (N, bytes per row)
         return owned.reshape(shape[0], -1)
     typed = owned.view(_TORCH[dtype])
+    row = FORMATS[tensor.format]
+    if row.is_tiled:
+        part = next(one for one in row.parts if one.name == name)
+        return typed.reshape(part.shape(shape))
     if name == "weight":
         return (
             typed.reshape(-1) if tensor.format == "nf4" else typed.reshape(_matrix(tensor, shape))

@@ -11,7 +11,11 @@ Stored parts (N is the first dimension of the logical shape, K the product of th
     iq* tq* mxfp4 nvfp4 the same; in grid_blocks.py, nonlinear.py and ternary.py
     fp8_e4m3            weight: float8_e4m3fn (N, K)
     fp8_e4m3_scaled     the same, and scale: float32 ()
-    int8_rowwise        weight: int8 (N, K); scale: float32 (N, 1)
+    fp8_e5m2 and scaled the same in float8_e5m2
+    int8_tensor         weight: int8 (N, K); scale: float32 ()
+    int8_rowwise        weight: int8 (N, K); scale: float32 (N, 1); fp8_e4m3_rowwise in fp8
+    *_blockwise         weight (N, K); block_scale: float32 (N / 128, K / 128)
+    mxfp8 nvfp4_comfy   weight, block_scale, tensor_scale as stored, padded; in tiled_scales.py
     nf4                 weight: uint8 (ceil(N K / 2),), high nibble first; absmax: float32 (ceil(N K
         / 64),)
 
@@ -26,7 +30,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from diffquant.runtime.kernels import grid_blocks, nonlinear, ternary
+from diffquant.runtime.kernels import grid_blocks, nonlinear, ternary, tiled_scales
 from diffquant.runtime.kernels.fields import Kernel, Parts, half, of_blocks, shifted
 
 __all__ = ["KERNELS", "ROWWISE"]
@@ -174,10 +178,16 @@ KERNELS: Mapping[str, Kernel] = {
     **ternary.KERNELS,
     "fp8_e4m3": _plain,
     "fp8_e4m3_scaled": _scaled,
+    "fp8_e5m2": _plain,
+    "fp8_e5m2_scaled": _scaled,
+    "int8_tensor": _scaled,
+    "fp8_e4m3_rowwise": _scaled,
     "int8_rowwise": _scaled,
     "nf4": _nf4,
+    **tiled_scales.KERNELS,
 }
 
 # Formats whose parts are stored row by row (or hold one value for all): rows can be picked before
-# decoding. NF4 runs through the flattened weight, so its rows begin anywhere.
-ROWWISE = frozenset(KERNELS) - {"nf4"}
+# decoding. NF4 runs through the flattened weight, so its rows begin anywhere; tiles hold the scales
+# of many rows.
+ROWWISE = frozenset(KERNELS) - {"nf4", *tiled_scales.KERNELS}

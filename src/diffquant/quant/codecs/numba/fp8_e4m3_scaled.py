@@ -29,30 +29,32 @@ def _amax_bits(weight: Float32) -> np.int32:
 
 
 @kernel
-def _encode_kernel(weight: Float32, scale: np.float32, packed: Bytes) -> None:
+def _encode_kernel(weight: Float32, inverse: np.float32, packed: Bytes) -> None:
     for i in range(weight.size):
-        scaled = np.float32(weight[i] / scale)
+        scaled = np.float32(weight[i] * inverse)
         scaled = _MAX if scaled > _MAX else scaled
         packed[i] = e4m3_from_float(-_MAX if scaled < -_MAX else scaled)
 
 
 def reduce(weight: Float32, stats: float | None = None, *, fmt: str) -> float:
-    """Fold a chunk into the largest magnitude so far; see codecs/fp8_e4m3_scaled.py."""
+    """Fold a chunk into the largest magnitude so far; see codecs/fp8_scaled.py."""
     del fmt
     amax = np.array(_amax_bits(frozen(weight, -1)), np.int32).view(np.float32)
     return float(np.maximum(amax, np.float32(0 if stats is None else stats)))
 
 
 def encode(weight: Float32, stats: float | None = None, *, fmt: str) -> Parts:
-    """Round rows to E4M3 times the tensor's scale; see codecs/fp8_e4m3_scaled.py."""
+    """Round rows to E4M3 times the tensor's scale; see codecs/fp8_scaled.py."""
     scale = scale_of(reduce(weight, fmt=fmt) if stats is None else stats)
     packed = np.empty(weight.shape, np.uint8)
-    _encode_kernel(frozen(weight, -1), scale, packed.reshape(-1))
+    with np.errstate(all="ignore"):
+        inverse = np.float32(np.float32(1) / scale)
+    _encode_kernel(frozen(weight, -1), inverse, packed.reshape(-1))
     return {"weight": packed, "scale": np.array(scale)}
 
 
 def decode(parts: Mapping[str, NDArray[Any]], shape: tuple[int, int], *, fmt: str) -> Float32:
-    """Multiply bit patterns' values by the scale; see codecs/fp8_e4m3_scaled.py."""
+    """Multiply bit patterns' values by the scale; see codecs/fp8_scaled.py."""
     del fmt
     weight = np.empty(shape, np.float32)
     packed = frozen(parts["weight"], weight.size)

@@ -1,0 +1,118 @@
+"""Packed weights whose scales are those of many rows together, and that may be padded.
+
+A padded shape is rounded up to whole blocks, and the weight's own is the model's affair
+(comfy_kitchen 0.2.40 tensor/base.py, orig_shape). Rows are read by whole tiles and cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffquant.convert.dialects import ORIGINAL_SHAPE
+from diffquant.core.dtypes import storage_nbytes
+from diffquant.core.errors import MalformedFile
+from diffquant.core.tensors import TensorSource, TensorSpec
+from diffquant.quant.backends import backend
+from diffquant.quant.formats import QuantFormat, format_named
+
+__all__ = ["bind_padded", "read_padded"]
+
+_NUMPY = {"F32": "<f4", "I8": "i1"}  # any other part is bytes
+_BYTES = frozenset({"U8", "F8_E8M0", "F8_E4M3"})  # a scale's byte, whatever its dtype is called
+
+
+def bind_padded(
+    source: TensorSource,
+    fmt: str,
+    keys: Mapping[str, str],
+    layer: str,
+    marker: Mapping[str, Any],
+) -> tuple[int, ...]:
+    """Find a weight's own shape, and check the sizes of its parts before anything is read.
+
+    The shape is that of the marker, where we wrote the file; else rows are the bias's and columns
+    as stored, which is right wherever the model's are whole blocks.
+
+    Args:
+        source: the file.
+        fmt: FORMATS name.
+        keys: part name -> key.
+        layer: key of the layer.
+        marker: its comfy_quant object.
+
+    Raises:
+        MalformedFile: a part's size does not follow from that shape.
+    """
+    row, spec = format_named(fmt), source.specs[keys["weight"]]
+    if len(spec.shape) != 2:
+        raise MalformedFile(
+            f"{spec.key}: {fmt} needs 2 dimensions, found {spec.shape}", path=source.path
+        )
+    shape = _own_shape(source, row, spec, layer, marker.get(ORIGINAL_SHAPE))
+    for part in row.parts:
+        found, wanted = source.specs[keys[part.name]], part.shape(shape)
+        same = found.dtype == part.dtype or {found.dtype, part.dtype} <= _BYTES
+        rows_fit = not part.per_row or found.shape[:1] == wanted[:1]
+        if not same or not rows_fit or found.nbytes != storage_nbytes(part.dtype, wanted):
+            raise MalformedFile(
+                f"{found.key}: expected {part.dtype} {wanted} for a {fmt} weight of {shape}, found "
+                f"{found.dtype} {found.shape}",
+                path=source.path,
+            )
+    return shape
+
+
+def _own_shape(
+    source: TensorSource,
+    row: QuantFormat,
+    spec: TensorSpec,
+    layer: str,
+    given: Any,  # noqa: ANN401 - JSON of a file
+) -> tuple[int, ...]:
+    if given is not None:
+        fits = isinstance(given, list) and len(given) == 2
+        fits = fits and all(type(length) is int and length > 0 for length in given)
+        if not fits or row.parts[0].shape(tuple(given)) != spec.shape:
+            raise MalformedFile(
+                f"{spec.key}: stored as {spec.shape}, which is not the padding of "
+                f"{ORIGINAL_SHAPE} {given!r:.80}",
+                path=source.path,
+            )
+        return tuple(given)
+    per_byte = row.padding // row.parts[0].shape((row.padding, row.padding))[1]
+    rows, columns = spec.shape[0], spec.shape[1] * per_byte
+    bias = source.specs.get(f"{layer}.bias")
+    if bias is not None and rows - row.padding < bias.size <= rows:
+        rows = bias.size
+    return rows, columns
+
+
+def read_padded(
+    source: TensorSource,
+    fmt: str,
+    keys: Mapping[str, str],
+    shape: tuple[int, ...],
+    rows: tuple[int, int],
+) -> NDArray[np.float32]:
+    """Decode a half-open range of rows of a weight of `shape`: (R, K) float32."""
+    row = format_named(fmt)
+    n, k = shape
+    tile = row.row_multiple(shape)
+    first, last = rows[0] // tile * tile, min(-(-rows[1] // tile) * tile, n)
+    parts: dict[str, NDArray[Any]] = {}
+    for part in row.parts:
+        key = keys[part.name]
+        numbers = _NUMPY.get(part.dtype, "u1")
+        if not part.per_row:
+            parts[part.name] = source.read(key).view(numbers).reshape(())
+            continue
+        # `first` ends a tile, so nothing before it is padded.
+        span = part.shape((first, k))[0], part.shape((last, k))[0]
+        raw = source.read(key, span).view(numbers)
+        parts[part.name] = raw.reshape(part.shape((last - first, k)))
+    decoded: NDArray[np.float32] = backend(row.codec, "decode")(parts, (last - first, k), fmt=fmt)
+    return decoded[rows[0] - first : rows[1] - first]
