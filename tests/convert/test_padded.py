@@ -12,6 +12,7 @@ from diffquant.convert.dialects import pack
 from diffquant.convert.jobs import run_job
 from diffquant.convert.logical import bind
 from diffquant.convert.request import Request
+from diffquant.convert.targets import TARGETS
 from diffquant.core.errors import MalformedFile, UnsupportedDtype
 from diffquant.io import open_source
 from diffquant.quant.backends import backend
@@ -208,3 +209,24 @@ def test_comfy_kitchen_decodes_what_we_write(tmp_path, write, name, kind, shape)
     assert np.array_equal(values.numpy(), decoded)
     names = set(layout.state_dict_tensors(found["l.weight"], params))
     assert {f"l.weight{ending}" for ending in names} == set(found) - {"l.comfy_quant"}
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3_blockwise", "int8_blockwise"])
+def test_blocks_of_128_are_read_and_others_named(bound, name):
+    tensors, decoded = layer(name, (256, 384))
+    logical = bound(tensors)
+    assert logical.tensors["l.weight"].format == name
+    for rows in ((0, 256), (3, 130), (255, 256)):
+        assert np.array_equal(logical.read("l.weight", rows), decoded[slice(*rows)])
+    said = json.loads(bytes(tensors["l.comfy_quant"][1]))
+    assert said["group_size"] == 128
+    raw = np.frombuffer(json.dumps(said | {"group_size": 64}).encode(), np.uint8)
+    logical = bound({**tensors, "l.comfy_quant": ("U8", raw, raw.shape)})
+    with pytest.raises(UnsupportedDtype, match=r"group_size.*not supported"):
+        logical.read("l.weight")
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3_rowwise", "fp8_e4m3_blockwise", "int8_blockwise"])
+def test_only_quantops_is_said_to_read_its_formats(name):
+    reading = {key for key, row in TARGETS.items() if name in row.reads.get("safetensors", ())}
+    assert reading == {"comfyui-quantops"}

@@ -56,4 +56,5 @@ def decode(parts: Mapping[str, NDArray[Any]], shape: tuple[int, int], *, fmt: st
     del fmt
     values: Float32 = _VALUES[parts["weight"]].reshape(shape)
     with np.errstate(all="ignore"):
-        return values * parts["scale"].reshape(shape[0], 1)
+        weight: Float32 = values * parts["scale"].reshape(shape[0], 1)
+    return weight

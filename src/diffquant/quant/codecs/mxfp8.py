@@ -43,8 +43,8 @@ SCALES = _scales()
 def _exponents(amax: Float32) -> Bytes:
     needed = np.maximum(amax / E4M3_MAX, _SMALLEST)
     whole = np.ceil(np.log2(needed.astype(np.float64)).astype(np.float32))
-    byte = np.clip(np.nan_to_num(whole, nan=BIAS) + BIAS, 0, 254)
-    return byte.astype(np.uint8)
+    byte: Bytes = np.clip(np.nan_to_num(whole, nan=BIAS) + BIAS, 0, 254).astype(np.uint8)
+    return byte
 
 
 def encode(weight: Float32, stats: float | None = None, *, fmt: str) -> Parts:

@@ -87,7 +87,7 @@ def encode(weight: Float32, stats: float | None = None, *, fmt: str) -> Parts:
         byte = e4m3_bits(np.minimum(wanted, E4M3_MAX))
         scale = whole_scale * _SCALES[byte]
         safe = np.where(scale == 0, np.float32(1), scale)[:, :, None]
-        scaled = np.clip(blocks / safe, -LARGEST, LARGEST)
+        scaled: Float32 = np.clip(blocks / safe, -LARGEST, LARGEST)
     code = np.where(scale[:, :, None] == 0, np.uint8(0), _levels(scaled)).reshape(whole.shape)
     return {
         "weight": code[:, ::2] << 4 | code[:, 1::2],
