@@ -147,6 +147,10 @@ def _scaled(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return (parts["weight"].float() * parts["scale"]).reshape(shape).to(dtype)
 
 
+def _scaled_rows(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return _scaled({**parts, "scale": parts["scale"].reshape(-1, 1)}, shape, dtype)
+
+
 def _nf4(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     packed, absmax = parts["weight"].reshape(-1), parts["absmax"].reshape(-1)
     table = torch.tensor(NF4_TABLE, dtype=torch.float32, device=packed.device)
@@ -181,7 +185,7 @@ KERNELS: Mapping[str, Kernel] = {
     "fp8_e5m2": _plain,
     "fp8_e5m2_scaled": _scaled,
     "int8_tensor": _scaled,
-    "fp8_e4m3_rowwise": _scaled,
+    "fp8_e4m3_rowwise": _scaled_rows,
     "int8_rowwise": _scaled,
     "nf4": _nf4,
     **tiled_scales.KERNELS,
