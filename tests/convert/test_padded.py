@@ -26,9 +26,9 @@ SAID = {"mxfp8": "mxfp8", "nvfp4_comfy": "nvfp4"}
 def parts_of(name, shape):
     weight = np.random.default_rng(3).standard_normal(shape, np.float32)
     row = FORMATS[name]
-    stats = backend(name, "reduce")(weight, fmt=name) if row.passes == 2 else None
-    parts = backend(name, "encode")(weight, stats, fmt=name)
-    return parts, backend(name, "decode")(parts, shape, fmt=name)
+    stats = backend(row.codec, "reduce")(weight, fmt=name) if row.passes == 2 else None
+    parts = backend(row.codec, "encode")(weight, stats, fmt=name)
+    return parts, backend(row.codec, "decode")(parts, shape, fmt=name)
 
 
 def layer(name, shape, marker=None):
