@@ -216,7 +216,8 @@ def test_diffusers_loads_our_nf4_folder(examples, tmp_path, monkeypatch, model):
 
 
 SLOW = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     import diffquant.io.atomic as atomic
     from diffquant.cli import main
     plain = atomic.FlatSink.write

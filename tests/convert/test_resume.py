@@ -30,7 +30,8 @@ Q8_0 = Request("gguf", type=type_named("q8_0"))
 SAFE = Request("safetensors", type=type_named("fp8_scaled"), parts=("denoiser",))
 
 SLOW = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     import diffquant.io.atomic as atomic
     from diffquant.cli import main
     plain = atomic.FlatSink.write
