@@ -105,7 +105,7 @@ def one_run(command: list[str], out: Path) -> dict[str, Any]:
 
 def sampled_error(source: Path, out: Path) -> float:
     """Relative RMSE over the first rows of the eight largest matrices, spread over the file."""
-    from diffquant.convert.logical import bind
+    from diffquant.convert.binding import bind
     from diffquant.io import open_source
     from diffquant.quant.metrics import ErrorStats
 

@@ -62,8 +62,8 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     """Open the denoiser of a file and run one step; `job["path"]` "" stops after the imports."""
     import torch
 
+    from diffquant.convert.binding import bind
     from diffquant.convert.detect import detect
-    from diffquant.convert.logical import bind
     from diffquant.io import open_source
     from diffquant.runtime.loading import build as build_model
     from diffquant.runtime.opening import packed_weights

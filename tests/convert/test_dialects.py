@@ -8,8 +8,9 @@ import warnings
 import numpy as np
 import pytest
 
-from diffquant.convert.dialects import DIALECTS, NF4_TABLE, pack, skip_conflicts
-from diffquant.convert.logical import bind
+from diffquant.convert.binding import bind
+from diffquant.convert.dialects import DIALECTS, pack
+from diffquant.convert.dialects.bnb import NF4_TABLE, skip_conflicts
 from diffquant.core.errors import PolicyError, UnsupportedShape
 from diffquant.io import open_source
 from diffquant.quant.backends import backend

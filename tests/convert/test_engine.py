@@ -15,12 +15,13 @@ import pytest
 
 from diffquant.convert import cutting, engine
 from diffquant.convert.adapters import ROWS, WHOLE
+from diffquant.convert.binding import bind
 from diffquant.convert.cutting import chunk_extents
 from diffquant.convert.detect import detect
-from diffquant.convert.dialects import COMFY_FORMATS, pack
+from diffquant.convert.dialects import pack
+from diffquant.convert.dialects.comfy import COMFY_FORMATS
 from diffquant.convert.engine import run_plan
 from diffquant.convert.jobs import container_for, opened, run_job
-from diffquant.convert.logical import bind
 from diffquant.convert.plan import Plan, Request, Step, make_plan
 from diffquant.convert.rules import Assignment, Piece
 from diffquant.core.errors import QuantError
@@ -401,9 +402,10 @@ def test_peak_memory_follows_the_chunk_not_the_model():
 MEASURED = """
     import sys, threading
     from pathlib import Path
-    from diffquant.convert.dialects import COMFY_FORMATS, pack
+    from diffquant.convert.dialects import pack
+    from diffquant.convert.dialects.comfy import COMFY_FORMATS
     from diffquant.convert.engine import peak_nbytes, run_plan
-    from diffquant.convert.logical import bind
+    from diffquant.convert.binding import bind
     from diffquant.convert.plan import Plan, Request, Step
     from diffquant.convert.rules import Assignment, Piece
     from diffquant.io import open_sink, open_source

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from diffquant.convert.logical import bind
+from diffquant.convert.binding import bind
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import MalformedFile, UnsupportedDtype
 from diffquant.io import open_source

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.binding import bind
 from diffquant.convert.detect import detect, to_canonical
-from diffquant.convert.logical import bind
 from diffquant.convert.lora.match import looks_like, match_lora
 from diffquant.convert.lora.parse import factors, parse_lora
 from diffquant.core.errors import ArchitectureError, MalformedFile

@@ -8,9 +8,9 @@ import warnings
 import numpy as np
 import pytest
 
+from diffquant.convert.binding import bind
 from diffquant.convert.dialects import pack
 from diffquant.convert.jobs import run_job
-from diffquant.convert.logical import bind
 from diffquant.convert.request import Request
 from diffquant.convert.targets import TARGETS
 from diffquant.core.errors import MalformedFile, UnsupportedDtype

@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 
+from diffquant.convert.binding import bind
 from diffquant.convert.detect import detect
 from diffquant.convert.jobs import container_for, run_job
-from diffquant.convert.logical import bind
 from diffquant.convert.plan import Request, make_plan
 from diffquant.core.errors import PolicyError, UnsupportedDtype, UsageError
 from diffquant.io import open_source

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from diffquant.convert import cutting
+from diffquant.convert.binding import bind
 from diffquant.convert.detect import detect
 from diffquant.convert.gguf_metadata import check_arrays
 from diffquant.convert.jobs import opened, run_job
-from diffquant.convert.logical import ORIG_SHAPE, bind
+from diffquant.convert.logical import ORIG_SHAPE
 from diffquant.convert.plan import make_plan
 from diffquant.convert.request import Request
 from diffquant.convert.targets import DEFAULTS, TARGETS, Stored, candidates, target_named

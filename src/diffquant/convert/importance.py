@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.detect import PartMatch, to_canonical
-from diffquant.convert.steps import Step
+from diffquant.convert.step import Step
 from diffquant.core.errors import ImportanceRequired, UnsupportedShape, UsageError, shorten
 from diffquant.io.importance import ImportanceMatrix
 from diffquant.quant.formats import format_named, matrix_shape

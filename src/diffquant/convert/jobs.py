@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffquant.convert.binding import bind
 from diffquant.convert.detect import Match, detect, detect_encoder
 from diffquant.convert.encoders.header import EncoderHeader, encoder_header
 from diffquant.convert.engine import peak_nbytes, run_plan
-from diffquant.convert.logical import LogicalSource, bind
+from diffquant.convert.logical import LogicalSource
 from diffquant.convert.output import configs_of, file_metadata, fingerprint, folder_configs
 from diffquant.convert.plan import Plan, Request, make_plan
 from diffquant.convert.remember import remember

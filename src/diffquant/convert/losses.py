@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffquant.convert.logical import LogicalSource
-from diffquant.convert.steps import Request, Step
+from diffquant.convert.request import Request
+from diffquant.convert.step import Step
 from diffquant.core.errors import shorten
 
 __all__ = ["DESCRIBES_ENCODING", "losses"]

@@ -18,19 +18,13 @@ from diffquant.convert.detect import Match, PartMatch
 from diffquant.convert.encoders.files import ENCODER_FILES
 from diffquant.convert.encoders.parts import MMPROJ, gguf_part
 from diffquant.convert.importance import weigh_steps
+from diffquant.convert.leftovers import copy_step, is_plain, marker_step
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.losses import losses
 from diffquant.convert.recipes import recipe_warnings
-from diffquant.convert.steps import (
-    Request,
-    Step,
-    copy_step,
-    dialect_of,
-    is_plain,
-    marker_step,
-    part_steps,
-    stored_tensors,
-)
+from diffquant.convert.request import Request
+from diffquant.convert.step import Step
+from diffquant.convert.steps import dialect_of, part_steps, stored_tensors
 from diffquant.convert.targets import TARGETS, Target, candidates
 from diffquant.core.errors import DuplicateTarget, PolicyError, UsageError, shorten
 from diffquant.core.tensors import TensorSpec

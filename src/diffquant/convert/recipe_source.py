@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffquant.convert.binding import bind
 from diffquant.convert.detect import Match, detect, to_canonical
-from diffquant.convert.logical import LogicalSource, bind
+from diffquant.convert.logical import LogicalSource
 from diffquant.convert.recipes import (
     MAX_RECIPE_NBYTES,
     RECIPE_MAGIC,

@@ -6,112 +6,32 @@ layout has them; a copy that the output cannot hold becomes a cast that says why
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from diffquant.convert.adapters import Adapter
 from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.detect import PartMatch, to_canonical, to_layout
-from diffquant.convert.dialects import COMFY_FORMATS, Packed, pack, skip_conflicts
+from diffquant.convert.dialects import Packed, own_dialect, pack
+from diffquant.convert.dialects.bnb import skip_conflicts
 from diffquant.convert.encoders.files import ENCODER_FILES
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.policies import encoder_decisions, policy_for
 from diffquant.convert.recipes import annotate, recipe_rules
 from diffquant.convert.request import Request
-from diffquant.convert.rules import Assignment, Piece, Shape
+from diffquant.convert.rules import Assignment, Shape
+from diffquant.convert.step import Step
 from diffquant.convert.targets import Stored, Target
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import PolicyError, UnsupportedDtype
 from diffquant.core.tensors import TensorSpec
-from diffquant.quant.formats import FORMATS, format_named, matrix_shape
+from diffquant.quant.formats import FORMATS
 from diffquant.quant.policy import Candidate, Decision, Policy, flat_shape, resolve
 from diffquant.quant.types import dialect_for
 
-__all__ = [
-    "Request",
-    "Step",
-    "copy_step",
-    "dialect_of",
-    "is_plain",
-    "marker_step",
-    "part_steps",
-    "stored_tensors",
-]
+__all__ = ["dialect_of", "part_steps", "stored_tensors"]
 
 _NO_RESHAPE = "that only ComfyUI-GGUF undoes"
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One output weight: where its rows come from, how they are encoded, what is written.
-
-    Attributes:
-        part: denoiser, vae, text_encoder ... or "" for leftovers.
-        key: canonical part-local key; what policies match and reports name.
-        target: full key in the output.
-        assignment: source rows; its `shape` is the output's logical shape.
-        decision: format and reason; format "" copies the source's bytes.
-        stored: what the output calls it: a format, or the source's dtype when copied.
-        packed: the tensors written.
-        source_nbytes: bytes read per pass.
-        adapters: LoRA and kin, applied to float32 rows before the codec.
-        flat: (rows, length) the weight is stored in where that is not its own shape; else ().
-    """
-
-    part: str
-    key: str
-    target: str
-    assignment: Assignment
-    decision: Decision
-    stored: str
-    packed: tuple[Packed, ...]
-    source_nbytes: int
-    adapters: tuple[Adapter, ...] = ()
-    flat: Shape = ()
-
-    @property
-    def row_multiple(self) -> int:
-        """Chunks of rows must start at a multiple of this many, so that they are whole blocks."""
-        shape = self.assignment.shape
-        if self.flat:
-            _, k = matrix_shape(shape)
-            return self.flat[1] // math.gcd(k, self.flat[1])
-        name = self.decision.format or (self.stored if self.copies_packed else "")
-        return format_named(name).row_multiple(shape) if name else 1
-
-    def stored_shape(self, rows: int) -> Shape:
-        """Shape in which so many rows of the weight are encoded and stored."""
-        shape = self.assignment.shape
-        if not self.flat:
-            return (rows, *shape[1:])
-        return (rows * matrix_shape(shape)[1] // self.flat[1], self.flat[1])
-
-    @property
-    def copies_packed(self) -> bool:
-        """Whether an already quantized weight is copied with its companions."""
-        if self.decision.format or self.stored not in FORMATS:
-            return False
-        return FORMATS[self.stored].strategy != "none"
-
-    @property
-    def passes(self) -> int:
-        """How often the source rows are read."""
-        return format_named(self.decision.format).passes if self.decision.format else 1
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes written."""
-        return sum(one.spec.nbytes for one in self.packed)
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights."""
-        size = 1
-        for length in self.assignment.shape:
-            size *= length
-        return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +183,7 @@ def _source_format(tensors: Sequence[LogicalTensor]) -> str:
     first = tensors[0]
     if not first.is_float:
         return ""
-    return first.format or first.dtype.lower()
+    return first.format or first.foreign or first.dtype.lower()
 
 
 def _tables(architecture: Architecture) -> tuple[str, ...]:
@@ -373,7 +293,7 @@ def _keep_packed(
     source, container = tensors[0].format, output.request.container
     block = bool(source) and STORAGE[FORMATS[source].parts[0].dtype].is_block
     fits = bool(source) and block == output.gguf and not (output.gguf and source.startswith("fp8"))
-    if container == "folder" and source in COMFY_FORMATS:
+    if container == "folder" and own_dialect(source) == "comfy":
         fits = False  # diffusers ignores scales it does not know: the weights would be wrong
     flat = output.flat(source, assignment.shape) if fits else None
     if flat is not None and _is_whole(assignment, tensors):
@@ -382,7 +302,7 @@ def _keep_packed(
     if fits:
         why = "split or fused" if flat is not None else f"needs a reshape {_NO_RESHAPE}"
     plain = output.plain(key, assignment.shape)
-    reason = f"{decision.reason}; {source or tensors[0].dtype} {why}: {plain}"
+    reason = f"{decision.reason}; {source or tensors[0].foreign or tensors[0].dtype} {why}: {plain}"
     return Decision(plain, reason)
 
 
@@ -391,9 +311,9 @@ def _copy_packed(
 ) -> tuple[Packed, ...]:
     first = tensors[0]
     if first.is_quantized:  # companions change names with the container's dialect, not their bytes
-        own = "bnb" if first.format == "nf4" else "plain"
-        own = "comfy" if first.format in COMFY_FORMATS else own
-        packed = pack(own, name, first.format, shape, first.decodes_to or "bf16")
+        packed = pack(
+            own_dialect(first.format), name, first.format, shape, first.decodes_to or "bf16"
+        )
         return tuple(_as_stored(one, first, output.specs) for one in packed)
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:
@@ -426,31 +346,3 @@ def _read_nbytes(assignment: Assignment, tensors: Sequence[LogicalTensor]) -> li
         per = FORMATS[tensor.format].nbytes(stored) if tensor.format else size * 2
         sizes.append(per * (piece.stop - piece.start) // max(rows, 1))
     return sizes
-
-
-def is_plain(logical: LogicalSource, key: str) -> bool:
-    """Whether one tensor is all there is to a weight, in a dtype that safetensors has."""
-    tensor = logical.tensors[key]
-    alone = len(tensor.parts) == 1 and not tensor.why
-    return alone and STORAGE[tensor.dtype].safetensors
-
-
-def marker_step(logical: LogicalSource, key: str) -> Step:
-    """A step for a GGUF file that writes a tensor of no part, by which loaders tell a variant."""
-    tensor = logical.tensors[key]
-    shape = tensor.shape or (1,)
-    assignment = Assignment(key, tensor.shape, (Piece(key, 0, shape[0]),))
-    decision = Decision("f32", "marker by which loaders tell the variant: f32")
-    packed = pack("gguf", key, "f32", shape, "f32")
-    return Step("", key, key, assignment, decision, "f32", packed, packed[0].spec.nbytes)
-
-
-def copy_step(logical: LogicalSource, key: str, reason: str) -> Step:
-    """A step that copies a tensor of no part, under its own name."""
-    tensor = logical.tensors[key]
-    rows = tensor.shape[0] if tensor.shape else 1
-    assignment = Assignment(key, tensor.shape, (Piece(key, 0, rows),))
-    packed = (Packed(TensorSpec(key, tensor.dtype, tensor.shape), "weight"),)
-    decision = Decision("", f"{reason}: copied")
-    nbytes = packed[0].spec.nbytes
-    return Step("", key, key, assignment, decision, tensor.dtype.lower(), packed, nbytes)

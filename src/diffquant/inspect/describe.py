@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.binding import bind
 from diffquant.convert.detect import Match, detect, detect_component, detect_encoder, kind_of
-from diffquant.convert.logical import LogicalSource, LogicalTensor, bind
+from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.core.errors import ArchitectureError, UnknownArchitecture
 from diffquant.io import open_source
 from diffquant.io.imatrix import (

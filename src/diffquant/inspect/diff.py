@@ -34,8 +34,9 @@ from pathlib import Path
 
 import numpy as np
 
+from diffquant.convert.binding import bind
 from diffquant.convert.canonical_rows import canonical_rows
-from diffquant.convert.logical import LogicalSource, bind
+from diffquant.convert.logical import LogicalSource
 from diffquant.core.errors import UsageError, shorten
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.inspect.matching import Entry, Side, entries, needs_canonical, recognise

@@ -22,58 +22,21 @@ from collections.abc import Callable
 from typing import Any
 
 from diffquant.core.errors import UnknownFormat
+from diffquant.quant.formats import FORMATS
 
 __all__ = ["BACKENDS", "backend"]
 
-_CODECS = (
-    "cast",
-    "q4_0",
-    "q4_1",
-    "q5_0",
-    "q5_1",
-    "q8_0",
-    "q2_k",
-    "q3_k",
-    "q4_k",
-    "q5_k",
-    "q6_k",
-    "iq4_nl",
-    "iq4_xs",
-    "mxfp4",
-    "iq1_s",
-    "iq1_m",
-    "tq1_0",
-    "tq2_0",
-    "nvfp4",
-    "iq3_s",
-    "iq3_xxs",
-    "iq2_s",
-    "iq2_xs",
-    "iq2_xxs",
-    "fp8_e4m3",
-    "fp8_e4m3_scaled",
-    "fp8_e5m2",
-    "fp8_e5m2_scaled",
-    "int8_tensor",
-    "int8_rowwise",
-    "nf4",
-    "fp8_e4m3_rowwise",
-    "blocks_128",
-    "mxfp8",
-    "nvfp4_comfy",
-)
-_TWO_PASS = ("fp8_e4m3_scaled", "fp8_e5m2_scaled", "int8_tensor", "nvfp4_comfy")
-_DECODED_ONLY = ("iq1_s", "iq1_m", "tq1_0", "tq2_0", "nvfp4")
 _ROOM = "diffquant.quant.codecs"
 
 # device "reference" is the plain specification, "cpu" what the engine runs.
 BACKENDS: dict[tuple[str, str, str], str] = {
     (codec, operation, device): f"{_ROOM}{'.numba' if device == 'cpu' else ''}.{codec}:{operation}"
-    for codec in _CODECS
+    for row in FORMATS.values()
+    for codec in (row.codec,)
     for operation in (
-        *(() if codec in _DECODED_ONLY else ("encode",)),
+        *(("encode",) if row.encodes else ()),
         "decode",
-        *(("reduce",) if codec in _TWO_PASS else ()),
+        *(("reduce",) if row.passes == 2 else ()),
     )
     for device in ("reference", "cpu")
 }

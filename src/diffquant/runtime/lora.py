@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from diffquant.convert.architectures import ARCHITECTURES
-from diffquant.convert.logical import LogicalSource, bind
+from diffquant.convert.binding import bind
+from diffquant.convert.logical import LogicalSource
 from diffquant.convert.lora.match import LoraMatch, LoraTarget, looks_like, match_lora
 from diffquant.convert.lora.parse import LoraFile, LoraLayer, factors, parse_lora
 from diffquant.convert.rules import Shapes

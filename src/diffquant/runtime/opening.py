@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.binding import bind
 from diffquant.convert.detect import Match, PartMatch, detect, detect_component, to_canonical
-from diffquant.convert.logical import LogicalSource, LogicalTensor, bind
+from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.output import configs_of
 from diffquant.convert.remember import recall
 from diffquant.convert.rules import Assignment

@@ -1,7 +1,7 @@
-"""Packed weights whose scales are those of many rows together, and that may be padded.
+"""Shapes of packed weights that may be padded: what a file says, checked against its sizes.
 
 A padded shape is rounded up to whole blocks, and the weight's own is the model's affair
-(comfy_kitchen 0.2.40 tensor/base.py, orig_shape). Rows are read by whole tiles and cut.
+(comfy_kitchen 0.2.40 tensor/base.py, orig_shape). convert/tiled.py reads such weights.
 """
 
 from __future__ import annotations
@@ -9,19 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from diffquant.convert.dialects import ORIGINAL_SHAPE
+from diffquant.convert.dialects.comfy import ORIGINAL_SHAPE
 from diffquant.core.dtypes import storage_nbytes
 from diffquant.core.errors import MalformedFile
 from diffquant.core.tensors import TensorSource, TensorSpec
-from diffquant.quant.backends import backend
 from diffquant.quant.formats import QuantFormat, format_named
 
-__all__ = ["bind_padded", "read_padded"]
+__all__ = ["bind_padded"]
 
-_NUMPY = {"F32": "<f4", "I8": "i1"}  # any other part is bytes
 _BYTES = frozenset({"U8", "F8_E8M0", "F8_E4M3"})  # a scale's byte, whatever its dtype is called
 
 
@@ -89,30 +84,3 @@ def _own_shape(
     if bias is not None and rows - row.padding < bias.size <= rows:
         rows = bias.size
     return rows, columns
-
-
-def read_padded(
-    source: TensorSource,
-    fmt: str,
-    keys: Mapping[str, str],
-    shape: tuple[int, ...],
-    rows: tuple[int, int],
-) -> NDArray[np.float32]:
-    """Decode a half-open range of rows of a weight of `shape`: (R, K) float32."""
-    row = format_named(fmt)
-    n, k = shape
-    tile = row.row_multiple(shape)
-    first, last = rows[0] // tile * tile, min(-(-rows[1] // tile) * tile, n)
-    parts: dict[str, NDArray[Any]] = {}
-    for part in row.parts:
-        key = keys[part.name]
-        numbers = _NUMPY.get(part.dtype, "u1")
-        if not part.per_row:
-            parts[part.name] = source.read(key).view(numbers).reshape(())
-            continue
-        # `first` ends a tile, so nothing before it is padded.
-        span = part.shape((first, k))[0], part.shape((last, k))[0]
-        raw = source.read(key, span).view(numbers)
-        parts[part.name] = raw.reshape(part.shape((last - first, k)))
-    decoded: NDArray[np.float32] = backend(row.codec, "decode")(parts, (last - first, k), fmt=fmt)
-    return decoded[rows[0] - first : rows[1] - first]

@@ -1,0 +1,45 @@
+"""bind(): fold the physical tensors of a source into logical ones, dialect by dialect.
+
+Recognised: plain dtypes, ggml blocks, `comfy.gguf.orig_shape.*` of tensors stored as rows of 256,
+`comfy_quant` layers and `_quantization_metadata`, the legacy `scaled_fp8` marker, bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from diffquant.convert.dialects.bnb_read import bnb_finder
+from diffquant.convert.dialects.comfy_read import comfy_finder
+from diffquant.convert.dialects.plain_read import plain_finder
+from diffquant.convert.dialects.scaled_read import scaled_finder
+from diffquant.convert.logical import LogicalSource, LogicalTensor
+from diffquant.core.tensors import TensorSource
+
+__all__ = ["bind"]
+
+# The first that knows a tensor has it: what a marker says goes before what a dtype suggests, and
+# the last knows every tensor.
+_FINDERS = (comfy_finder, bnb_finder, scaled_finder, plain_finder)
+
+
+def bind(source: TensorSource) -> LogicalSource:
+    """Fold a source's physical tensors into logical ones; reads marker tensors of at most 4 KiB.
+
+    Raises:
+        MalformedFile: a marker contradicts the tensors beside it.
+    """
+    finders = [make(source) for make in _FINDERS]
+    consumed = {key for finder in finders for key in finder.consumed}
+    warnings = [line for finder in finders for line in finder.warnings]
+    tensors: dict[str, LogicalTensor] = {}
+    for key, spec in source.specs.items():
+        bound, dialect = next(
+            (found, one.dialect) for one in finders if (found := one.find(spec)) is not None
+        )
+        plain = dialect == "plain"
+        tensors[key] = bound.tensor if plain else replace(bound.tensor, dialect=dialect)
+        consumed.update(bound.used)
+        warnings += bound.warnings
+    folded = {key: tensor for key, tensor in tensors.items() if key not in consumed}
+    used = tuple(key for key in source.specs if key in consumed)
+    return LogicalSource(source, folded, used, tuple(warnings))

@@ -1,0 +1,92 @@
+"""What finders share: what they return, and how they read markers and check scales."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffquant.convert.logical import LogicalTensor
+from diffquant.core.errors import MalformedFile
+from diffquant.core.tensors import TensorSource, TensorSpec
+
+__all__ = ["TORCH_CAST", "Bound", "Finder", "check_scale", "input_scales", "read_json"]
+
+MARKER_LIMIT = 4096  # bytes of a marker tensor that a finder is willing to read
+TORCH_CAST = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """One weight as a finder understands it.
+
+    Attributes:
+        tensor: the weight.
+        used: physical keys beside the weight that belong to it.
+        warnings: what looked wrong but could be read.
+    """
+
+    tensor: LogicalTensor
+    used: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finder:
+    """A dialect's view of one source: made once from its header and markers.
+
+    Attributes:
+        find: the spec of a tensor -> what it is with its companions, None where the tensor is not
+            of this dialect.
+        consumed: keys that mark the file as a whole.
+        warnings: what looked wrong of the file as a whole.
+        dialect: what its weights are said to be written in.
+    """
+
+    find: Callable[[TensorSpec], Bound | None]
+    consumed: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    dialect: str = "plain"
+
+
+def check_scale(source: TensorSource, scale: str, weight: TensorSpec) -> None:
+    """Refuse a scale that is not float32, one value or one per row.
+
+    Raises:
+        MalformedFile: it is something else.
+    """
+    found = source.specs[scale]
+    if found.dtype != "F32" or found.size not in (1, weight.rows):
+        raise MalformedFile(
+            f"{scale}: expected F32 with 1 or {weight.rows} values, found {found.dtype} "
+            f"{found.shape}",
+            path=source.path,
+        )
+
+
+def input_scales(specs: Mapping[str, TensorSpec], layer: str) -> tuple[str, ...]:
+    """Scales of a layer's input, in both spellings."""
+    return tuple(k for k in (f"{layer}.scale_input", f"{layer}.input_scale") if k in specs)
+
+
+def read_json(source: TensorSource, key: str) -> Mapping[str, Any]:
+    """Read a marker tensor.
+
+    Raises:
+        MalformedFile: it is too large, or no JSON object.
+    """
+    spec = source.specs[key]
+    if spec.dtype != "U8" or spec.nbytes > MARKER_LIMIT:
+        raise MalformedFile(
+            f"{key}: expected at most {MARKER_LIMIT} bytes of JSON, found {spec.dtype} "
+            f"{spec.shape}",
+            path=source.path,
+        )
+    try:
+        value = json.loads(bytes(source.read(key)).rstrip(b"\0 "))
+    except (ValueError, RecursionError) as error:
+        raise MalformedFile(f"{key}: not JSON", path=source.path) from error
+    if not isinstance(value, dict):
+        raise MalformedFile(f"{key}: expected a JSON object", path=source.path)
+    return value
