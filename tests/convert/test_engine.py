@@ -18,8 +18,7 @@ from diffquant.convert.adapters import ROWS, WHOLE
 from diffquant.convert.binding import bind
 from diffquant.convert.cutting import chunk_extents
 from diffquant.convert.detect import detect
-from diffquant.convert.dialects import pack
-from diffquant.convert.dialects.comfy import COMFY_FORMATS
+from diffquant.convert.dialects import own_dialect, pack
 from diffquant.convert.engine import run_plan
 from diffquant.convert.jobs import container_for, opened, run_job
 from diffquant.convert.plan import Plan, Request, Step, make_plan
@@ -84,8 +83,7 @@ class Counter:
 
 def one_step(fmt, shape, *, key="w.weight", source="f32", adapters=(), pieces=None, dialect=""):
     """A plan of one weight."""
-    dialect = dialect or ("comfy" if fmt in COMFY_FORMATS else "plain")
-    dialect = "bnb" if fmt == "nf4" else dialect
+    dialect = dialect or own_dialect(fmt)
     parts = pieces or (Piece(key, 0, shape[0]),)
     step = Step(
         part="denoiser",

@@ -185,36 +185,6 @@ def test_diffusers_decodes_our_gguf_to_the_same_numbers(examples, tmp_path, name
             ), key
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("model", MODELS)
-def test_diffusers_loads_our_nf4_folder(examples, tmp_path, monkeypatch, model):
-    """With its GPU check patched out: bitsandbytes itself decodes on the CPU."""
-    diffusers, torch = imported("diffusers"), imported("torch")
-    quantizer = imported("diffusers.quantizers.bitsandbytes.bnb_quantizer")
-    functional = imported("bitsandbytes.functional")
-    kind = quantizer.BnB4BitDiffusersQuantizer
-    monkeypatch.setattr(kind, "validate_environment", lambda *_, **__: None)
-    monkeypatch.setattr(kind, "update_device_map", lambda *_: {"": "cpu"})
-    out = tmp_path / "nf4"
-    run_job(examples / model, out, Request("folder", type=type_named("nf4")))
-    name = "unet" if model.startswith("sd") else "transformer"
-    cls = "UNet2DConditionModel" if name == "unet" else "FluxTransformer2DModel"
-    loader = getattr(diffusers, cls).from_pretrained
-    net = quiet(loader, out, subfolder=name, torch_dtype=torch.float32)
-    packed = {k: m.weight for k, m in net.named_modules() if type(m).__name__ == "Linear4bit"}
-    with opened(out) as (_, logical, _):
-        ours = {
-            key.removeprefix(f"{name}/").removesuffix(".weight")
-            for key, tensor in logical.tensors.items()
-            if tensor.format == "nf4"
-        }
-        assert packed.keys() == ours
-        for key, weight in packed.items():
-            decoded = functional.dequantize_4bit(weight.data, weight.quant_state)
-            mine = torch.from_numpy(logical.read(f"{name}/{key}.weight"))
-            assert torch.equal(decoded, mine.to(decoded.dtype)), key
-
-
 SLOW = """
     import signal, sys, time
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored

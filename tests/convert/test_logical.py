@@ -256,19 +256,6 @@ def test_unknown_comfy_formats_are_named_when_read(bound, marker):
         logical.read("l.weight")
 
 
-@pytest.mark.parametrize(
-    "state", [{"quant_type": "fp4"}, {"blocksize": 128}, {"nested_blocksize": 256}]
-)
-def test_other_bitsandbytes_states_are_named_when_read(bound, state):
-    tensors, _ = nf4(**state)
-    if "nested_blocksize" in state:
-        tensors["l.weight.absmax"] = np.zeros(1, np.uint8)
-    logical = bound(tensors)
-    assert set(logical.tensors) == {"l.weight"}
-    with pytest.raises(UnsupportedDtype, match="bitsandbytes"):
-        logical.read("l.weight")
-
-
 def good_fp8():
     return comfy("float8_e4m3fn", fp8()[0], SCALE)
 
@@ -277,6 +264,7 @@ def good_nf4():
     return nf4()[0]
 
 
+STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [6, 10]}
 LIES = {
     "marker not JSON": (good_fp8, {"l.comfy_quant": text(b"{nope")}, r"l\.comfy_quant: not JSON"),
     "marker not text": (good_fp8, {"l.comfy_quant": text(b"\xff\xfe\x00")}, "not JSON"),
@@ -333,15 +321,54 @@ LIES = {
     ),
     "state of a larger weight": (
         good_nf4,
-        {NF4: text({"quant_type": "nf4", "blocksize": 64, "shape": [10**9, 10**9]})},
-        r"l\.weight: 30 bytes and 1 scales do not hold",
+        {NF4: text(STATE | {"shape": [10**9, 10**9]})},
+        r"l\.weight: expected 500000000000000000 of bytes for .*, found U8",
     ),
     "too few scales": (
         good_nf4,
         {"l.weight.absmax": np.ones(0, np.float32)},
-        r"l\.weight: 30 bytes and 0 scales do not hold \[6, 10\]",
+        r"l\.weight\.absmax: expected 1 of F32 for \[6, 10\] in blocks of 64, found F32 \(0,\)",
     ),
-    "packed as floats": (good_nf4, {"l.weight": np.ones(30, np.float32)}, "do not hold"),
+    "packed as floats": (good_nf4, {"l.weight": np.ones(30, np.float32)}, "expected 30 of bytes"),
+    "state of another kind": (
+        good_nf4,
+        {NF4: text(STATE | {"quant_type": "fp4"})},
+        "quant_type nf4",
+    ),
+    "block of 60": (
+        good_nf4,
+        {NF4: text(STATE | {"blocksize": 60})},
+        "expected blocksize 32 or 64",
+    ),
+    "block of truth": (good_nf4, {NF4: text(STATE | {"blocksize": True})}, "expected blocksize"),
+    "decodes to int": (good_nf4, {NF4: text(STATE | {"dtype": "int8"})}, "expected dtype float32"),
+    "nested without codes": (
+        good_nf4,
+        {NF4: text(STATE | {"nested_blocksize": 256, "nested_offset": 0.1})},
+        r"absmax: expected 1 of U8",
+    ),
+    "nested without offset": (
+        good_nf4,
+        {NF4: text(STATE | {"nested_blocksize": 256})},
+        "nested_blocksize and nested_offset, found 256 and None",
+    ),
+    "offset not a number": (
+        good_nf4,
+        {
+            NF4: text(json.dumps(STATE | {"nested_blocksize": 1, "nested_offset": 1e999}).encode()),
+        },
+        "nested_offset is inf",
+    ),
+    "two states": (
+        good_nf4,
+        {NF4.replace("nf4", "fp4"): text(STATE | {"quant_type": "fp4"})},
+        "2 quant states, expected one",
+    ),
+    "SCB of other rows": (
+        lambda: {"l.weight": np.ones((2, 4), np.int8), "l.SCB": np.ones(2, np.float32)},
+        {"l.SCB": np.ones(3, np.float32)},
+        r"l\.SCB: expected F32 with 2 values, found F32 \(3,\)",
+    ),
 }
 
 

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,7 +192,8 @@ class _Job:
             state.left_to_reduce -= 1
             if state.left_to_reduce:
                 return []
-        state.stats = max(state.partial.values())
+        partial = [state.partial[i] for i in range(len(state.chunks))]
+        state.stats = _TOGETHER[fmt.statistic](partial)
         return [functools.partial(self._write, state, i) for i in range(len(state.chunks))]
 
     def _write(self, state: _State, index: int) -> list[Task]:
@@ -241,10 +242,7 @@ class _Job:
                 state.errors[index] = stats
         for one in step.packed:
             if index < len(state.extents[one.spec.key]):
-                if one.part:
-                    data = np.ascontiguousarray(parts[one.part]).reshape(-1).view(np.uint8)
-                else:
-                    data = np.frombuffer(one.constant, np.uint8)
+                data = one.data(parts[one.part] if one.part else None)
                 self._put(state, index, one, data)
 
     def _copy_packed(self, state: _State, index: int) -> None:
@@ -254,11 +252,12 @@ class _Job:
         for one in step.packed:
             extents = state.extents[one.spec.key]
             if index < len(extents):
-                if one.part:
+                if one.part in tensor.parts:
                     key = tensor.parts[one.part]
                     data = raw_range(self.logical.source, key, *extents[index])
                 else:
-                    data = np.frombuffer(one.constant, np.uint8)
+                    held = tensor.constants.get(one.part)
+                    data = one.data(None if held is None else np.float32(held))
                 self._put(state, index, one, data)
 
     def _put(self, state: _State, index: int, one: Packed, data: ByteArray) -> None:
@@ -268,6 +267,14 @@ class _Job:
             digest = hashlib.sha256(data.data).hexdigest()
             with state.lock:
                 state.digests.setdefault(key, {})[index] = digest
+
+
+def _sums(partial: Sequence[tuple[float, int]]) -> tuple[float, int]:
+    """Sum up in the order of the chunks: the same for any number of workers."""
+    return sum(total for total, _ in partial), sum(count for _, count in partial)
+
+
+_TOGETHER: Mapping[str, Callable[[Any], Any]] = {"max": max, "mean": _sums}
 
 
 def _amax(values: NDArray[np.float32]) -> float:

@@ -7,7 +7,6 @@ true shape. Values are decoded on read, a range of rows at a time; nothing is he
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffquant.convert.flat import flat_state, read_flat
 from diffquant.convert.tiled import read_tiled
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import UnsupportedDtype
@@ -51,6 +51,7 @@ class LogicalTensor:
         foreign: what the numbers are called, where they can be read but no row of FORMATS writes
             them; else "".
         decoder: reads such numbers.
+        constants: values of parts that the file holds in a marker and not as tensors.
     """
 
     key: str
@@ -64,6 +65,7 @@ class LogicalTensor:
     dialect: str = "plain"
     foreign: str = ""
     decoder: Decoder | None = field(default=None, repr=False, compare=False)
+    constants: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_float(self) -> bool:
@@ -128,8 +130,10 @@ class LogicalSource:
             return tensor.decoder(self.source, (start, stop))
         if tensor.reshaped:
             return self._read_reshaped(tensor, start * k, stop * k).reshape(stop - start, k)
-        if tensor.format == "nf4":
-            return self._read_nf4(tensor, start * k, stop * k).reshape(stop - start, k)
+        if tensor.format and format_named(tensor.format).flat_block:
+            offset = tensor.constants.get("nested_offset")
+            state = flat_state(tensor.format, tensor.parts, n * k, offset)
+            return read_flat(self.source, state, start * k, stop * k).reshape(stop - start, k)
         if tensor.format and format_named(tensor.format).is_tiled:
             return read_tiled(self.source, tensor.format, tensor.parts, tensor.shape, (start, stop))
         if tensor.format:
@@ -168,20 +172,6 @@ class LogicalSource:
             return _view(raw, spec.dtype, (stop - start, spec.row_size))
         raw = self.source.read(spec.key)
         return _view(raw, spec.dtype, spec.shape if len(spec.shape) < 2 else (n, k))
-
-    def _read_nf4(self, tensor: LogicalTensor, start: int, stop: int) -> NDArray[np.float32]:
-        """Decode elements [start, stop) of the flattened weight; blocks run over row ends."""
-        first, last = start // 64 * 64, min(-(-stop // 64) * 64, math.prod(tensor.shape))
-        nbytes = first // 2, -(-last // 2)
-        spec = self.source.specs[tensor.parts["weight"]]
-        if spec.row_nbytes == 1:  # (bytes, 1), as bitsandbytes stores it
-            packed = self.source.read(spec.key, nbytes)
-        else:
-            packed = self.source.read(spec.key)[slice(*nbytes)]
-        absmax = _view(self.source.read(tensor.parts["absmax"]), "F32", (-1,))
-        parts = {"weight": packed, "absmax": absmax[first // 64 : -(-last // 64)]}
-        out: NDArray[np.float32] = backend("nf4", "decode")(parts, (1, last - first), fmt="nf4")
-        return out.reshape(-1)[start - first : stop - first]
 
     def _read_reshaped(self, tensor: LogicalTensor, start: int, stop: int) -> NDArray[np.float32]:
         """Decode elements [start, stop) of a tensor whose rows in the file are not its own."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from diffquant import __version__
 from diffquant.convert.detect import Match
+from diffquant.convert.dialects.bnb import BNB_FORMATS, FOUR_BITS
 from diffquant.convert.plan import Plan
 from diffquant.core.tensors import TensorSource
 
@@ -91,16 +92,20 @@ def folder_configs(plan: Plan, configs: Mapping[str, Any]) -> dict[str, Any]:
         for path, value in configs.items()
         if "/" not in path or path.partition("/")[0] in folders | weightless
     }
-    packed = {step.target.partition("/")[0] for step in plan.steps if step.stored == "nf4"}
+    packed = {
+        step.target.partition("/")[0]: step.stored
+        for step in plan.steps
+        if step.stored in BNB_FORMATS
+    }
     for folder in sorted(packed):
         config = out.setdefault(f"{folder}/config.json", {})
-        config["quantization_config"] = _bnb_config(plan, folder)
-    for folder in folders - packed:  # what the source said of weights that are now decoded
+        config["quantization_config"] = _bnb_config(plan, folder, packed[folder])
+    for folder in folders - set(packed):  # what the source said of weights that are now decoded
         out.get(f"{folder}/config.json", {}).pop("quantization_config", None)
     return out
 
 
-def _bnb_config(plan: Plan, folder: str) -> dict[str, Any]:
+def _bnb_config(plan: Plan, folder: str, fmt: str) -> dict[str, Any]:
     """What diffusers' bitsandbytes quantizer reads.
 
     huggingface/diffusers@58eb52c:src/diffusers/quantizers/quantization_config.py:226-280. Its skip
@@ -111,18 +116,19 @@ def _bnb_config(plan: Plan, folder: str) -> dict[str, Any]:
         step.target.removeprefix(f"{folder}/").removesuffix(".weight")
         for step in plan.steps
         if step.target.startswith(f"{folder}/")
-        and step.stored != "nf4"
+        and step.stored not in BNB_FORMATS
         and step.target.endswith(".weight")
         and len(step.assignment.shape) == 2
     ]
+    four = fmt in FOUR_BITS
     return {
         "quant_method": "bitsandbytes",
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": False,
+        "_load_in_4bit": four,
+        "_load_in_8bit": not four,
+        "load_in_4bit": four,
+        "load_in_8bit": not four,
+        "bnb_4bit_quant_type": FOUR_BITS.get(fmt, "fp4"),  # its default, where it has no meaning
+        "bnb_4bit_use_double_quant": fmt.endswith("_dq"),
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": skipped or None,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.detect import PartMatch, to_canonical, to_layout
 from diffquant.convert.dialects import Packed, own_dialect, pack
-from diffquant.convert.dialects.bnb import skip_conflicts
+from diffquant.convert.dialects.bnb import BNB_FORMATS, skip_conflicts
 from diffquant.convert.encoders.files import ENCODER_FILES
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.policies import encoder_decisions, policy_for
@@ -135,23 +135,26 @@ def part_steps(
 def _bnb_forced(steps: Sequence[Step]) -> dict[str, Decision]:
     """Kept layers that a folder has to pack: diffusers cannot skip them without skipping others."""
 
-    def module(step: Step) -> str:
+    def path_of(step: Step) -> str:
         return step.target.partition("/")[2].removesuffix(".weight")
 
-    packed = [step for step in steps if step.stored == "nf4"]
+    packed = [step for step in steps if step.stored in BNB_FORMATS]
+    if not packed:
+        return {}
+    name = packed[0].stored  # a folder has one of them: its config has room for one
     kept = {
-        module(step): step
+        path_of(step): step
         for step in steps
-        if step.stored != "nf4" and len(step.assignment.shape) == 2
+        if step.stored not in BNB_FORMATS and len(step.assignment.shape) == 2
     }
-    conflicts = skip_conflicts(kept, [module(step) for step in packed])
+    conflicts = skip_conflicts(kept, [path_of(step) for step in packed])
     return {
-        kept[name].target: Decision(
-            "nf4",
-            f"{kept[name].decision.reason}; but diffusers cannot load it unpacked beside "
-            f"{other}: nf4",
+        kept[module].target: Decision(
+            name,
+            f"{kept[module].decision.reason}; but diffusers cannot load it unpacked beside "
+            f"{other}: {name}",
         )
-        for name, other in conflicts.items()
+        for module, other in conflicts.items()
     }
 
 

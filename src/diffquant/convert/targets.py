@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from diffquant.convert.dialects.bnb import BNB_FORMATS
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import UnknownFormat, UsageError, shorten
 from diffquant.quant.policy import FALLBACKS, FALLBACKS_WITHOUT_IQ
@@ -90,6 +91,8 @@ class Target:
             f"{len(keys)} tensors as {name} ({self.otherwise}): {shorten(keys, 2)}"
             for name, keys in unread.items()
         ]
+        if container == "folder":
+            found += _mixed_bnb(tensors)
         if container != "gguf":
             return tuple(found)
         if odd := [one.key for one in tensors if not self._may_sit(one)]:
@@ -107,6 +110,19 @@ class Target:
         if one.format != "bf16" and not STORAGE.get(one.format.upper(), STORAGE["F32"]).is_block:
             return True  # integers: copied, and never taken for packed
         return one.layer and len(one.shape) in ((2, 4) if self.packs == "layers" else (2,))
+
+
+def _mixed_bnb(tensors: Iterable[Stored]) -> list[str]:
+    """A component's config has room for one of bitsandbytes' formats."""
+    kinds: dict[str, set[str]] = {}
+    for one in tensors:
+        if one.format in BNB_FORMATS:
+            kinds.setdefault(one.key.partition("/")[0], set()).add(one.format)
+    return [
+        f"{' and '.join(sorted(names))} side by side in {folder} (its config.json names one)"
+        for folder, names in kinds.items()
+        if len(names) > 1
+    ]
 
 
 # Integers and F64 of a source are copied, whatever the target: they are no weights.
@@ -170,7 +186,7 @@ _ROWS = (
         {
             "gguf": _DIFFUSERS,
             "safetensors": _CASTS | _PLAIN_FP8,
-            "folder": _CASTS | _PLAIN_FP8 | {"nf4"},
+            "folder": _CASTS | _PLAIN_FP8 | BNB_FORMATS,
         },
         "it raises for the whole file",
         FALLBACKS,
@@ -178,7 +194,7 @@ _ROWS = (
     Target(
         "forge",
         "stable-diffusion-webui-forge",
-        {"gguf": _FORGE, "safetensors": _CASTS | _PLAIN_FP8 | {"nf4"}},
+        {"gguf": _FORGE, "safetensors": _CASTS | _PLAIN_FP8 | BNB_FORMATS - {"int8_bnb"}},
         "it has no such type",
         FALLBACKS_WITHOUT_IQ,
     ),

@@ -8,7 +8,8 @@ matrix; parts are keyed as the FORMATS row names them:
   FORMATS row's `importance` is not "unused", also `importance`, (K,) float32 or None.
 - `decode(parts, shape, *, fmt) -> float32 (R, K)`, the inverse, exact in float32; `shape` is (R,
   K).
-- `reduce(weight, stats=None, *, fmt) -> stats`: two-pass formats only; folds a chunk into a float.
+- `reduce(weight, stats=None, *, fmt) -> stats`: two-pass formats only; folds a chunk into a float,
+  or into (sum, count) where the row's `statistic` is a mean.
 
 `fmt` is the FORMATS name: one codec may serve several (`cast`).
 

@@ -106,6 +106,8 @@ class QuantFormat:
         requires: preconditions on the weight's shape.
         parts: what is stored.
         passes: 1, or 2 when a whole-tensor statistic must be known before the first row is encoded.
+        statistic: how the statistics of chunks are brought together: their "max", or the sum of
+            sums and counts for a "mean".
         importance: whether the encoder weighs errors by an importance value per column: "unused"
             has one mode, "optional" two, "required" only the weighted one.
         encodes: False for formats that are read, never written.
@@ -141,6 +143,7 @@ class QuantFormat:
     safe_amax: float = 32768.0
     padding: int = 1
     flat_block: int = 0
+    statistic: Literal["max", "mean"] = "max"
 
     def check(self, shape: Shape) -> tuple[str, ...]:
         """Return what `shape` fails, as text; empty when the format can hold it."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from diffquant.quant.formats import FORMATS
 from diffquant.runtime.layers import PackedLayer, PackedWeight, Segment
 
 __all__ = ["SCALE_BYTES", "damaged", "shuffle"]
@@ -49,6 +50,10 @@ SCALE_BYTES: Mapping[str, tuple[int, int, int]] = {
 _SCALE_PARTS = {
     "int8_rowwise": "scale",
     "nf4": "absmax",
+    "fp4": "absmax",
+    "nf4_dq": "absmax",
+    "fp4_dq": "absmax",
+    "int8_bnb": "scb",
     "fp8_e4m3_rowwise": "scale",
     "mxfp8": "block_scale",
     "nvfp4_comfy": "block_scale",
@@ -84,12 +89,12 @@ def shuffle(segment: Segment, generator: torch.Generator, *, rows: bool = False)
 
 
 def _shuffle_rows(segment: Segment, generator: torch.Generator) -> Segment:
-    """Permute output rows; scales per row go with them, flat NF4 is cut into as many pieces."""
+    """Permute output rows; scales per row go with them, flat blocks are cut into as many pieces."""
     parts = dict(segment.parts)
     count = segment.shape[0] if segment.shape else 1
     if parts["weight"].ndim > 1:
         count = len(parts["weight"])  # padding counts: it is stored as rows
-    if segment.format == "nf4" and parts["weight"].numel() % max(count, 1):
+    if FORMATS[segment.format].flat_block and parts["weight"].numel() % max(count, 1):
         count = 1
     if count > 1:
         order = _order(count, generator)

@@ -286,6 +286,8 @@ def _packed(
             per = spec.nbytes // (tensor.shape[0] if tensor.shape else 1)
             data = data[rows[0] * per : rows[1] * per]
         parts[name] = _as_torch(data, spec.dtype, name, tensor, shape)
+    for name, value in tensor.constants.items():
+        parts[name] = torch.tensor(value, dtype=torch.float32)
     return Segment(tensor.format, shape, parts)
 
 
@@ -302,9 +304,7 @@ def _as_torch(
         part = next(one for one in row.parts if one.name == name)
         return typed.reshape(part.shape(shape))
     if name == "weight":
-        return (
-            typed.reshape(-1) if tensor.format == "nf4" else typed.reshape(_matrix(tensor, shape))
-        )
+        return typed.reshape(-1) if row.flat_block else typed.reshape(_matrix(tensor, shape))
     if name == "scale":
         return typed.reshape(()) if typed.numel() == 1 else typed.reshape(-1, 1)
     return typed.reshape(-1)

@@ -1,61 +1,85 @@
-"""bitsandbytes' 4-bit layers: one flat tensor, its absmax, its table and a quant state.
+"""bitsandbytes' layers: one flat tensor, its absmax, its table and a quant state; or int8 rows.
 
-Keys: `L.weight` uint8 (n, 1), `L.weight.absmax`, `L.weight.quant_map`,
-`L.weight.quant_state.bitsandbytes__nf4` (uint8 JSON). Source: bitsandbytes 0.50.2
-nn/modules.py:600-610, functional.py:545-578.
+Four bits: `L.weight` uint8 (n, 1), `L.weight.absmax`, `L.weight.quant_map`,
+`L.weight.quant_state.bitsandbytes__nf4` or `__fp4` (uint8 JSON); double quantization adds
+`L.weight.nested_absmax`, `L.weight.nested_quant_map` and fields of the state. Eight bits:
+`L.weight` int8 (N, K), `L.SCB` (N,), `L.weight_format` uint8 () 0. Source: bitsandbytes 0.50.2
+nn/modules.py:600-610,1094-1117, functional.py:545-578.
 """
 
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from diffquant.convert.dialects.packed import Packed, Shape, json_tensor, layer_of, plain
+import numpy as np
+
+from diffquant.convert.dialects.packed import (
+    Packed,
+    Shape,
+    json_tensor,
+    json_with_value,
+    layer_of,
+    plain,
+)
 from diffquant.core.tensors import TensorSpec
+from diffquant.quant.codecs.dynamic_map import DYNAMIC_MAP
+from diffquant.quant.codecs.fp4_bnb import CODE as FP4_TABLE
+from diffquant.quant.codecs.nf4 import CODE as NF4_TABLE
 from diffquant.quant.formats import format_named
 
-__all__ = ["BNB_FORMATS", "NF4_QUANT_STATE", "NF4_TABLE", "pack_bnb", "skip_conflicts"]
+__all__ = ["BNB_FORMATS", "FOUR_BITS", "QUANT_STATE", "TABLES", "pack_bnb", "skip_conflicts"]
 
-# The 16 values of NF4, ascending; quantiles of a normal distribution scaled to [-1, 1].
-# bitsandbytes 0.50.2 functional.py:788-805 (float32 values, as stored in quant_map).
-NF4_TABLE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-NF4_QUANT_STATE = ".quant_state.bitsandbytes__nf4"
-
-
-BNB_FORMATS = frozenset({"nf4"})
+QUANT_STATE = ".quant_state.bitsandbytes__"  # + quant_type
+TABLES = {"nf4": NF4_TABLE, "fp4": FP4_TABLE}
+# FORMATS name -> quant_type, of blocks of 64.
+FOUR_BITS: Mapping[str, str] = {"nf4": "nf4", "nf4_dq": "nf4", "fp4": "fp4", "fp4_dq": "fp4"}
+BNB_FORMATS = frozenset({*FOUR_BITS, "int8_bnb"})
 
 
 def pack_bnb(key: str, fmt: str, shape: Shape, dtype: str) -> tuple[Packed, ...]:
     """Say what bitsandbytes reads for one weight; `dtype` is torch's name of what it decodes to."""
-    if fmt != "nf4":
+    if fmt == "int8_bnb":
+        return _int8(key, fmt, shape)
+    if fmt not in FOUR_BITS:
         return plain(key, fmt, shape, dtype)
     layer_of(key, "bnb")
-    row = format_named(fmt)
-    weight, absmax = row.parts
-    state = {"quant_type": "nf4", "blocksize": 64, "dtype": dtype, "shape": list(shape)}
+    row, kind = format_named(fmt), FOUR_BITS[fmt]
+    named = {part.name: part for part in row.parts}
+    state = {"quant_type": kind, "blocksize": 64, "dtype": dtype, "shape": list(shape)}
+    packed = [
+        Packed(TensorSpec(key, "U8", (math.ceil(math.prod(shape) / 2), 1)), "weight"),
+        _companion(key, "absmax", named["absmax"].dtype, named["absmax"].shape(shape)),
+        _table(f"{key}.quant_map", TABLES[kind]),
+    ]
+    if "nested_absmax" not in named:
+        return (*packed, json_tensor(f"{key}{QUANT_STATE}{kind}", state))
+    nested = named["nested_absmax"]
+    packed += [
+        _companion(key, "nested_absmax", nested.dtype, nested.shape(shape)),
+        _table(f"{key}.nested_quant_map", DYNAMIC_MAP),
+    ]
+    state |= {"nested_blocksize": 256, "nested_dtype": "float32"}
+    marker = json_with_value(f"{key}{QUANT_STATE}{kind}", state, "nested_offset", "nested_offset")
+    return (*packed, marker)
+
+
+def _companion(key: str, part: str, dtype: str, shape: Shape) -> Packed:
+    return Packed(TensorSpec(f"{key}.{part}", dtype, shape), part)
+
+
+def _table(key: str, values: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Packed:
+    return Packed(TensorSpec(key, "F32", values.shape), "", values.astype("<f4").tobytes())
+
+
+def _int8(key: str, fmt: str, shape: Shape) -> tuple[Packed, ...]:
+    layer = layer_of(key, "bnb")
+    weight, scb = format_named(fmt).parts
     return (
-        Packed(TensorSpec(key, "U8", (math.ceil(math.prod(shape) / 2), 1)), weight.name),
-        Packed(TensorSpec(f"{key}.absmax", "F32", absmax.shape(shape)), absmax.name),
-        Packed(TensorSpec(f"{key}.quant_map", "F32", (16,)), "", struct.pack("<16f", *NF4_TABLE)),
-        json_tensor(f"{key}{NF4_QUANT_STATE}", state),
+        Packed(TensorSpec(key, weight.dtype, shape), weight.name),
+        Packed(TensorSpec(f"{layer}.SCB", scb.dtype, scb.shape(shape)), scb.name),
+        # 0: stored row by row, the only order that is still read.
+        Packed(TensorSpec(f"{layer}.weight_format", "U8", ()), "", b"\0"),
     )
 
 

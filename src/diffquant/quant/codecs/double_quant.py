@@ -49,7 +49,8 @@ def compress(absmax: Float32, offset: np.float32) -> Parts:
     Returns:
         absmax: (B,) uint8; nested_absmax: (ceil(B / 256),) float32; nested_offset: () float32.
     """
-    moved = absmax - offset
+    with np.errstate(invalid="ignore"):
+        moved = absmax - offset
     padded = np.zeros(-(-moved.size // NESTED_BLOCK) * NESTED_BLOCK, np.float32)
     padded[: moved.size] = moved
     blocks = padded.reshape(-1, NESTED_BLOCK)
@@ -68,7 +69,8 @@ def expand(parts: Mapping[str, NDArray[Any]]) -> Float32:
     """Absmax of blocks as float32, from their codes."""
     codes = parts["absmax"].reshape(-1)
     nested = np.repeat(parts["nested_absmax"].reshape(-1), NESTED_BLOCK)[: codes.size]
-    absmax: Float32 = DYNAMIC_MAP[codes] * nested + np.float32(parts["nested_offset"])
+    with np.errstate(all="ignore"):
+        absmax: Float32 = DYNAMIC_MAP[codes] * nested + np.float32(parts["nested_offset"])
     return absmax
 
 
@@ -100,4 +102,5 @@ def decode(parts: Mapping[str, NDArray[Any]], shape: tuple[int, int], *, fmt: st
         fmt: nf4_dq or fp4_dq.
     """
     plain = {"weight": parts["weight"], "absmax": expand(parts)}
-    return _PLAIN[fmt].decode(plain, shape, fmt=fmt)
+    weight: Float32 = _PLAIN[fmt].decode(plain, shape, fmt=fmt)
+    return weight

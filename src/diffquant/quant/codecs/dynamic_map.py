@@ -6,8 +6,8 @@ up. Source: bitsandbytes 0.50.2 functional.py:296-348 (create_dynamic_map), bit 
 
 The CPU library looks a value up by its place among 65536 equal steps of [-1, 1] and takes what is
 nearest to the middle of the step, so that a value within 1.5e-5 of the border between two codes may
-get either; this is what the bytes of its files hold. Found by trying (benchmarks hold no timing of
-it): equal for every one of 2 M values; a zero gets code 131.
+get either; this is what the bytes of its files hold. Found by trying: equal for every one of 2 M
+values; a zero gets code 131.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import numpy as np
 
 from diffquant.quant.codecs.arrays import Bytes, Float32
 
-__all__ = ["DYNAMIC_MAP", "STEP_CODES", "STEPS", "nearest_codes"]
+__all__ = ["DYNAMIC_MAP", "STEPS", "STEP_CODES", "nearest_codes"]
 
 _EXPONENTS = 7
 STEPS = 65535  # between the first and the last
 
 
 def _interval_middles(count: int) -> Float32:
-    """Middles of `count` equal intervals of [0.1, 1], with torch.linspace's float32 roundings."""
+    """Middles of `count` equal intervals of [0.1, 1], with torch.linspace's float32 roundings.
+
+    It multiplies and adds with one rounding, which float64 gives, the second half from the end.
+    """
     first, last = np.float32(0.1), np.float32(1)
-    step = (last - first) / np.float32(count)
+    step = np.float64((last - first) / np.float32(count))
     at = np.arange(count + 1)
-    # torch counts the second half from the end.
-    low = first + step * at.astype(np.float32)
-    high = last - step * (count - at).astype(np.float32)
-    borders: Float32 = np.where(at < (count + 1) // 2, low, high)
+    low, high = np.float64(first) + step * at, np.float64(last) - step * (count - at)
+    borders = np.where(at < (count + 1) // 2, low, high).astype(np.float32)
     middles: Float32 = (borders[:-1] + borders[1:]) / np.float32(2)
     return middles
 
@@ -57,8 +58,8 @@ STEP_CODES: Bytes = _step_codes()
 
 
 def nearest_codes(scaled: Float32) -> Bytes:
-    """Codes of values in [-1, 1], as bitsandbytes' CPU library finds them."""
+    """Codes of values in [-1, 1], as bitsandbytes' CPU library finds them; NaN gets code 0."""
     half = np.float32(0.5)
     steps = np.floor((scaled + np.float32(1)) * np.float32(STEPS / 2) + half)
-    found: Bytes = STEP_CODES[np.clip(steps, 0, STEPS).astype(np.int32)]
+    found: Bytes = STEP_CODES[np.clip(np.nan_to_num(steps), 0, STEPS).astype(np.int32)]
     return found

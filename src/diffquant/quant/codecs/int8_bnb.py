@@ -3,8 +3,8 @@
     weight  (R, K) int8        scb  (R,) float32, the row's absmax (not divided by 127)
 
 Rounds half to even; a row of zeros has absmax 0 and codes 0. Source: bitsandbytes 0.50.2
-backends/default/ops.py int8_vectorwise_quant (127 / absmax is one float32 number that values are
-multiplied by), _ops.py int8_vectorwise_dequant (two multiplications).
+backends/default/ops.py int8_vectorwise_quant (values are multiplied by (1 / absmax) * 127, as torch
+divides a number by a tensor), _ops.py int8_vectorwise_dequant (two multiplications).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def encode(weight: Float32, stats: float | None = None, *, fmt: str) -> Parts:
     del stats, fmt
     with np.errstate(all="ignore"):
         absmax = np.abs(weight).max(axis=1, initial=0)
-        level = np.rint(weight * (_LEVELS / absmax)[:, None])
+        level = np.rint(weight * (np.float32(1) / absmax * _LEVELS)[:, None])
     level = np.clip(np.nan_to_num(level, nan=0, posinf=0, neginf=0), -127, 127)
     return {"weight": level.astype(np.int8), "scb": absmax}
 

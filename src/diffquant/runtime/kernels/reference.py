@@ -16,11 +16,9 @@ Stored parts (N is the first dimension of the logical shape, K the product of th
     int8_rowwise        weight: int8 (N, K); scale: float32 (N, 1); fp8_e4m3_rowwise in fp8
     *_blockwise         weight (N, K); block_scale: float32 (N / 128, K / 128)
     mxfp8 nvfp4_comfy   weight, block_scale, tensor_scale as stored, padded; in tiled_scales.py
-    nf4                 weight: uint8 (ceil(N K / 2),), high nibble first; absmax: float32 (ceil(N K
-        / 64),)
+    nf4 fp4 int8_bnb    in bnb.py
 
-Sources: ggml-org/ggml ggml-common.h (block structs) and ggml-quants.c (dequantize_row_*);
-bitsandbytes 0.50.2 backends/default/ops.py (dequantize_4bit) and functional.py (NF4 table).
+Sources: ggml-org/ggml ggml-common.h (block structs) and ggml-quants.c (dequantize_row_*).
 """
 
 from __future__ import annotations
@@ -30,30 +28,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from diffquant.runtime.kernels import grid_blocks, nonlinear, ternary, tiled_scales
+from diffquant.runtime.kernels import bnb, grid_blocks, nonlinear, ternary, tiled_scales
 from diffquant.runtime.kernels.fields import Kernel, Parts, half, of_blocks, shifted
 
 __all__ = ["KERNELS", "ROWWISE"]
-
-NF4_BLOCK = 64
-NF4_TABLE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 
 
 def _plain(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -151,18 +129,6 @@ def _scaled_rows(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Te
     return _scaled({**parts, "scale": parts["scale"].reshape(-1, 1)}, shape, dtype)
 
 
-def _nf4(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    packed, absmax = parts["weight"].reshape(-1), parts["absmax"].reshape(-1)
-    table = torch.tensor(NF4_TABLE, dtype=torch.float32, device=packed.device)
-    codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1).int()
-    count = 1
-    for size in shape:
-        count *= size
-    values = table[codes[:count]]
-    scales = absmax.repeat_interleave(NF4_BLOCK)[:count]
-    return (values * scales).reshape(shape).to(dtype)
-
-
 KERNELS: Mapping[str, Kernel] = {
     "f32": _plain,
     "f16": _plain,
@@ -187,11 +153,10 @@ KERNELS: Mapping[str, Kernel] = {
     "int8_tensor": _scaled,
     "fp8_e4m3_rowwise": _scaled_rows,
     "int8_rowwise": _scaled,
-    "nf4": _nf4,
+    **bnb.KERNELS,
     **tiled_scales.KERNELS,
 }
 
 # Formats whose parts are stored row by row (or hold one value for all): rows can be picked before
-# decoding. NF4 runs through the flattened weight, so its rows begin anywhere; tiles hold the scales
-# of many rows.
-ROWWISE = frozenset(KERNELS) - {"nf4", *tiled_scales.KERNELS}
+# decoding. Flat blocks begin anywhere in a row; tiles hold the scales of many rows.
+ROWWISE = frozenset(KERNELS) - {*bnb.FLAT, *tiled_scales.KERNELS}

@@ -43,4 +43,5 @@ def encode(weight: Float32, stats: Mean | None = None, *, fmt: str) -> Parts:
 def decode(parts: Mapping[str, NDArray[Any]], shape: tuple[int, int], *, fmt: str) -> Float32:
     """Decode absmax, then the numbers; see codecs/double_quant.py."""
     plain = {"weight": parts["weight"], "absmax": expand(parts)}
-    return _PLAIN[fmt].decode(plain, shape, fmt=fmt)
+    weight: Float32 = _PLAIN[fmt].decode(plain, shape, fmt=fmt)
+    return weight

@@ -15,8 +15,8 @@ from diffquant.quant.codecs.numba.floats import magnitude_bits, nearest_int
 
 __all__ = ["decode", "encode"]
 
-_LEVELS = np.float32(127)
-_SMALLEST = np.float32(2.0**-121)  # below it 127 / absmax is infinite, or nearly
+_ONE, _LEVELS = np.float32(1), np.float32(127)
+_SMALLEST = np.float32(2.0**-121)  # below it the factor is infinite, or nearly
 
 
 @kernel
@@ -29,7 +29,7 @@ def _encode_kernel(weight: Float32, level: NDArray[np.int8], absmax: Float32) ->
         amax = np.int32(bits).view(np.float32)
         absmax[r] = amax
         if amax > _SMALLEST:
-            inverse = np.float32(_LEVELS / amax)
+            inverse = np.float32(np.float32(_ONE / amax) * _LEVELS)
             for k in range(weight.shape[1]):
                 level[r, k] = np.int8(nearest_int(np.float32(weight[r, k] * inverse)))
         else:
