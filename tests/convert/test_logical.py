@@ -236,10 +236,9 @@ def test_vectors_and_scalars_are_one_row(bound):
     "marker",
     [
         {"format": "svdquant_w4a4"},
-        {"format": "int8_tensorwise", "convrot": True},
+        {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 1024},
+        {"format": "asym_w4a8_int8", "group_size": 8},
         {"format": "made_up"},
-        {"format": None},
-        {},
     ],
 )
 def test_unknown_comfy_formats_are_named_when_read(bound, marker):
@@ -276,10 +275,10 @@ LIES = {
         r"l\.comfy_quant: expected at most 4096 bytes of JSON, found U8 \(5000,\)",
     ),
     "marker of floats": (good_fp8, {"l.comfy_quant": SCALE.reshape(1)}, "found F32"),
-    "scale in bf16": (
+    "scale in whole numbers": (
         good_fp8,
-        {"l.weight_scale": ("BF16", np.zeros(1, np.uint16))},
-        r"l\.weight_scale: expected F32 with 1 or 6 values, found BF16 \(1,\)",
+        {"l.weight_scale": ("I8", np.zeros(1, np.int8))},
+        r"l\.weight_scale: expected F32 with 1 or 6 values, found I8 \(1,\)",
     ),
     "scale of wrong count": (
         good_fp8,

@@ -228,11 +228,11 @@ def test_weights_in_an_unknown_packing_are_refused_by_name(packed, tmp_path, wri
     tensors, metadata = load(packed["int8_rowwise"])
     rows = {key: (dtype, data, shape) for key, (dtype, shape, data) in tensors.items()}
     key = next(key for key in rows if key.endswith(".comfy_quant"))
-    marker = json.dumps({"format": "int8_tensorwise", "convrot": True}).encode()
+    marker = json.dumps({"format": "svdquant_w4a4"}).encode()
     rows[key] = np.frombuffer(marker, np.uint8)
     path = write(tmp_path / "in.safetensors", rows, metadata)
     weight = key.replace("comfy_quant", "weight")
-    with pytest.raises(UnsupportedDtype, match=f"{weight}.*convrot.*not supported"):
+    with pytest.raises(UnsupportedDtype, match=f"{weight}.*svdquant.*not supported"):
         plan_of(path, Request("safetensors"))
 
 

@@ -106,8 +106,9 @@ def test_plain_formats_are_not_copied(dtype):
 
 
 def test_only_flat_blocks_and_tiles_cannot_be_cut_by_rows():
+    codebooks = {f"asym_w4a8_int8{suffix}" for suffix in ("", "_64", "_16")}
     tiled = {"mxfp8", "nvfp4_comfy", "fp8_e4m3_blockwise", "int8_blockwise"}
-    assert frozenset(KERNELS) - ROWWISE == {"nf4", "nf4_dq", "fp4", "fp4_dq", *tiled}
+    assert frozenset(KERNELS) - ROWWISE == {"nf4", "nf4_dq", "fp4", "fp4_dq", *tiled, *codebooks}
 
 
 def test_every_number_format_has_a_kernel():

@@ -27,6 +27,7 @@ from diffquant.convert.logical import LogicalSource
 from diffquant.convert.plan import Plan, Step
 from diffquant.convert.workers import Task, default_workers, run_tasks
 from diffquant.core.errors import QuantError
+from diffquant.core.floats import float32_of
 from diffquant.core.heap import keep_freed_pages
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.core.tensors import ByteArray, TensorSink
@@ -254,7 +255,12 @@ class _Job:
             if index < len(extents):
                 if one.part in tensor.parts:
                     key = tensor.parts[one.part]
-                    data = raw_range(self.logical.source, key, *extents[index])
+                    stored = self.logical.source.specs[key]
+                    if stored.dtype != one.spec.dtype and one.spec.dtype == "F32":
+                        whole = float32_of(self.logical.source.read(key), stored.dtype)
+                        data = one.data(whole)  # a scale of 16 bits, that loaders stop at
+                    else:
+                        data = raw_range(self.logical.source, key, *extents[index])
                 else:
                     held = tensor.constants.get(one.part)
                     data = one.data(None if held is None else np.float32(held))

@@ -17,6 +17,7 @@ from diffquant.convert.detect import Match, detect, detect_encoder
 from diffquant.convert.encoders.header import EncoderHeader, encoder_header
 from diffquant.convert.engine import peak_nbytes, run_plan
 from diffquant.convert.logical import LogicalSource
+from diffquant.convert.losses import broken_pictures
 from diffquant.convert.output import configs_of, file_metadata, fingerprint, folder_configs
 from diffquant.convert.plan import Plan, Request, make_plan
 from diffquant.convert.remember import remember
@@ -353,6 +354,7 @@ def _report(
                 verdict=verdict_of(error, gaussian) if judged and error is not None else None,
             )
         )
+    weighed = [(step.stored, row.error) for step, row in zip(plan.steps, rows, strict=True)]
     verdicts = {row.verdict for row in rows if row.verdict}
     worst = next((v for v in ("fail", "warn", "pass") if v in verdicts), None)
     if results and verify == "tensors" and worst is None:
@@ -379,7 +381,7 @@ def _report(
         error=_overall(rows),
         verdict=worst if verify == "tensors" else None,
         continued=done.continued,
-        warnings=plan.warnings + done.warnings + notes,
+        warnings=plan.warnings + done.warnings + notes + broken_pictures(weighed),
         target=plan.target,
         policy=plan.policy,
         notes=plan.notes,

@@ -18,6 +18,7 @@ from diffquant.convert.flat import flat_state, read_flat
 from diffquant.convert.tiled import read_tiled
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import UnsupportedDtype
+from diffquant.core.floats import float32_of
 from diffquant.core.tensors import ByteArray, TensorSource, TensorSpec
 from diffquant.quant.backends import backend
 from diffquant.quant.formats import FORMATS, format_named, matrix_shape
@@ -163,10 +164,12 @@ class LogicalSource:
         n, k = matrix_shape(tensor.shape)
         start, stop = rows
         if name == "scale":  # files keep it as (), (1,), (N,) or (N, 1)
-            flat = _view(self.source.read(spec.key), spec.dtype, (-1,))
+            flat = float32_of(self.source.read(spec.key), spec.dtype)
             if flat.size > 1:
                 return flat[start:stop, None]
             return np.full((stop - start, 1), flat[0]) if per_row else flat.reshape(())
+        if per_row and len(spec.shape) == 1 and spec.size == n:
+            return float32_of(self.source.read(spec.key), spec.dtype)[start:stop]
         if spec.rows == n and n > 1:
             raw = self.source.read(spec.key, rows)
             return _view(raw, spec.dtype, (stop - start, spec.row_size))

@@ -9,7 +9,7 @@ Sources (columns of docs/formats.md, "Targets"):
 city96/ComfyUI-GGUF@795e451:dequant.py:7-13,24-28,287-301, ops.py, loader.py:12-24,57-91;
 huggingface/diffusers@58eb52c:src/diffusers/quantizers/gguf/utils.py:136-168,501-516;
 leejet/stable-diffusion.cpp@97d2990:src/model_loader.cpp, src/safetensors_io.cpp:79-101,209-324,
-src/gguf_reader_ext.h:114-127 (scaled fp8: pull request 1913);
+src/gguf_reader_ext.h:114-127 (scaled fp8: pull request 1913; int8 convrot: 1857);
 lllyasviel/stable-diffusion-webui-forge@dfdcbab:backend/operations_gguf.py:6-16.
 """
 
@@ -22,6 +22,7 @@ from typing import Literal
 from diffquant.convert.dialects.bnb import BNB_FORMATS
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import UnknownFormat, UsageError, shorten
+from diffquant.quant.formats import FORMATS
 from diffquant.quant.policy import FALLBACKS, FALLBACKS_WITHOUT_IQ
 
 __all__ = ["DEFAULTS", "TARGETS", "Stored", "Target", "candidates", "target_named"]
@@ -137,6 +138,8 @@ _DIFFUSERS = _CASTS | _BLOCKS_32 | _K_TYPES | _FAST_IQ
 _FORGE = _CASTS | _BLOCKS_32 | _K_TYPES
 _GGML = _CASTS | frozenset(name.lower() for name, row in STORAGE.items() if row.is_block)
 
+_ROTATED = frozenset(row.name for row in FORMATS.values() if row.rotation)
+
 # Comfy-Org/ComfyUI@0271a46:comfy/quant_ops.py QUANT_ALGOS
 _PLAIN_FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
 _COMFYUI = _PLAIN_FP8 | {
@@ -144,6 +147,7 @@ _COMFYUI = _PLAIN_FP8 | {
     "fp8_e5m2_scaled",
     "int8_tensor",
     "int8_rowwise",
+    *_ROTATED,
     "mxfp8",
     "nvfp4_comfy",
 }
@@ -173,7 +177,9 @@ _ROWS = (
         "stable-diffusion.cpp",
         {
             "gguf": _GGML,
-            "safetensors": _CASTS | {"fp8_e4m3", "fp8_e4m3_scaled", "int8_rowwise"},
+            "safetensors": _CASTS
+            | {"fp8_e4m3", "fp8_e4m3_scaled", "int8_rowwise"}
+            | {name for name in _ROTATED if name.startswith("int8")},
         },
         "it has no such type",
         FALLBACKS,

@@ -10,7 +10,7 @@ Adding a format: one codec file in `codecs/`, one row in `format_rows/` (docs/ad
 from __future__ import annotations
 
 from diffquant.core.errors import UnknownFormat
-from diffquant.quant.format_rows import bitsandbytes, floats, ggml, integers, tiled
+from diffquant.quant.format_rows import bitsandbytes, floats, ggml, integers, rotated, tiled
 from diffquant.quant.layout import Importance, Part, QuantFormat, Requirement, matrix_shape
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "matrix_shape",
 ]
 
-_FAMILIES = (floats, ggml, integers, bitsandbytes, tiled)
+_FAMILIES = (floats, ggml, integers, rotated, bitsandbytes, tiled)
 
 FORMATS: dict[str, QuantFormat] = {row.name: row for room in _FAMILIES for row in room.ROWS}
 

@@ -108,6 +108,7 @@ class QuantFormat:
         passes: 1, or 2 when a whole-tensor statistic must be known before the first row is encoded.
         statistic: how the statistics of chunks are brought together: their "max", or the sum of
             sums and counts for a "mean".
+        rotation: rows are rotated in groups of so many before they are rounded (ConvRot); 0: not.
         importance: whether the encoder weighs errors by an importance value per column: "unused"
             has one mode, "optional" two, "required" only the weighted one.
         encodes: False for formats that are read, never written.
@@ -144,6 +145,7 @@ class QuantFormat:
     padding: int = 1
     flat_block: int = 0
     statistic: Literal["max", "mean"] = "max"
+    rotation: int = 0
 
     def check(self, shape: Shape) -> tuple[str, ...]:
         """Return what `shape` fails, as text; empty when the format can hold it."""

@@ -68,6 +68,16 @@ FALLBACKS: dict[str, str] = {
     "q5_0": "f16",
     "q5_1": "f16",
     "q8_0": "f16",
+    # ConvRot: the largest group that divides the rows, then int8 without a rotation.
+    "int8_convrot": "int8_convrot_64",
+    "int8_convrot_64": "int8_convrot_16",
+    "int8_convrot_16": "int8_rowwise",
+    "int8_rowwise": "bf16",
+    "asym_w4a8_int8": "asym_w4a8_int8_64",
+    "asym_w4a8_int8_64": "asym_w4a8_int8_16",
+    "asym_w4a8_int8_16": "int8_rowwise",
+    "convrot_w4a4": "convrot_w4a4_64",
+    "convrot_w4a4_64": "int8_convrot_16",
 }
 # For readers without IQ types.
 FALLBACKS_WITHOUT_IQ: dict[str, str] = {

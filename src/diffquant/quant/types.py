@@ -203,6 +203,24 @@ _ROWS = (
         "8-bit integer with one scale per output row (ComfyUI int8_tensorwise)",
     ),
     QuantType(
+        "int8_convrot",
+        "int8_convrot",
+        {"safetensors": "comfy"},
+        "the same of rotated rows, which keeps outliers from costing the others (ComfyUI, sd.cpp)",
+    ),
+    QuantType(
+        "asym_w4a8_int8",
+        "asym_w4a8_int8",
+        {"safetensors": "comfy"},
+        "4 bits per weight on an int8 grid, rotated (ComfyUI W4A8; works where W4A4 breaks)",
+    ),
+    QuantType(
+        "convrot_w4a4",
+        "convrot_w4a4",
+        {"safetensors": "comfy"},
+        "4-bit integer with one scale per row, rotated (ComfyUI W4A4; breaks many models)",
+    ),
+    QuantType(
         "fp8_e4m3_rowwise",
         "fp8_e4m3_rowwise",
         {"safetensors": "comfy"},
@@ -267,7 +285,13 @@ _ROWS = (
 TYPES: dict[str, QuantType] = {row.name: row for row in _ROWS}
 
 # As llama-quantize has them: ggml-org/llama.cpp tools/quantize/quantize.cpp, QUANT_OPTIONS.
-ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+ALIASES = {
+    "q3_k": "q3_k_m",
+    "q4_k": "q4_k_m",
+    "q5_k": "q5_k_m",
+    "w4a8": "asym_w4a8_int8",
+    "w4a4": "convrot_w4a4",
+}
 
 
 def type_named(name: str) -> QuantType:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.quant.formats import FORMATS
+from diffquant.runtime.kernels import rotated
 from diffquant.runtime.layers import PackedLayer, PackedWeight, Segment
 
 __all__ = ["SCALE_BYTES", "damaged", "shuffle"]
@@ -54,6 +55,7 @@ _SCALE_PARTS = {
     "nf4_dq": "absmax",
     "fp4_dq": "absmax",
     "int8_bnb": "scb",
+    **{name: "s_channel" if "w4a8" in name else "scale" for name in rotated.KERNELS},
     "fp8_e4m3_rowwise": "scale",
     "mxfp8": "block_scale",
     "nvfp4_comfy": "block_scale",

@@ -306,6 +306,7 @@ def _as_torch(
     if name == "weight":
         return typed.reshape(-1) if row.flat_block else typed.reshape(_matrix(tensor, shape))
     if name == "scale":
+        typed = typed.float()  # some files hold scales of 16 bits
         return typed.reshape(()) if typed.numel() == 1 else typed.reshape(-1, 1)
     return typed.reshape(-1)
 

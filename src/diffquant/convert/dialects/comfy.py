@@ -1,39 +1,70 @@
 """ComfyUI's layers: numbers, scales and a `comfy_quant` marker that names the format.
 
 Keys behind `L.`: `weight`, `weight_scale` (float32; scales of blocks in tiles), `weight_scale_2`
-(nvfp4), `comfy_quant` (uint8 JSON). Source: Comfy-Org/ComfyUI@0271a46:comfy/ops.py,
-comfy/quant_ops.py; released comfy-kitchen 0.2.40.
+(nvfp4), `weight_s_rel`, `weight_s_channel`, `weight_codebook` (W4A8), `comfy_quant` (uint8 JSON).
+Source: Comfy-Org/ComfyUI@0271a46:comfy/ops.py, comfy/quant_ops.py; released comfy-kitchen 0.2.40.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from diffquant.convert.dialects.packed import Packed, Shape, json_tensor, layer_of, plain
 from diffquant.core.tensors import TensorSpec
-from diffquant.quant.formats import format_named
+from diffquant.quant.formats import FORMATS, format_named
 
-__all__ = ["COMFY_FORMATS", "GROUP_SIZES", "ORIGINAL_SHAPE", "pack_comfy"]
+__all__ = ["COMFY_FORMATS", "ORIGINAL_SHAPE", "ComfyFormat", "pack_comfy"]
 
-# FORMATS name -> what comfy_quant calls it, and part -> ending of the key behind `L.`.
-COMFY_FORMATS: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "fp8_e4m3_scaled": ("float8_e4m3fn", {"scale": "weight_scale"}),
-    "fp8_e5m2_scaled": ("float8_e5m2", {"scale": "weight_scale"}),
-    "int8_tensor": ("int8_tensorwise", {"scale": "weight_scale"}),
-    "int8_rowwise": ("int8_tensorwise", {"scale": "weight_scale"}),
-    "fp8_e4m3_rowwise": ("float8_e4m3fn_rowwise", {"scale": "weight_scale"}),
-    "fp8_e4m3_blockwise": ("float8_e4m3fn_blockwise", {"block_scale": "weight_scale"}),
-    "int8_blockwise": ("int8_blockwise", {"block_scale": "weight_scale"}),
-    "mxfp8": ("mxfp8", {"block_scale": "weight_scale"}),
-    "nvfp4_comfy": (
-        "nvfp4",
-        {"block_scale": "weight_scale", "tensor_scale": "weight_scale_2"},
-    ),
-}
-GROUP_SIZES = {"fp8_e4m3_blockwise": 128, "int8_blockwise": 128}  # said by the marker
 # Key of the marker under which a padded weight's own shape is kept: loaders take theirs from the
 # model and ignore it, we would otherwise read the padding as weights.
 ORIGINAL_SHAPE = "orig_shape"
+
+
+@dataclass(frozen=True, slots=True)
+class ComfyFormat:
+    """What ComfyUI calls a format.
+
+    Attributes:
+        name: `format` in the marker.
+        endings: part -> ending of its key behind `L.`.
+        fields: what else the marker says; a reader needs the same.
+    """
+
+    name: str
+    endings: Mapping[str, str]
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+
+_SCALE = {"scale": "weight_scale"}
+_BLOCK_SCALE = {"block_scale": "weight_scale"}
+_W4A8 = {"s_rel": "weight_s_rel", "s_channel": "weight_s_channel", "codebook": "weight_codebook"}
+
+
+def _rotated(
+    codec: str, name: str, endings: Mapping[str, str], **fields: object
+) -> dict[str, ComfyFormat]:
+    return {
+        row.name: ComfyFormat(name, endings, {**fields, "convrot_groupsize": row.rotation})
+        for row in FORMATS.values()
+        if row.codec == codec
+    }
+
+
+COMFY_FORMATS: Mapping[str, ComfyFormat] = {
+    "fp8_e4m3_scaled": ComfyFormat("float8_e4m3fn", _SCALE),
+    "fp8_e5m2_scaled": ComfyFormat("float8_e5m2", _SCALE),
+    "int8_tensor": ComfyFormat("int8_tensorwise", _SCALE),
+    "int8_rowwise": ComfyFormat("int8_tensorwise", _SCALE),
+    **_rotated("int8_convrot", "int8_tensorwise", _SCALE, convrot=True),
+    **_rotated("convrot_w4a4", "convrot_w4a4", _SCALE),
+    **_rotated("asym_w4a8_int8", "asym_w4a8_int8", _W4A8, group_size=16),
+    "fp8_e4m3_rowwise": ComfyFormat("float8_e4m3fn_rowwise", _SCALE),
+    "fp8_e4m3_blockwise": ComfyFormat("float8_e4m3fn_blockwise", _BLOCK_SCALE, {"group_size": 128}),
+    "int8_blockwise": ComfyFormat("int8_blockwise", _BLOCK_SCALE, {"group_size": 128}),
+    "mxfp8": ComfyFormat("mxfp8", _BLOCK_SCALE),
+    "nvfp4_comfy": ComfyFormat("nvfp4", {**_BLOCK_SCALE, "tensor_scale": "weight_scale_2"}),
+}
 
 
 def pack_comfy(key: str, fmt: str, shape: Shape, dtype: str) -> tuple[Packed, ...]:
@@ -41,18 +72,17 @@ def pack_comfy(key: str, fmt: str, shape: Shape, dtype: str) -> tuple[Packed, ..
     row = format_named(fmt)
     if fmt not in COMFY_FORMATS:
         return plain(key, fmt, shape, dtype)
-    layer = layer_of(key, "comfy")
-    name, endings = COMFY_FORMATS[fmt]
-    marker: dict[str, object] = {"format": name}
-    if fmt in GROUP_SIZES:
-        marker["group_size"] = GROUP_SIZES[fmt]
+    layer, comfy = layer_of(key, "comfy"), COMFY_FORMATS[fmt]
+    marker: dict[str, object] = {"format": comfy.name, **comfy.fields}
     if row.is_padded and any(length % row.padding for length in shape):
         marker[ORIGINAL_SHAPE] = list(shape)
     return (
         *(
             Packed(
                 TensorSpec(
-                    f"{layer}.{endings.get(part.name, part.name)}", part.dtype, part.shape(shape)
+                    f"{layer}.{comfy.endings.get(part.name, part.name)}",
+                    part.dtype,
+                    part.shape(shape),
                 ),
                 part.name,
             )

@@ -7,88 +7,136 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from diffquant.convert.dialects.comfy import COMFY_FORMATS, GROUP_SIZES
-from diffquant.convert.dialects.found import Bound, Finder, check_scale, read_json
+from diffquant.convert.dialects.comfy import COMFY_FORMATS
+from diffquant.convert.dialects.comfy_foreign import foreign_layer
+from diffquant.convert.dialects.found import Bound, Finder, check_scale, input_scales
+from diffquant.convert.dialects.markers import Marker, read_markers
 from diffquant.convert.dialects.padded import bind_padded
 from diffquant.convert.logical import LogicalTensor
+from diffquant.core.dtypes import storage_nbytes
 from diffquant.core.errors import MalformedFile
 from diffquant.core.tensors import TensorSource, TensorSpec
-from diffquant.quant.formats import format_named
+from diffquant.quant.formats import FORMATS, format_named
 
 __all__ = ["comfy_finder"]
 
-_NAMES = {name: fmt for fmt, (name, _) in COMFY_FORMATS.items()}
+# What a marker means where it does not say so: comfy/ops.py, comfy_kitchen 0.2.40 tensor/*.py.
+_DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "int8_tensorwise": {"convrot": False, "convrot_groupsize": 256},
+    "convrot_w4a4": {"convrot_groupsize": 256},
+    "asym_w4a8_int8": {"group_size": 16, "convrot_groupsize": 256},
+}
 
 
 def comfy_finder(source: TensorSource) -> Finder:
     """Make the finder of a source."""
-    return Finder(functools.partial(_find, source, _markers(source)), dialect="comfy")
+    return Finder(functools.partial(_find, source, read_markers(source)), dialect="comfy")
 
 
-def _find(
-    source: TensorSource, markers: Mapping[str, Mapping[str, Any]], spec: TensorSpec
-) -> Bound | None:
+def _find(source: TensorSource, markers: Mapping[str, Marker], spec: TensorSpec) -> Bound | None:
     layer = spec.key.removesuffix(".weight") if spec.key.endswith(".weight") else ""
-    if not layer or layer not in markers:
+    marker = markers.get(layer) if layer else None
+    if marker is None:
         return None
-    tensor, used = _bind(source, spec.key, layer, markers[layer])
-    return Bound(tensor, used)
+    bound = _bind(source, spec, layer, marker)
+    return Bound(bound.tensor, bound.used, (*marker.warnings, *bound.warnings))
 
 
-def _bind(
-    source: TensorSource, key: str, layer: str, marker: Mapping[str, Any]
-) -> tuple[LogicalTensor, tuple[str, ...]]:
+def _bind(source: TensorSource, spec: TensorSpec, layer: str, marker: Marker) -> Bound:
     specs = source.specs
-    spec = specs[key]
-    name = _NAMES.get(str(marker.get("format")), "")
-    endings = COMFY_FORMATS[name][1] if name else {"scale": "weight_scale"}
+    name = _format_of(marker)
+    endings = COMFY_FORMATS[name].endings if name else {"scale": "weight_scale"}
     parts = {part: f"{layer}.{ending}" for part, ending in endings.items()}
-    beside = (f"{layer}.comfy_quant", *parts.values(), f"{layer}.input_scale")
+    beside = (f"{layer}.comfy_quant", *parts.values(), *input_scales(specs, layer))
     used = tuple(k for k in beside if k in specs)
     lacking = any(k not in specs for k in parts.values())
-    smoothed = f"{layer}.pre_quant_scale" in specs  # the input is to be multiplied, and is not here
-    other_blocks = name in GROUP_SIZES and marker.get("group_size") != GROUP_SIZES[name]
-    if not name or marker.get("convrot") or lacking or smoothed or other_blocks:
-        ours = (f"{layer}.weight_", f"{layer}.pre_quant_scale")
-        others = tuple(k for k in specs if k.startswith(ours) and k not in used)
-        beside_it = " with pre_quant_scale" if smoothed else ""
-        why = f"comfy_quant {json.dumps(dict(marker))}{beside_it} is not supported yet"
-        return LogicalTensor(key, spec.shape, "", {"weight": key}, spec.dtype, why), used + others
+    # The input is to be multiplied, and is not here; a correction is added to what is decoded.
+    strange = [
+        f"{layer}.{one}"
+        for one in ("pre_quant_scale", "weight_correction")
+        if f"{layer}.{one}" in specs
+    ]
+    if not name or lacking or strange:
+        others = tuple(
+            k
+            for k in specs
+            if k.startswith((f"{layer}.weight_", f"{layer}.pre_quant_scale")) and k not in used
+        )
+        foreign = None if strange else foreign_layer(source, spec, layer, marker)
+        if foreign is not None:
+            return Bound(foreign, used + others)
+        beside_it = f" with {strange[0].rpartition('.')[2]}" if strange else ""
+        why = f"comfy_quant {json.dumps(dict(marker.fields))}{beside_it} is not supported"
+        tensor = LogicalTensor(spec.key, spec.shape, "", {"weight": spec.key}, spec.dtype, why)
+        return Bound(tensor, used + others)
+    _check_weight(source, spec, name, marker)
+    shape = spec.shape
+    warnings: tuple[str, ...] = ()
     row = format_named(name)
-    stored = row.parts[0].dtype
+    if row.is_tiled:
+        shape = bind_padded(source, name, {"weight": spec.key, **parts}, layer, marker.fields)
+    elif set(parts) == {"scale"}:
+        warnings = check_scale(source, parts["scale"], spec)
+        if name == "int8_rowwise" and not _is_per_row(specs[parts["scale"]]):
+            name = "int8_tensor"  # one name for both: the scale's shape tells
+        if row.parts[0].shape((1, 2)) != (1, 2):
+            shape = (spec.shape[0], spec.shape[1] * 2)
+    else:
+        shape = (spec.shape[0], spec.shape[1] * 2)
+        _check_parts(source, name, {"weight": spec.key, **parts}, shape)
+    if failed := format_named(name).check(shape):
+        raise MalformedFile(
+            f"{spec.key}: {marker.format} needs {' and '.join(failed)}, found {shape}",
+            path=source.path,
+        )
+    tensor = LogicalTensor(spec.key, shape, name, {"weight": spec.key, **parts}, spec.dtype)
+    return Bound(tensor, used, warnings)
+
+
+def _format_of(marker: Marker) -> str:
+    """The FORMATS row with the marker's name and fields; "" where there is none."""
+    said: dict[str, Any] = {**_DEFAULTS.get(marker.format, {}), **marker.fields}
+    rows = [(key, row) for key, row in COMFY_FORMATS.items() if row.name == marker.format]
+    if said.get("convrot") is False:  # the size means nothing without a rotation
+        rows = [(key, row) for key, row in rows if not FORMATS[key].rotation]
+    elif "convrot" in said:
+        rows = [(key, row) for key, row in rows if FORMATS[key].rotation]
+    fits = (
+        key
+        for key, row in rows
+        if all(
+            said.get(name) == value and type(said.get(name)) is type(value)
+            for name, value in row.fields.items()
+        )
+    )
+    found = next(fits, "")
+    return "int8_rowwise" if found == "int8_tensor" else found
+
+
+def _check_weight(source: TensorSource, spec: TensorSpec, name: str, marker: Marker) -> None:
+    stored = format_named(name).parts[0].dtype
     if spec.dtype != stored or len(spec.shape) < 2:
         raise MalformedFile(
-            f"{key}: {marker['format']} needs {stored} with 2 or more dimensions, found "
+            f"{spec.key}: {marker.format} needs {stored} with 2 or more dimensions, found "
             f"{spec.dtype} {spec.shape}",
             path=source.path,
         )
-    shape = spec.shape
-    if row.is_tiled:
-        shape = bind_padded(source, name, {"weight": key, **parts}, layer, marker)
-    else:
-        check_scale(source, parts["scale"], spec)
-        if name.startswith("int8") and not _is_per_row(specs[parts["scale"]]):
-            name = "int8_tensor"  # one name for both: the scale's shape tells
-    return LogicalTensor(key, shape, name, {"weight": key, **parts}, spec.dtype), used
+
+
+def _check_parts(
+    source: TensorSource, name: str, keys: Mapping[str, str], shape: tuple[int, ...]
+) -> None:
+    """Parts other than one scale: sizes follow from the weight's shape."""
+    for part in format_named(name).parts:
+        found, wanted = source.specs[keys[part.name]], part.shape(shape)
+        same = found.dtype == part.dtype or {found.dtype, part.dtype} == {"U8", "F8_E4M3"}
+        if not same or found.nbytes != storage_nbytes(part.dtype, wanted):
+            raise MalformedFile(
+                f"{found.key}: expected {part.dtype} {wanted} for a {name} weight of {shape}, "
+                f"found {found.dtype} {found.shape}",
+                path=source.path,
+            )
 
 
 def _is_per_row(scale: TensorSpec) -> bool:
     return scale.size > 1 or len(scale.shape) == 2
-
-
-def _markers(source: TensorSource) -> dict[str, Mapping[str, Any]]:
-    """Layer -> its comfy_quant object, from marker tensors and from the header."""
-    found: dict[str, Mapping[str, Any]] = {}
-    header = source.metadata.get("_quantization_metadata")
-    if isinstance(header, str):
-        try:
-            layers = json.loads(header).get("layers", {})
-            found.update({k: v for k, v in layers.items() if isinstance(v, dict)})
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise MalformedFile(
-                "_quantization_metadata in the header is not JSON with layers", path=source.path
-            ) from error
-    for key in source.specs:
-        if key.endswith(".comfy_quant"):
-            found[key.removesuffix(".comfy_quant")] = read_json(source, key)
-    return found

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffquant.convert.logical import LogicalTensor
 from diffquant.core.errors import MalformedFile
+from diffquant.core.floats import PLAIN_FLOATS
 from diffquant.core.tensors import TensorSource, TensorSpec
 
 __all__ = ["TORCH_CAST", "Bound", "Finder", "check_scale", "input_scales", "read_json"]
@@ -50,19 +51,25 @@ class Finder:
     dialect: str = "plain"
 
 
-def check_scale(source: TensorSource, scale: str, weight: TensorSpec) -> None:
-    """Refuse a scale that is not float32, one value or one per row.
+def check_scale(source: TensorSource, scale: str, weight: TensorSpec) -> tuple[str, ...]:
+    """Refuse a scale that is not one float or one per row; warn of 16-bit ones.
 
     Raises:
         MalformedFile: it is something else.
     """
     found = source.specs[scale]
-    if found.dtype != "F32" or found.size not in (1, weight.rows):
+    if found.dtype not in PLAIN_FLOATS or found.size not in (1, weight.rows):
         raise MalformedFile(
             f"{scale}: expected F32 with 1 or {weight.rows} values, found {found.dtype} "
             f"{found.shape}",
             path=source.path,
         )
+    if found.dtype == "F32":
+        return ()
+    return (
+        f"{scale}: the scale is {found.dtype}, which ComfyUI stops at (scale must be f32); it is "
+        "read, and written as F32",
+    )
 
 
 def input_scales(specs: Mapping[str, TensorSpec], layer: str) -> tuple[str, ...]:

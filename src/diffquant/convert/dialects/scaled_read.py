@@ -31,13 +31,14 @@ def _find(source: TensorSource, prefixes: tuple[str, ...], spec: TensorSpec) -> 
     scale = _scale_key(source.specs, layer)
     if not layer or not spec.dtype.startswith("F8_") or not scale:
         return None
-    check_scale(source, scale, spec)
+    warnings = check_scale(source, scale, spec)
     parts = {"weight": spec.key, "scale": scale}
     name = _SCALED_FP8.get(spec.dtype, "")  # by the weight's dtype: a marker of e5m2 may lie
     why = "" if name else f"{spec.dtype} with a scale is not supported"
     tensor = LogicalTensor(spec.key, spec.shape, name, parts, spec.dtype, why)
     marked = any(spec.key.startswith(prefix) for prefix in prefixes)
-    warnings = () if marked else (f"{spec.key}: scale without a marker; it is applied",)
+    if not marked:
+        warnings += (f"{spec.key}: scale without a marker; it is applied",)
     return Bound(tensor, (scale, *input_scales(source.specs, layer)), warnings)
 
 

@@ -17,6 +17,7 @@ Stored parts (N is the first dimension of the logical shape, K the product of th
     *_blockwise         weight (N, K); block_scale: float32 (N / 128, K / 128)
     mxfp8 nvfp4_comfy   weight, block_scale, tensor_scale as stored, padded; in tiled_scales.py
     nf4 fp4 int8_bnb    in bnb.py
+    int8_convrot w4a4   in rotated.py
 
 Sources: ggml-org/ggml ggml-common.h (block structs) and ggml-quants.c (dequantize_row_*).
 """
@@ -28,7 +29,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from diffquant.runtime.kernels import bnb, grid_blocks, nonlinear, ternary, tiled_scales
+from diffquant.runtime.kernels import (
+    bnb,
+    grid_blocks,
+    nonlinear,
+    rotated,
+    ternary,
+    tiled_scales,
+)
 from diffquant.runtime.kernels.fields import Kernel, Parts, half, of_blocks, shifted
 
 __all__ = ["KERNELS", "ROWWISE"]
@@ -154,9 +162,12 @@ KERNELS: Mapping[str, Kernel] = {
     "fp8_e4m3_rowwise": _scaled_rows,
     "int8_rowwise": _scaled,
     **bnb.KERNELS,
+    **rotated.KERNELS,
     **tiled_scales.KERNELS,
 }
 
 # Formats whose parts are stored row by row (or hold one value for all): rows can be picked before
-# decoding. Flat blocks begin anywhere in a row; tiles hold the scales of many rows.
-ROWWISE = frozenset(KERNELS) - {*bnb.FLAT, *tiled_scales.KERNELS}
+# decoding. Flat blocks begin anywhere in a row; tiles hold the scales of many rows, and a codebook
+# may be as long as the weight is high.
+_CODEBOOKS = {name for name in rotated.KERNELS if name.startswith("asym_w4a8")}
+ROWWISE = frozenset(KERNELS) - {*bnb.FLAT, *tiled_scales.KERNELS, *_CODEBOOKS}
