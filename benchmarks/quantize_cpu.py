@@ -5,7 +5,8 @@ python benchmarks/quantize_cpu.py [--json FILE] [--rows N] [--columns K] [--form
 
 Formats that weigh errors by importance are measured in both modes. Peers, in the same process:
 ggml's own library for its block types (ctypes on the one that pywhispercpp 1.5.1 carries),
-bitsandbytes for nf4, torch expressions for the rest. Both work on one array; ours and ggml take row
+bitsandbytes for its formats, comfy_kitchen's eager backend for ComfyUI's, torch expressions for
+the rest. Both work on one array; ours and ggml take row
 chunks of at most 2**20 weights from a thread pool, torch and bitsandbytes their own threads. A
 warm-up is thrown away (compilation), then ours and the peer take turns, and the median of five of
 each counts. The error is relative; with importance both sides are multiplied by its root.
@@ -36,6 +37,9 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import numpy as np
 import torch
+from comfy_kitchen.backends.eager import convrot_w4a4 as w4a4
+from comfy_kitchen.backends.eager import quantization as kitchen
+from comfy_kitchen.backends.eager import w4a8_int8 as w4a8
 
 from diffquant.core.dtypes import STORAGE
 from diffquant.quant.backends import backend
@@ -45,7 +49,7 @@ from diffquant.quant.metrics import ErrorStats
 CHUNK = 1 << 20
 RUNS = 5
 THREADS = (1, 2)
-PACKAGES = ("numpy", "numba", "torch", "bitsandbytes", "pywhispercpp")
+PACKAGES = ("numpy", "numba", "torch", "bitsandbytes", "comfy-kitchen", "pywhispercpp")
 
 
 def chunks(weight: np.ndarray) -> list[np.ndarray]:
@@ -76,7 +80,9 @@ def ours(
     stats = None
     if row.passes == 2:
         reduce = backend(row.codec, "reduce")
-        stats = max(pool.map(lambda chunk: reduce(chunk, None, fmt=row.name), chunks(weight)))
+        found = list(pool.map(lambda chunk: reduce(chunk, None, fmt=row.name), chunks(weight)))
+        mean = row.statistic == "mean"
+        stats = tuple(map(sum, zip(*found, strict=True))) if mean else max(found)
     list(pool.map(lambda chunk: encode(chunk, stats, fmt=row.name), chunks(weight)))
 
 
@@ -139,14 +145,45 @@ def int8_rowwise(weight: torch.Tensor) -> torch.Tensor:
     return (weight / scale).round_().clamp_(-128, 127).to(torch.int8)
 
 
+def fp8_e5m2_scaled(weight: torch.Tensor) -> torch.Tensor:
+    scale = weight.abs().amax() / 57344
+    return (weight / scale).clamp(-57344, 57344).to(torch.float8_e5m2)
+
+
+def int8_tensor(weight: torch.Tensor) -> torch.Tensor:
+    scale = (weight.abs().amax() / 127).clamp(min=1e-30)
+    return (weight / scale).round_().clamp_(-128, 127).to(torch.int8)
+
+
+def four_bits(name: str, weight: torch.Tensor) -> object:
+    return bnb.quantize_4bit(
+        weight, blocksize=64, compress_statistics=name.endswith("_dq"), quant_type=name[:3]
+    )
+
+
 TORCH: dict[str, Callable[[torch.Tensor], object]] = {
     "f16": lambda weight: weight.half(),
     "bf16": lambda weight: weight.bfloat16(),
     "fp8_e4m3": lambda weight: weight.to(torch.float8_e4m3fn),
     "fp8_e4m3_scaled": fp8_scaled,
     "int8_rowwise": int8_rowwise,
-    "nf4": lambda weight: bnb.quantize_4bit(
-        weight, blocksize=64, compress_statistics=False, quant_type="nf4"
+    "fp8_e5m2_scaled": fp8_e5m2_scaled,
+    "int8_tensor": int8_tensor,
+}
+PEERS: dict[str, tuple[str, Callable[[torch.Tensor], object]]] = {
+    **{name: ("torch", work) for name, work in TORCH.items()},
+    **{
+        name: ("bitsandbytes", functools.partial(four_bits, name))
+        for name in ("nf4", "nf4_dq", "fp4", "fp4_dq")
+    },
+    "int8_bnb": ("bitsandbytes", bnb.int8_vectorwise_quant),
+    "int8_convrot": ("comfy_kitchen", lambda w: kitchen.quantize_int8_convrot_weight(w, 256)),
+    "convrot_w4a4": ("comfy_kitchen", lambda w: w4a4.quantize_convrot_w4a4_weight(w, 256)),
+    "asym_w4a8_int8": ("comfy_kitchen", w4a8.quantize_w4a8_int8_weight),
+    "mxfp8": ("comfy_kitchen", kitchen.quantize_mxfp8),
+    "nvfp4_comfy": (
+        "comfy_kitchen",
+        lambda w: kitchen.quantize_nvfp4(w, w.abs().amax() / (448 * 6)),
     ),
 }
 
@@ -158,9 +195,9 @@ def peer_of(
     pool: ThreadPoolExecutor,
     library: ctypes.CDLL | None,
 ) -> tuple[str, Callable[[], object]] | None:
-    if name in TORCH:
+    if name in PEERS:
         tensor = torch.from_numpy(weight)
-        return "bitsandbytes" if name == "nf4" else "torch", lambda: TORCH[name](tensor)
+        return PEERS[name][0], lambda: PEERS[name][1](tensor)
     if library is not None and name.upper() in STORAGE and STORAGE[name.upper()].is_block:
         return "ggml", lambda: ggml(library, name, weight, importance, pool)
     return None
