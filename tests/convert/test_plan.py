@@ -219,9 +219,10 @@ def test_scales_that_go_nowhere_are_listed(packed, tmp_path, write, load):
     layer = next(key for key in rows if key.endswith(".comfy_quant")).removesuffix(".comfy_quant")
     rows[f"{layer}.input_scale"] = np.array(2, np.float32)
     path = write(tmp_path / "in.safetensors", rows, metadata)
-    plan = plan_of(path, Request("safetensors"))
+    assert plan_of(path, Request("safetensors")).dropped == ()  # copied beside its weight
+    plan = plan_of(path, Request("safetensors", dtype="bf16"))
     assert plan.dropped == ((f"{layer}.input_scale", plan.dropped[0][1]),)
-    assert "input" in plan.dropped[0][1]
+    assert "it goes with weights that are copied" in plan.dropped[0][1]
 
 
 def test_weights_in_an_unknown_packing_are_refused_by_name(packed, tmp_path, write, load):

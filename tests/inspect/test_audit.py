@@ -331,6 +331,44 @@ ST_BROKEN = {
         names(BARE),
         names({"l__weight": F8, "scaled_fp8": ("F8_E4M3", [0], b"")}),
     ],
+    "comfy_params": [
+        names(
+            {
+                **FP8,
+                "l__comfy_quant": blob(
+                    {"format": "float8_e4m3fn", "group_size": 1, "params": {"group_size": 2}}
+                ),
+            }
+        )
+    ],
+    "scaled_fp8": [
+        names({"l__weight": F8, "l__scale_weight": ONE, "scaled_fp8": ("F8_E5M2", [0], b"")}),
+        names(
+            {
+                "l__weight": ("F8_E5M2", *F8[1:]),
+                "l__scale_weight": ONE,
+                "scaled_fp8": ("F8_E5M2", [0], b""),
+            }
+        ),
+        names({"l__weight": F8, "l__weight_scale": ONE, "scaled_fp8": ("F32", [0], b"")}),
+        names(
+            {
+                "l__weight": F8,
+                "l__scale_weight": ("BF16", [1], b"\x80\x3f"),
+                "scaled_fp8": ("F8_E4M3", [2], bytes(2)),
+            }
+        ),
+    ],
+    "bare_fp8": [names({"l__weight": F8})],
+    "nvfp4_order": [
+        names(
+            {
+                "l__weight": ("U8", [4, 8], bytes(32)),
+                "l__weight_scale": ("F8_E4M3", [4, 1], bytes(4)),
+                "l__weight_scale_2": ONE,
+            }
+        )
+    ],
     "bnb": [
         names({**NF4, "l__weight__absmax": ("F32", [3], bytes(12))}),
         names({**NF4, "l__weight__quant_map": ("F32", [15], bytes(60))}),
@@ -372,7 +410,10 @@ def test_safetensors_rule(tmp_path, rule, index):
     assert {one.severity for one in report.findings if one.rule == rule} == {severity}
 
 
-@pytest.mark.parametrize("parts", [FP8, NF4, NESTED])
+LEGACY = {"l__weight": F8, "l__scale_weight": ONE, "scaled_fp8": ("F8_E4M3", [2], bytes(2))}
+
+
+@pytest.mark.parametrize("parts", [FP8, NF4, NESTED, LEGACY])
 def test_packed_layers_as_their_programs_write_them_are_clean(tmp_path, parts):
     (report,) = audit(st(tmp_path / "a.safetensors", *names(parts)))
     # json text of odd length moves what follows it; that alone is a warning

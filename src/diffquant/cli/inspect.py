@@ -10,7 +10,7 @@ import click
 from diffquant.cli.audit import render_audit
 from diffquant.cli.frame import Options, Outcome, common, echo, human, run, table
 from diffquant.core.errors import DiffquantError
-from diffquant.inspect import FileReport, audit, describe
+from diffquant.inspect import Encoding, FileReport, audit, describe
 
 __all__ = ["command"]
 
@@ -101,6 +101,24 @@ def _render(report: FileReport, *, explain: bool) -> None:
             ],
             right=(1, 2, 3),
         )
+    if report.encodings:
+        echo()
+        table(
+            ("  packed as", "weights", "parameters", "dialect", "said by", "scale", "part"),
+            [
+                (
+                    f"  {row.format}" + ("" if row.readable else " (cannot be read)"),
+                    str(row.weights),
+                    f"{row.parameters:,}",
+                    row.dialect,
+                    _said(row),
+                    row.scale or "-",
+                    row.part or "-",
+                )
+                for row in report.encodings
+            ],
+            right=(1, 2),
+        )
     if report.candidates:
         echo("  nearest known architectures:")
         for slug, missing in report.candidates.items():
@@ -114,6 +132,13 @@ def _render(report: FileReport, *, explain: bool) -> None:
                 echo(f"    {key}: {reason}")
         for key, value in report.metadata.items():
             echo(f"  {key} = {value}")
+
+
+def _said(row: Encoding) -> str:
+    """Where a file names the format, and what it calls it."""
+    if not row.marker:
+        return "-"
+    return f"{row.marker}: {row.called or 'no format'}"
 
 
 def _mix(formats: Any, total: int) -> str:  # noqa: ANN401 - Mapping[str, int]

@@ -253,8 +253,8 @@ class _Job:
         for one in step.packed:
             extents = state.extents[one.spec.key]
             if index < len(extents):
-                if one.part in tensor.parts:
-                    key = tensor.parts[one.part]
+                key = tensor.parts.get(one.part) or tensor.beside.get(one.part)
+                if key:
                     stored = self.logical.source.specs[key]
                     if stored.dtype != one.spec.dtype and one.spec.dtype == "F32":
                         whole = float32_of(self.logical.source.read(key), stored.dtype)

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import PureWindowsPath
 from typing import Any
 
+from diffquant.convert.carried import DESCRIBES_ENCODING, carried
 from diffquant.convert.detect import Match
 from diffquant.convert.encoders.files import ENCODER_FILES
 from diffquant.convert.logical import ORIG_SHAPE
-from diffquant.convert.losses import DESCRIBES_ENCODING
 from diffquant.convert.plan import Plan
 from diffquant.convert.targets import TARGETS, Target
 from diffquant.core.errors import PolicyError, shorten
@@ -110,11 +110,12 @@ def _imatrix_metadata(plan: Plan) -> dict[str, Any]:
 
 
 def _carried(plan: Plan, source: TensorSource, out: Mapping[str, Any]) -> dict[str, Any]:
-    """Pairs of a GGUF source, with their types, as llama-quantize keeps them.
+    """Pairs of a GGUF source, with their types, as llama-quantize keeps them; text of any other.
 
     What describes its encoding stays behind when the weights are encoded anew.
     """
-    pairs: Mapping[str, Any] = getattr(source, "typed_metadata", {})
+    own: Mapping[str, Any] = getattr(source, "typed_metadata", {})
+    pairs = own or carried(source, "gguf").pairs
     anew = plan.request.type is not None or plan.request.dtype is not None
     false = ("general.alignment", ORIG_SHAPE, *(DESCRIBES_ENCODING if anew else ()))
     return {

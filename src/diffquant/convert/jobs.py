@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffquant.convert.binding import bind
+from diffquant.convert.carried import carried
 from diffquant.convert.detect import Match, detect, detect_encoder
 from diffquant.convert.encoders.header import EncoderHeader, encoder_header
 from diffquant.convert.engine import peak_nbytes, run_plan
@@ -269,14 +270,7 @@ def _metadata(
         from diffquant.convert.gguf_metadata import gguf_metadata
 
         return gguf_metadata(plan, match, source, ours, header.pairs)
-    kept = {
-        key: value
-        for key, value in source.metadata.items()
-        if isinstance(value, str)
-        and source.container in ("safetensors", "sharded")
-        and key != "_quantization_metadata"
-    }
-    return {**kept, **ours}
+    return {**carried(source, plan.request.container).pairs, **ours}
 
 
 def _surroundings(

@@ -53,6 +53,10 @@ class LogicalTensor:
             them; else "".
         decoder: reads such numbers.
         constants: values of parts that the file holds in a marker and not as tensors.
+        called: what the file calls the numbers, "" where it does not say.
+        marked: where it says so: "comfy_quant", "_quantization_metadata", "scaled_fp8" or "".
+        beside: name -> key of what stands beside the weight and is no part of its numbers.
+        notes: what the marker says of how the weight is to be used.
     """
 
     key: str
@@ -67,6 +71,10 @@ class LogicalTensor:
     foreign: str = ""
     decoder: Decoder | None = field(default=None, repr=False, compare=False)
     constants: Mapping[str, float] = field(default_factory=dict)
+    called: str = ""
+    marked: str = ""
+    beside: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def is_float(self) -> bool:
@@ -100,12 +108,14 @@ class LogicalSource:
         tensors: source key of the weight -> logical tensor, in file order.
         consumed: physical keys that belong to a logical tensor other than as its weight.
         warnings: what looked wrong but could be read.
+        set_aside: consumed keys that no output takes, and why.
     """
 
     source: TensorSource
     tensors: Mapping[str, LogicalTensor]
     consumed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    set_aside: Mapping[str, str] = field(default_factory=dict)
 
     def specs(self) -> dict[str, TensorSpec]:
         """Logical specs, for recognition."""

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from diffquant.convert.carried import carried
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.request import Request
 from diffquant.convert.step import Step
 from diffquant.core.errors import shorten
 
-__all__ = ["DESCRIBES_ENCODING", "broken_pictures", "losses"]
-
-# Header keys that say how the source itself was encoded: they are false of anything else.
-DESCRIBES_ENCODING = (
-    "general.alignment",
-    "general.file_type",
-    "general.quantization_version",
-    "comfy.gguf.orig_shape.",
-    "quantize.imatrix.",
-    "split.",
-    "_quantization_metadata",
-)
-_OURS = ("general.architecture", "general.type", "diffquant.", "format")
-# Containers whose headers hold the same kind of values.
-_KEEP = {"gguf": "gguf", "safetensors": "safetensors", "sharded": "safetensors"}
-
+__all__ = ["broken_pictures", "losses"]
 
 # ComfyUI multiplies such layers with inputs in 4 bits as well. Layers whose output is off by more
 # than 0.21 broke pictures, by less than 0.15 did not, between the two there was grain; Qwen-Image,
@@ -69,14 +55,12 @@ def losses(logical: LogicalSource, steps: Sequence[Step], request: Request) -> l
     if rounded:
         listed = ", ".join(f"{count} from {name}" for name, count in rounded.items())
         out.append(f"weights that were quantized before keep that rounding: {listed}")
-    metadata = logical.source.metadata
-    if _KEEP.get(logical.source.container) != request.container:
-        names = {key: key.rpartition("/")[2] for key in metadata}  # folders: "unet/format"
-        ours = (*DESCRIBES_ENCODING, *_OURS)
-        lost = [key for key, name in names.items() if not name.startswith(ours)]
-        if lost:
-            out.append(
-                f"{len(lost)} header keys have no place in a {request.container} output: "
-                f"{shorten(lost, 4)}"
-            )
+    header = carried(logical.source, request.container)
+    if header.lost:
+        out.append(
+            f"{len(header.lost)} header keys have no place in a {request.container} output: "
+            f"{shorten(header.lost, 4)}"
+        )
+    if header.false:
+        out.append(f"header keys that other bytes make false are left out: {shorten(header.false)}")
     return out

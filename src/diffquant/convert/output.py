@@ -102,6 +102,8 @@ def folder_configs(plan: Plan, configs: Mapping[str, Any]) -> dict[str, Any]:
         config["quantization_config"] = _bnb_config(plan, folder, packed[folder])
     for folder in folders - set(packed):  # what the source said of weights that are now decoded
         out.get(f"{folder}/config.json", {}).pop("quantization_config", None)
+    for folder in folders:  # SDNQ's second place for it
+        out.pop(f"{folder}/quantization_config.json", None)
     return out
 
 

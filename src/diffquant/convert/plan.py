@@ -131,11 +131,7 @@ def make_plan(
             dropped.append((key, f"{reason}; packed, and copied with a part it belongs to only"))
         else:
             steps.append(copy_step(logical, key, reason))
-    dropped += [
-        (key, "scale of the layer's input: used by no format written here")
-        for key in logical.consumed
-        if key.endswith((".input_scale", ".scale_input"))
-    ]
+    dropped += _beside(logical, steps)
     _check_unique(steps)
     weighed = weigh_steps(steps, matrix, architecture, wanted)
     mixed, warnings = _judge(steps, request)
@@ -300,6 +296,23 @@ def _without_target(parts: Sequence[PartMatch], steps: Sequence[Step]) -> list[t
     used = {piece.key for step in steps for piece in step.assignment.pieces}
     keys = [part.prefix + key for part in parts for key in part.shapes]
     return [(key, "no counterpart in the output's layout") for key in keys if key not in used]
+
+
+def _beside(logical: LogicalSource, steps: Sequence[Step]) -> list[tuple[str, str]]:
+    """What stood beside packed weights and is not written, and why."""
+    copied = {
+        logical.tensors[step.assignment.pieces[0].key].beside.get(one.part)
+        for step in steps
+        if step.copies_packed
+        for one in step.packed
+    }
+    left = (
+        key
+        for key in logical.consumed
+        if key.endswith((".input_scale", ".scale_input")) and key not in copied
+    )
+    why = "scale of the layer's input: it goes with weights that are copied as they are"
+    return [(key, logical.set_aside.get(key, why)) for key in left]
 
 
 def _check_unique(steps: Sequence[Step]) -> None:

@@ -14,6 +14,7 @@ from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.detect import PartMatch, to_canonical, to_layout
 from diffquant.convert.dialects import Packed, own_dialect, pack
 from diffquant.convert.dialects.bnb import BNB_FORMATS, skip_conflicts
+from diffquant.convert.dialects.comfy import with_use
 from diffquant.convert.encoders.files import ENCODER_FILES
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.policies import encoder_decisions, policy_for
@@ -317,6 +318,9 @@ def _copy_packed(
         packed = pack(
             own_dialect(first.format), name, first.format, shape, first.decodes_to or "bf16"
         )
+        if own_dialect(first.format) == "comfy":
+            beside = first.beside.get("input_scale")
+            packed = with_use(packed, output.specs[beside].shape if beside else None, first.notes)
         return tuple(_as_stored(one, first, output.specs) for one in packed)
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:

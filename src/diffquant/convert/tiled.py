@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffquant.core.floats import float32_of
 from diffquant.core.tensors import TensorSource
 from diffquant.quant.backends import backend
 from diffquant.quant.formats import format_named
 
 __all__ = ["read_tiled"]
-
-_NUMPY = {"F32": "<f4", "I8": "i1"}  # any other part is bytes
 
 
 def read_tiled(
@@ -35,13 +34,22 @@ def read_tiled(
     parts: dict[str, NDArray[Any]] = {}
     for part in row.parts:
         key = keys[part.name]
-        numbers = _NUMPY.get(part.dtype, "u1")
         if not part.per_row:
-            parts[part.name] = source.read(key).view(numbers).reshape(())
+            parts[part.name] = _numbers(source, key, part.dtype).reshape(())
             continue
         # `first` ends a tile, so nothing before it is padded.
         span = part.shape((first, k))[0], part.shape((last, k))[0]
-        raw = source.read(key, span).view(numbers)
+        raw = _numbers(source, key, part.dtype, span)
         parts[part.name] = raw.reshape(part.shape((last - first, k)))
     decoded: NDArray[np.float32] = backend(row.codec, "decode")(parts, (last - first, k), fmt=fmt)
     return decoded[rows[0] - first : rows[1] - first]
+
+
+def _numbers(
+    source: TensorSource, key: str, dtype: str, rows: tuple[int, int] | None = None
+) -> NDArray[Any]:
+    """Rows of a part as its numbers: some files hold float32 scales in 16 bits; bytes stay so."""
+    raw = source.read(key, rows)
+    if dtype == "F32":
+        return float32_of(raw, source.specs[key].dtype)
+    return raw.view("i1") if dtype == "I8" else raw

@@ -6,11 +6,13 @@ Headers are read without torch and numba; only `diff` decodes weights, and loads
 from diffquant.inspect.audit import AuditReport, audit
 from diffquant.inspect.describe import FileReport, PartReport, StorageCount, describe
 from diffquant.inspect.diff import DIFF_CLASSES, DiffReport, TensorDiff, diff
+from diffquant.inspect.encodings import Encoding
 
 __all__ = [
     "DIFF_CLASSES",
     "AuditReport",
     "DiffReport",
+    "Encoding",
     "FileReport",
     "PartReport",
     "StorageCount",

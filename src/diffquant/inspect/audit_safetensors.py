@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from diffquant.convert.dialects.algos import QUANT_ALGOS
 from diffquant.core.dtypes import storage
 from diffquant.core.errors import DiffquantError
 from diffquant.core.tensors import TensorSpec
@@ -36,20 +37,7 @@ _MARKER_LIMIT = 4096
 _BNB_SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _BNB_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SCALES = (".weight_scale", ".scale_weight", ".weight_scale_2", ".input_scale", ".scale_input")
-# comfy_quant format -> dtype of the weight, and dtypes of companions that must be there.
-_COMFY: dict[str, tuple[str, Mapping[str, tuple[str, ...]]]] = {
-    "float8_e4m3fn": ("F8_E4M3", {"weight_scale": ("F32",)}),
-    "float8_e5m2": ("F8_E5M2", {"weight_scale": ("F32",)}),
-    "int8_tensorwise": ("I8", {"weight_scale": ("F32",)}),
-    "mxfp8": ("F8_E4M3", {"weight_scale": ("U8", "F8_E8M0")}),
-    "nvfp4": ("U8", {"weight_scale": ("F8_E4M3",), "weight_scale_2": ("F32",)}),
-    "convrot_w4a4": ("I8", {"weight_scale": ("F32",)}),
-    "asym_w4a8_int8": ("I8", {"weight_s_rel": ("F8_E4M3", "U8"), "weight_s_channel": ("F32",)}),
-    "awq_w4a16": (
-        "I8",
-        {"weight_scale": ("BF16", "F16", "F32"), "weight_zeros": ("BF16", "F16", "F32")},
-    ),
-}
+_WEIGHT_SCALES = ("weight_scale", "scale_weight", "scale")
 # Formats whose scale is one value or one per output row.
 _ONE_OR_ROWS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "convrot_w4a4")
 
@@ -118,15 +106,16 @@ class SafetensorsFile:
     @cached_property
     def comfy(self) -> dict[str, dict[str, Any] | str]:
         """Layer -> its comfy_quant object or what is wrong with it, from tensors and header."""
-        found: dict[str, dict[str, Any] | str] = {}
-        try:
+        found = {
+            key.removesuffix(_MARKER): self.marker(key)
+            for key in self.specs
+            if key.endswith(_MARKER)
+        }
+        try:  # the header goes first, as in ComfyUI
             layers = json.loads(self.metadata.get(_LAYERS, "{}")).get("layers", {})
             found.update({str(key): value for key, value in layers.items()})
         except (ValueError, TypeError, AttributeError, RecursionError):
             pass  # its own rule says so
-        for key in self.specs:
-            if key.endswith(_MARKER):
-                found[key.removesuffix(_MARKER)] = self.marker(key)
         return found
 
 
@@ -194,8 +183,8 @@ def _comfy_marker(one: SafetensorsFile) -> Iterator[Found]:
 
 def _comfy_format(one: SafetensorsFile) -> Iterator[Found]:
     for layer, name, _ in _formats(one):
-        if name not in _COMFY:
-            yield layer, f"a format that ComfyUI has: {', '.join(_COMFY)}", name
+        if name not in QUANT_ALGOS:
+            yield layer, f"a format that ComfyUI has: {', '.join(QUANT_ALGOS)}", name
 
 
 def _formats(one: SafetensorsFile) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -206,9 +195,9 @@ def _formats(one: SafetensorsFile) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def _comfy_parts(one: SafetensorsFile) -> Iterator[Found]:
     for layer, name, _ in _formats(one):
-        if name not in _COMFY:
+        if name not in QUANT_ALGOS:
             continue
-        dtype, companions = _COMFY[name]
+        dtype, companions = QUANT_ALGOS[name]
         weight = one.specs.get(f"{layer}.weight")
         if weight is None or weight.dtype != dtype or len(weight.shape) < 2:
             yield f"{layer}.weight", f"{dtype} of 2 dimensions for {name}", _shown(weight)
@@ -248,6 +237,60 @@ def _unmarked(one: SafetensorsFile) -> Iterator[Found]:
             yield key, "comfy_quant or scaled_fp8 beside a scale", "none: loaders ignore the scale"
         elif marked and not scaled:
             yield key, "a scale for each fp8 layer under scaled_fp8", "none"
+
+
+def _scaled_fp8(one: SafetensorsFile) -> Iterator[Found]:
+    """Legacy layers that ComfyUI reads otherwise than their tensors say."""
+    for mark, spec in one.specs.items():
+        if mark.split(".")[-1] != "scaled_fp8" or _LAYERS in one.metadata:
+            continue
+        says = "F8_E4M3" if spec.dtype == "F32" else spec.dtype
+        for key, weight in one.specs.items():
+            layer = key.removesuffix(".weight")
+            scale = one.specs.get(f"{layer}.scale_weight")
+            other = f"{layer}.weight_scale" in one.specs
+            ours = key.startswith(mark.removesuffix("scaled_fp8")) and layer not in one.comfy
+            if layer == key or not ours or not weight.dtype.startswith("F8_E"):
+                continue
+            if weight.dtype != says or weight.dtype == "F8_E5M2":
+                found = f"{weight.dtype} under a marker of {says}"
+                yield key, "F8_E4M3, which ComfyUI labels every such weight", found
+            if scale is None and other:
+                yield key, "its scale as scale_weight", "weight_scale: ComfyUI leaves it out"
+            if scale is not None and scale.dtype != "F32":
+                yield scale.key, "F32: other scales stop ComfyUI", scale.dtype
+
+
+def _bare_fp8(one: SafetensorsFile) -> Iterator[Found]:
+    bare = [
+        key
+        for key, spec in one.specs.items()
+        if spec.dtype.startswith("F8_E")
+        and len(spec.shape) > 1
+        and key.endswith(".weight")
+        and not any(f"{key.removesuffix('weight')}{end}" in one.specs for end in _WEIGHT_SCALES)
+    ]
+    if bare:
+        yield bare[0], "a scale beside each fp8 weight", f"none for {len(bare)}: a cast, or lost"
+
+
+def _nvfp4_order(one: SafetensorsFile) -> Iterator[Found]:
+    for key, spec in one.specs.items():
+        layer = key.removesuffix(".weight_scale_2")
+        weight = one.specs.get(f"{layer}.weight")
+        if layer == key or weight is None or weight.dtype != "U8" or layer in one.comfy:
+            continue
+        yield spec.key, "a marker that says which nibble comes first", "none"
+
+
+def _params(one: SafetensorsFile) -> Iterator[Found]:
+    for layer, marker in one.comfy.items():
+        nested = marker.get("params") if isinstance(marker, dict) else None
+        if not isinstance(marker, dict) or not isinstance(nested, dict):
+            continue
+        for name, value in nested.items():
+            if name in marker and marker[name] != value:
+                yield layer, f"{name} {marker[name]!r:.40} in its params too", f"{value!r:.40}"
 
 
 def _bnb(one: SafetensorsFile) -> Iterator[Found]:
@@ -338,7 +381,11 @@ SAFETENSORS_RULES: tuple[Rule[SafetensorsFile], ...] = (
     Rule("comfy_format", "warning", _ALGOS, _comfy_format),
     Rule("comfy_parts", "violation", _ALGOS, _comfy_parts),
     Rule("comfy_scale", "violation", _ALGOS, _comfy_scale),
+    Rule("comfy_params", "warning", _OPS, _params),
     Rule("unmarked", "warning", "comfy/utils.py convert_old_quants", _unmarked),
+    Rule("scaled_fp8", "warning", "comfy/utils.py convert_old_quants", _scaled_fp8),
+    Rule("bare_fp8", "warning", "comfy/ops.py pick_operations", _bare_fp8),
+    Rule("nvfp4_order", "warning", _ALGOS, _nvfp4_order),
     Rule("bnb", "violation", _BNB, _bnb),
     Rule("finite_scales", "violation", _ALGOS, _values(_is_scale, "scales")),
     Rule("finite", "warning", _SPEC, _values(lambda spec: not _is_scale(spec), "numbers")),

@@ -12,6 +12,7 @@ from diffquant.convert.binding import bind
 from diffquant.convert.detect import Match, detect, detect_component, detect_encoder, kind_of
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.core.errors import ArchitectureError, UnknownArchitecture
+from diffquant.inspect.encodings import Encoding, encoding_warnings, encodings
 from diffquant.io import open_source
 from diffquant.io.imatrix import (
     ImportanceMatrix,
@@ -60,6 +61,7 @@ class FileReport:
         storage: dtype on disk -> count.
         evidence: what recognition rests on, and what the header cannot tell.
         candidates: for unknown files, the nearest architectures and the keys they miss.
+        encodings: packed weights, grouped by how they are stored.
     """
 
     path: str
@@ -78,6 +80,7 @@ class FileReport:
     candidates: Mapping[str, tuple[str, ...]]
     metadata: Mapping[str, str]
     warnings: tuple[str, ...]
+    encodings: tuple[Encoding, ...] = ()
 
 
 def describe(path: str | Path) -> FileReport:
@@ -125,7 +128,12 @@ def describe(path: str | Path) -> FileReport:
             leftovers=dict(match.leftovers) if match else {},
             candidates=candidates,
             metadata=_metadata(source.metadata),
-            warnings=(*logical.warnings, *(match.warnings if match else ())),
+            warnings=(
+                *logical.warnings,
+                *encoding_warnings(logical),
+                *(match.warnings if match else ()),
+            ),
+            encodings=encodings(logical, match),
         )
 
 
@@ -180,7 +188,7 @@ def _parts(logical: LogicalSource, match: Match | None) -> tuple[PartReport, ...
         tensors = [logical.tensors[part.prefix + key] for key in part.shapes]
         formats: dict[str, int] = {}
         for tensor in tensors:
-            name = tensor.format or tensor.dtype.lower()
+            name = tensor.format or tensor.foreign or tensor.dtype.lower()
             formats[name] = formats.get(name, 0) + tensor.spec.size
         found.append(
             PartReport(

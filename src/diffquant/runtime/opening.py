@@ -302,6 +302,7 @@ def _as_torch(
     row = FORMATS[tensor.format]
     if row.is_tiled:
         part = next(one for one in row.parts if one.name == name)
+        typed = typed.float() if part.dtype == "F32" else typed  # 16 bits in some files
         return typed.reshape(part.shape(shape))
     if name == "weight":
         return typed.reshape(-1) if row.flat_block else typed.reshape(_matrix(tensor, shape))

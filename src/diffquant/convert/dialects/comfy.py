@@ -7,6 +7,7 @@ Source: Comfy-Org/ComfyUI@0271a46:comfy/ops.py, comfy/quant_ops.py; released com
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,11 +15,12 @@ from diffquant.convert.dialects.packed import Packed, Shape, json_tensor, layer_
 from diffquant.core.tensors import TensorSpec
 from diffquant.quant.formats import FORMATS, format_named
 
-__all__ = ["COMFY_FORMATS", "ORIGINAL_SHAPE", "ComfyFormat", "pack_comfy"]
+__all__ = ["COMFY_FORMATS", "ORIGINAL_SHAPE", "ComfyFormat", "pack_comfy", "with_use"]
 
 # Key of the marker under which a padded weight's own shape is kept: loaders take theirs from the
 # model and ignore it, we would otherwise read the padding as weights.
 ORIGINAL_SHAPE = "orig_shape"
+_MARKER = ".comfy_quant"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +92,24 @@ def pack_comfy(key: str, fmt: str, shape: Shape, dtype: str) -> tuple[Packed, ..
         ),
         json_tensor(f"{layer}.comfy_quant", marker),
     )
+
+
+def with_use(
+    packed: tuple[Packed, ...], input_scale: Shape | None, notes: Mapping[str, object]
+) -> tuple[Packed, ...]:
+    """Add to a copied layer how it is used: the scale of its input, and notes in its marker.
+
+    Args:
+        packed: of `pack_comfy`; layers without a marker are given back as they are.
+        input_scale: shape of the scale of the layer's input, None where there is none.
+        notes: fields for the marker.
+    """
+    marker = next((one for one in packed if one.spec.key.endswith(_MARKER)), None)
+    if marker is None:
+        return packed
+    fields = {**json.loads(marker.constant), **notes}
+    out = [one for one in packed if one is not marker]
+    if input_scale is not None:
+        key = f"{marker.spec.key.removesuffix(_MARKER)}.input_scale"
+        out.append(Packed(TensorSpec(key, "F32", input_scale), "input_scale"))
+    return (*out, json_tensor(marker.spec.key, fields))

@@ -5,11 +5,19 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffquant.convert.dialects.comfy import COMFY_FORMATS
 from diffquant.convert.dialects.comfy_foreign import foreign_layer
-from diffquant.convert.dialects.found import Bound, Finder, check_scale, input_scales
+from diffquant.convert.dialects.found import (
+    Bound,
+    Finder,
+    check_scale,
+    input_scales,
+    kept_beside,
+    short_scale,
+)
 from diffquant.convert.dialects.markers import Marker, read_markers
 from diffquant.convert.dialects.padded import bind_padded
 from diffquant.convert.logical import LogicalTensor
@@ -27,10 +35,14 @@ _DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "asym_w4a8_int8": {"group_size": 16, "convrot_groupsize": 256},
 }
 
+_NOTES = ("full_precision_matrix_mult",)  # of the marker: how a layer is used, whatever it holds
+
 
 def comfy_finder(source: TensorSource) -> Finder:
     """Make the finder of a source."""
-    return Finder(functools.partial(_find, source, read_markers(source)), dialect="comfy")
+    markers, warnings = read_markers(source)
+    find = functools.partial(_find, source, markers)
+    return Finder(find, warnings=warnings, dialect="comfy")
 
 
 def _find(source: TensorSource, markers: Mapping[str, Marker], spec: TensorSpec) -> Bound | None:
@@ -39,7 +51,15 @@ def _find(source: TensorSource, markers: Mapping[str, Marker], spec: TensorSpec)
     if marker is None:
         return None
     bound = _bind(source, spec, layer, marker)
-    return Bound(bound.tensor, bound.used, (*marker.warnings, *bound.warnings))
+    beside, aside = kept_beside(source, layer)
+    tensor = replace(
+        bound.tensor,
+        called=marker.format,
+        marked=marker.where,
+        beside=beside,
+        notes={key: marker.fields[key] for key in _NOTES if marker.fields.get(key) is True},
+    )
+    return Bound(tensor, bound.used, (*marker.warnings, *bound.warnings), aside)
 
 
 def _bind(source: TensorSource, spec: TensorSpec, layer: str, marker: Marker) -> Bound:
@@ -47,6 +67,7 @@ def _bind(source: TensorSource, spec: TensorSpec, layer: str, marker: Marker) ->
     name = _format_of(marker)
     endings = COMFY_FORMATS[name].endings if name else {"scale": "weight_scale"}
     parts = {part: f"{layer}.{ending}" for part, ending in endings.items()}
+    parts, spelled = _spelled(specs, layer, parts)
     beside = (f"{layer}.comfy_quant", *parts.values(), *input_scales(specs, layer))
     used = tuple(k for k in beside if k in specs)
     lacking = any(k not in specs for k in parts.values())
@@ -75,6 +96,10 @@ def _bind(source: TensorSource, spec: TensorSpec, layer: str, marker: Marker) ->
     row = format_named(name)
     if row.is_tiled:
         shape = bind_padded(source, name, {"weight": spec.key, **parts}, layer, marker.fields)
+        warnings = tuple(
+            line for part in row.parts if part.dtype == "F32"
+            for line in short_scale(specs[parts[part.name]])
+        )  # fmt: skip
     elif set(parts) == {"scale"}:
         warnings = check_scale(source, parts["scale"], spec)
         if name == "int8_rowwise" and not _is_per_row(specs[parts["scale"]]):
@@ -90,7 +115,20 @@ def _bind(source: TensorSource, spec: TensorSpec, layer: str, marker: Marker) ->
             path=source.path,
         )
     tensor = LogicalTensor(spec.key, shape, name, {"weight": spec.key, **parts}, spec.dtype)
-    return Bound(tensor, used, warnings)
+    return Bound(tensor, used, warnings + spelled)
+
+
+def _spelled(
+    specs: Mapping[str, TensorSpec], layer: str, parts: Mapping[str, str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The parts' keys, where the scale has its older name."""
+    old = f"{layer}.scale_weight"
+    if parts.get("scale") != f"{layer}.weight_scale" or parts["scale"] in specs or old not in specs:
+        return dict(parts), ()
+    return {**parts, "scale": old}, (
+        f"{layer}: its scale is called scale_weight, while ComfyUI looks for weight_scale beside "
+        "what a marker or the header names; it is applied",
+    )
 
 
 def _format_of(marker: Marker) -> str:

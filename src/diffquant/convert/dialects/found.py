@@ -9,10 +9,19 @@ from typing import Any
 
 from diffquant.convert.logical import LogicalTensor
 from diffquant.core.errors import MalformedFile
-from diffquant.core.floats import PLAIN_FLOATS
+from diffquant.core.floats import PLAIN_FLOATS, float32_of
 from diffquant.core.tensors import TensorSource, TensorSpec
 
-__all__ = ["TORCH_CAST", "Bound", "Finder", "check_scale", "input_scales", "read_json"]
+__all__ = [
+    "TORCH_CAST",
+    "Bound",
+    "Finder",
+    "check_scale",
+    "input_scales",
+    "kept_beside",
+    "read_json",
+    "short_scale",
+]
 
 MARKER_LIMIT = 4096  # bytes of a marker tensor that a finder is willing to read
 TORCH_CAST = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -25,12 +34,14 @@ class Bound:
     Attributes:
         tensor: the weight.
         used: physical keys beside the weight that belong to it.
-        warnings: what looked wrong but could be read.
+        warnings: what looked wrong but could be read, each behind the key and a colon.
+        set_aside: (key, reason) of what is beside the weight and goes nowhere.
     """
 
     tensor: LogicalTensor
     used: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    set_aside: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +75,48 @@ def check_scale(source: TensorSource, scale: str, weight: TensorSpec) -> tuple[s
             f"{found.shape}",
             path=source.path,
         )
-    if found.dtype == "F32":
+    return short_scale(found)
+
+
+def short_scale(scale: TensorSpec) -> tuple[str, ...]:
+    """Warn of a scale of 16 bits."""
+    if scale.dtype == "F32":
         return ()
     return (
-        f"{scale}: the scale is {found.dtype}, which ComfyUI stops at (scale must be f32); it is "
-        "read, and written as F32",
+        f"{scale.key}: the scale is {scale.dtype}, which ComfyUI stops at (scale must be f32); it "
+        "is read, and written as F32",
     )
 
 
 def input_scales(specs: Mapping[str, TensorSpec], layer: str) -> tuple[str, ...]:
     """Scales of a layer's input, in both spellings."""
     return tuple(k for k in (f"{layer}.scale_input", f"{layer}.input_scale") if k in specs)
+
+
+def kept_beside(
+    source: TensorSource, layer: str
+) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
+    """The scale of a layer's input, to be copied with the weight; or why it is set aside.
+
+    The older spelling with a value of 1 means none: Comfy-Org/ComfyUI@09708ea:comfy/utils.py
+    convert_old_quants drops it.
+    """
+    keys = input_scales(source.specs, layer)
+    aside = []
+    for key in keys:
+        spec = source.specs[key]
+        if spec.dtype not in PLAIN_FLOATS or spec.size != 1:
+            aside.append((key, f"no scale of an input: {spec.dtype} {spec.shape}"))
+        elif key.endswith(".scale_input") and _is_one(source, spec):
+            aside.append((key, "scale of the layer's input is 1.0, which means none"))
+        else:
+            aside += [(other, "a second scale of one input") for other in keys if other > key]
+            return {"input_scale": key}, tuple(aside)
+    return {}, tuple(aside)
+
+
+def _is_one(source: TensorSource, spec: TensorSpec) -> bool:
+    return float(float32_of(source.read(spec.key), spec.dtype)[0]) == 1.0
 
 
 def read_json(source: TensorSource, key: str) -> Mapping[str, Any]:

@@ -6,12 +6,13 @@ A padded shape is rounded up to whole blocks, and the weight's own is the model'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from diffquant.convert.dialects.comfy import ORIGINAL_SHAPE
-from diffquant.core.dtypes import storage_nbytes
 from diffquant.core.errors import MalformedFile
+from diffquant.core.floats import PLAIN_FLOATS
 from diffquant.core.tensors import TensorSource, TensorSpec
 from diffquant.quant.formats import QuantFormat, format_named
 
@@ -51,8 +52,9 @@ def bind_padded(
     for part in row.parts:
         found, wanted = source.specs[keys[part.name]], part.shape(shape)
         same = found.dtype == part.dtype or {found.dtype, part.dtype} <= _BYTES
+        same = same or (part.dtype == "F32" and found.dtype in PLAIN_FLOATS)  # 16 bits: read, named
         rows_fit = not part.per_row or found.shape[:1] == wanted[:1]
-        if not same or not rows_fit or found.nbytes != storage_nbytes(part.dtype, wanted):
+        if not same or not rows_fit or found.size != math.prod(wanted):
             raise MalformedFile(
                 f"{found.key}: expected {part.dtype} {wanted} for a {fmt} weight of {shape}, found "
                 f"{found.dtype} {found.shape}",
