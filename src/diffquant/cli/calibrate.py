@@ -12,6 +12,7 @@ from diffquant.cli.frame import Options, Outcome, common, echo, run
 from diffquant.cli.values import check_device, prompts_from, size_from
 from diffquant.core.errors import UsageError
 from diffquant.io.imatrix import check_target, write_imatrix
+from diffquant.io.inputs import check_inputs_target, write_inputs
 
 __all__ = ["command"]
 
@@ -27,6 +28,7 @@ class CalibrateReport:
     calls: int
     chunk_size: int
     seconds: float
+    inputs: str | None = None
 
 
 @click.command("calibrate")
@@ -41,6 +43,13 @@ class CalibrateReport:
     default=Path("imatrix.gguf"),
     show_default=True,
     help="File to write: .gguf, or .dat for older programs.",
+)
+@click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write mean and covariance of each layer's input too (.safetensors), for `quantize "
+    "--rounding feedback --inputs FILE`.",
 )
 @click.option(
     "--seed",
@@ -70,6 +79,7 @@ def command(
     model: Path,
     prompts: Path,
     output: Path,
+    inputs: Path | None,
     seed: int,
     steps: int,
     cfg: float | None,
@@ -92,6 +102,8 @@ def command(
 
     def work() -> Outcome:
         check_target(output, force=force)
+        if inputs is not None:
+            check_inputs_target(inputs, force=force)
         lines = prompts_from(prompts)
         wanted = size_from(size)
         if seed + len(lines) > 2**63:
@@ -114,9 +126,18 @@ def command(
             dtype=dtype,
             base=base,
             vae=vae,
+            moments=inputs is not None,
             progress=options.bar(),
         )
         write_imatrix(output, made.matrix, force=force)
+        if inputs is not None:
+            ran = {
+                "diffquant.architecture": made.architecture,
+                "diffquant.inputs.dataset": prompts.name,
+                "diffquant.inputs.pictures": str(made.pictures),
+                "diffquant.inputs.steps": str(steps),
+            }
+            write_inputs(inputs, made.inputs, ran, force=force)
         warnings = list(made.warnings)
         entries = len(made.matrix.entries)
         if entries < made.layers:
@@ -133,11 +154,14 @@ def command(
             calls=made.calls,
             chunk_size=made.matrix.chunk_size,
             seconds=round(time.perf_counter() - started, 3),
+            inputs=str(inputs) if inputs is not None else None,
         )
         return Outcome(report, warnings)
 
     def render(report: CalibrateReport) -> None:
         echo(f"wrote {report.output} in {report.seconds:.1f} s")
+        if report.inputs is not None:
+            echo(f"wrote {report.inputs}, mean and covariance of the inputs")
         echo(
             f"  {report.entries} layers, measured in {report.calls} calls of the denoiser for "
             f"{report.pictures} pictures"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -16,11 +17,12 @@ from diffquant.convert.jobs import JobReport, container_for, run_job
 from diffquant.convert.plan import Request
 from diffquant.convert.recipe_source import load_recipe
 from diffquant.convert.recipes import Recipe, recipe_of, render_recipe
-from diffquant.convert.request import POLICIES
+from diffquant.convert.request import POLICIES, ROUNDINGS
 from diffquant.convert.targets import TARGETS
 from diffquant.core.errors import UsageError
 from diffquant.core.report import to_json
 from diffquant.io.imatrix import merge_imatrices, read_imatrix
+from diffquant.io.inputs import open_inputs
 from diffquant.quant.formats import format_named
 from diffquant.quant.policy import Rule
 from diffquant.quant.types import QuantType, type_named
@@ -80,6 +82,20 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
     metavar="FILE",
     help="Importance matrix, .gguf or .dat (`diffquant calibrate`); several are merged.",
 )
+@click.option(
+    "--rounding",
+    type=click.Choice(ROUNDINGS),
+    default=ROUNDINGS[0],
+    show_default=True,
+    help="nearest: the bytes other programs write. search: the best scales. feedback: errors made "
+    "up for by later columns; needs --inputs. Same size, see docs/rounding.md.",
+)
+@click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Statistics of layer inputs (`diffquant calibrate --inputs`), for --rounding.",
+)
 @click.option("--allow-requantize", is_flag=True, help="Accept an already quantized source.")
 @click.option("--base", type=click.Path(path_type=Path), help="Folder to take configs from.")
 @click.option(
@@ -111,6 +127,8 @@ def command(
     target: str,
     policy: str,
     imatrices: tuple[Path, ...],
+    rounding: str,
+    inputs: Path | None,
     allow_requantize: bool,
     base: Path | None,
     verify: str,
@@ -144,25 +162,29 @@ def command(
             target=target,
             policy=policy,
             recipe=recipe,
+            rounding=rounding,
         )
-        report = run_job(
-            source,
-            out,
-            request,
-            base=base,
-            force=force,
-            dry_run=dry_run,
-            workers=options.threads,
-            resume=resume,
-            verify="tensors" if verify == "image" else verify,
-            progress=options.bar(),
-            matrix=merge_imatrices([read_imatrix(path) for path in imatrices])
-            if imatrices
-            else None,
-        )
+        with open_inputs(inputs) if inputs is not None else nullcontext() as measured:
+            report = run_job(
+                source,
+                out,
+                request,
+                base=base,
+                force=force,
+                dry_run=dry_run,
+                workers=options.threads,
+                resume=resume,
+                verify="tensors" if verify == "image" else verify,
+                progress=options.bar(),
+                matrix=merge_imatrices([read_imatrix(path) for path in imatrices])
+                if imatrices
+                else None,
+                inputs=measured,
+            )
         if emit_recipe is not None:
             rows = [(row.part, row.key, row.stored) for row in report.tensors]
-            write_text(emit_recipe, render_recipe(recipe_of(report.architecture, kind.name, rows)))
+            made = recipe_of(report.architecture, kind.name, rows)
+            write_text(emit_recipe, render_recipe(made, rounding=rounding))
         return _outcome(report, source, out, verify, prompts, options)
 
     def render(outcome: JobOutcome) -> None:

@@ -25,12 +25,14 @@ from diffquant.convert.dialects import Packed
 from diffquant.convert.gather import float_rows, raw_range, raw_rows
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.plan import Plan, Step
+from diffquant.convert.roundings import feedback_nbytes
 from diffquant.convert.workers import Task, default_workers, run_tasks
 from diffquant.core.errors import QuantError
 from diffquant.core.floats import float32_of
 from diffquant.core.heap import keep_freed_pages
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.core.tensors import ByteArray, TensorSink
+from diffquant.io.inputs import InputsFile
 from diffquant.quant.backends import backend
 from diffquant.quant.formats import QuantFormat, format_named, matrix_shape
 from diffquant.quant.metrics import ErrorStats
@@ -43,6 +45,8 @@ __all__ = ["StepResult", "peak_nbytes", "run_plan"]
 _FIXED_NBYTES = 80 << 20
 _BYTES_PER_WEIGHT = 16
 _BYTES_PER_WHOLE_WEIGHT = 28
+# Scales per element, candidates of every run, columns in another order (quant/rounding).
+_BYTES_PER_ROUNDED_WEIGHT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +58,14 @@ class StepResult:
         error: relative RMSE of decoded against source, None when bytes were copied or not checked.
         digests: sha256 of every chunk's bytes, per output tensor, in chunk order; empty when not
             asked for.
+        weighted: the same error weighted by the layer's inputs, sqrt(tr(E H E^T) / tr(W H W^T)):
+            that of the layer's output; None unless rounded by feedback and checked.
     """
 
     key: str
     error: float | None
     digests: Mapping[str, tuple[str, ...]]
+    weighted: float | None = None
 
 
 @dataclass(slots=True)
@@ -76,6 +83,8 @@ class _State:
     partial: dict[int, Any] = field(default_factory=dict)
     errors: dict[int, ErrorStats] = field(default_factory=dict)
     digests: dict[str, dict[int, str]] = field(default_factory=dict)
+    carry: Any = None
+    costs: dict[int, tuple[float, float]] = field(default_factory=dict)
     result: StepResult | None = None
 
     @classmethod
@@ -95,7 +104,12 @@ class _State:
             key: tuple(found[index] for index in sorted(found))
             for key, found in self.digests.items()
         }
-        self.result = StepResult(self.step.key, error, digests)
+        self.carry = None
+        weighted = None
+        if self.costs:
+            noise, signal = (sum(self.costs[i][at] for i in sorted(self.costs)) for at in (0, 1))
+            weighted = math.sqrt(noise / signal) if signal > 0 else 0.0
+        self.result = StepResult(self.step.key, error, digests, weighted)
         return self.result
 
 
@@ -145,7 +159,8 @@ def run_plan(
             step = plan.steps[index]
             progress.advance(step.source_nbytes * step.passes, step.target)
         states = [_State.of(i, step) for i, step in enumerate(plan.steps) if i not in results]
-        job = _Job(logical, sink, progress, check, hashes, importance or {}, finished)
+        weigh = importance or {}
+        job = _Job(logical, sink, progress, check, hashes, weigh, finished, plan.inputs)
         with keep_freed_pages():
             run_tasks(job.tasks(states), workers or default_workers())
     finally:
@@ -159,7 +174,10 @@ def _live_nbytes(step: Step) -> int:
     _, k = matrix_shape(shape)
     weights = max((stop - start) * k for start, stop in chunks_of(step))
     copied = step.assignment.transpose or step.adapters or len(shape) < 2 or len(pieces) > 1
-    return weights * (_BYTES_PER_WHOLE_WEIGHT if copied else _BYTES_PER_WEIGHT)
+    nbytes = weights * (_BYTES_PER_WHOLE_WEIGHT if copied else _BYTES_PER_WEIGHT)
+    if step.rounding != "nearest":
+        nbytes += weights * _BYTES_PER_ROUNDED_WEIGHT
+    return nbytes + (feedback_nbytes(k) if step.rounding == "feedback" else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +191,7 @@ class _Job:
     hashes: bool
     importance: Mapping[str, NDArray[np.float32]]
     finished: Callable[[int, StepResult], None] | None
+    inputs: InputsFile | None = None
 
     def tasks(self, states: list[_State]) -> Iterator[Task]:
         """Every chunk in order; a two-pass step's second pass follows from its last reduction."""
@@ -233,7 +252,10 @@ class _Job:
             weigh["importance"] = self.importance.get(step.key)
         if step.flat:
             weight = weight.reshape(-1, step.flat[1])
-        parts = backend(fmt.codec, "encode")(weight, state.stats, fmt=fmt.name, **weigh)
+        if step.rounding == "nearest":
+            parts = backend(fmt.codec, "encode")(weight, state.stats, fmt=fmt.name, **weigh)
+        else:
+            parts = self._round(state, weight, fmt)
         if self.check or (fmt.limited and not amax <= fmt.safe_amax):
             decoded = backend(fmt.codec, "decode")(parts, weight.shape, fmt=fmt.name)
             _refuse_overflow(weight, decoded, step, fmt)
@@ -241,10 +263,26 @@ class _Job:
                 stats = ErrorStats()
                 stats.add(weight, decoded)
                 state.errors[index] = stats
+                if state.carry is not None:
+                    state.costs[index] = state.carry.costs(weight, decoded)
         for one in step.packed:
             if index < len(state.extents[one.spec.key]):
                 data = one.data(parts[one.part] if one.part else None)
                 self._put(state, index, one, data)
+
+    def _round(self, state: _State, weight: NDArray[np.float32], fmt: QuantFormat) -> Any:  # noqa: ANN401 - parts
+        """Encode with searched scales, and with error feedback where the plan says so."""
+        from diffquant.quant.rounding.encode import encode  # compiled only where it is asked for
+        from diffquant.quant.rounding.feedback import carry_of
+
+        step = state.step
+        if step.rounding == "feedback":
+            assert self.inputs is not None
+            with state.lock:  # the first chunk prepares it, the others wait
+                if state.carry is None:
+                    state.carry = carry_of(self.inputs.covariance(step.key))
+        known = self.importance.get(step.key)
+        return encode(weight, state.stats, fmt=fmt.name, importance=known, carry=state.carry)
 
     def _copy_packed(self, state: _State, index: int) -> None:
         """Copy slices of every part of a packed weight."""

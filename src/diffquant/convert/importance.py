@@ -50,8 +50,11 @@ def weigh_steps(
     matrix: ImportanceMatrix | None,
     architecture: Architecture,
     parts: Sequence[PartMatch],
+    searched: frozenset[str] = frozenset(),
 ) -> Weighed:
     """Give every step whose format weighs errors its importance, and say so in its reason.
+
+    `searched` are formats whose encoder has one mode, but whose scales are searched for.
 
     Raises:
         ImportanceRequired: a format that cannot do without has none; names the tensors.
@@ -65,6 +68,8 @@ def weigh_steps(
     refused: dict[str, list[str]] = {}
     for step in steps:
         kind = format_named(step.decision.format).importance if step.decision.format else "unused"
+        if step.decision.format in searched:
+            kind = "optional"
         name = names.get((step.part, step.key))
         note = ""
         if kind == "optional" and matrix is not None and step.flat:

@@ -16,7 +16,7 @@ from diffquant.convert.binding import bind
 from diffquant.convert.carried import carried
 from diffquant.convert.detect import Match, detect, detect_encoder
 from diffquant.convert.encoders.header import EncoderHeader, encoder_header
-from diffquant.convert.engine import peak_nbytes, run_plan
+from diffquant.convert.engine import StepResult, peak_nbytes, run_plan
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.losses import broken_pictures
 from diffquant.convert.output import configs_of, file_metadata, fingerprint, folder_configs
@@ -30,6 +30,7 @@ from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.core.tensors import TensorSource, TensorSpec
 from diffquant.io import open_sink, open_source
 from diffquant.io.importance import ImportanceMatrix
+from diffquant.io.inputs import InputsFile
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.metrics import verdict_of
 
@@ -40,7 +41,11 @@ _FOLDER_NEEDS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:
-    """One weight of the output. `error` is its relative RMSE, None where bytes were copied."""
+    """One weight of the output.
+
+    `error` is its relative RMSE, None where bytes were copied; `weighted_error` that of the layer's
+    output on measured inputs, where it was rounded by feedback.
+    """
 
     key: str
     target: str
@@ -52,6 +57,8 @@ class TensorRow:
     passes: int
     error: float | None = None
     verdict: str | None = None
+    rounding: str = "nearest"
+    weighted_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,7 @@ class JobReport:
         target: the program the output is written for.
         policy: whose choice the formats are.
         notes: what the target gives up against another.
+        rounding: as asked for; rows say where it was used.
         continued: weights taken over from an interrupted run.
     """
 
@@ -111,6 +119,7 @@ class JobReport:
     target: str = ""
     policy: str = ""
     notes: tuple[str, ...] = ()
+    rounding: str = "nearest"
 
 
 def container_for(output: Path) -> str:
@@ -163,6 +172,7 @@ def run_job(
     resume: bool = False,
     progress: Progress = NO_PROGRESS,
     matrix: ImportanceMatrix | None = None,
+    inputs: InputsFile | None = None,
 ) -> JobReport:
     """Plan, and unless `dry_run` write, one output.
 
@@ -180,6 +190,7 @@ def run_job(
             files only.
         progress: told about bytes.
         matrix: importance matrix, for formats that weigh errors by one.
+        inputs: statistics of layer inputs, for rounding by feedback.
 
     Raises:
         DiffquantError: see core/errors.py; nothing is left behind unless `resume`.
@@ -193,7 +204,7 @@ def run_job(
     count = workers or default_workers()
     check = verify == "tensors"
     with opened(src) as (source, logical, match):
-        plan = make_plan(logical, match, request, matrix=matrix)
+        plan = make_plan(logical, match, request, matrix=matrix, inputs=inputs)
         configs, files, missing = _surroundings(plan, source, base)
         header = _encoder_header(plan, source, base)
         memory = peak_nbytes(plan, count)
@@ -345,7 +356,9 @@ def _report(
                 nbytes=step.nbytes,
                 passes=step.passes,
                 error=error,
-                verdict=verdict_of(error, gaussian) if judged and error is not None else None,
+                verdict=_verdict(results[index], gaussian) if judged else None,
+                rounding=step.rounding,
+                weighted_error=results[index].weighted if results else None,
             )
         )
     weighed = [(step.stored, row.error) for step, row in zip(plan.steps, rows, strict=True)]
@@ -379,7 +392,21 @@ def _report(
         target=plan.target,
         policy=plan.policy,
         notes=plan.notes,
+        rounding=plan.request.rounding,
     )
+
+
+def _verdict(result: StepResult, gaussian: float) -> str | None:
+    """Judge a weight; feedback trades its error for that of the layer's output, which is judged.
+
+    Its weight error is larger by design, up to 1.5 times the format's; past 3 times it still fails.
+    """
+    if result.error is None:
+        return None
+    plain = verdict_of(result.error, gaussian)
+    if result.weighted is None or plain == "fail":
+        return plain
+    return verdict_of(result.weighted, gaussian)
 
 
 def _totals(plan: Plan) -> tuple[PartTotal, ...]:

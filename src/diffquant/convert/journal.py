@@ -116,6 +116,7 @@ def _result(row: Any, plan: Plan) -> tuple[int, StepResult] | None:  # noqa: ANN
     if not isinstance(row, dict):
         return None
     index, error, digests = row.get("step"), row.get("error"), row.get("digests")
+    weighted = row.get("weighted")
     if type(index) is not int or not 0 <= index < len(plan.steps):
         return None
     step = plan.steps[index]
@@ -129,10 +130,11 @@ def _result(row: Any, plan: Plan) -> tuple[int, StepResult] | None:  # noqa: ANN
             return None
     try:
         value = None if error is None else float.fromhex(error)
+        weighted = None if weighted is None else float.fromhex(weighted)
     except (TypeError, ValueError, OverflowError):
         return None
     hashed = {key: tuple(found) for key, found in digests.items()}
-    return index, StepResult(step.key, value, hashed)
+    return index, StepResult(step.key, value, hashed, weighted)
 
 
 class Journal:
@@ -181,9 +183,10 @@ class Journal:
             raise self._failure
         error = None if result.error is None else float(result.error).hex()
         digests = {key: list(found) for key, found in result.digests.items()}
-        self._rows.put(
-            _line({"step": index, "key": result.key, "error": error, "digests": digests})
-        )
+        row = {"step": index, "key": result.key, "error": error, "digests": digests}
+        if result.weighted is not None:
+            row["weighted"] = float(result.weighted).hex()
+        self._rows.put(_line(row))
 
     def _work(self) -> None:
         last = False

@@ -77,6 +77,11 @@ def file_metadata(plan: Plan, match: Match, source: TensorSource) -> dict[str, s
     if plan.policy:
         out["diffquant.policy"] = plan.policy
     out["diffquant.target"] = plan.target
+    if plan.request.rounding != "nearest":
+        out["diffquant.rounding"] = plan.request.rounding
+    if plan.inputs is not None:
+        out["diffquant.rounding.inputs"] = plan.inputs.path.name
+        out["diffquant.rounding.inputs.fingerprint"] = fingerprint(plan.inputs.source)
     if plan.mixed:
         out["diffquant.mixed"] = "less than half of the weights are stored as the named type"
     return out

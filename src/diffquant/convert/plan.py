@@ -23,12 +23,14 @@ from diffquant.convert.logical import LogicalSource
 from diffquant.convert.losses import losses
 from diffquant.convert.recipes import recipe_warnings
 from diffquant.convert.request import Request
+from diffquant.convert.roundings import round_steps, weighed_by_search
 from diffquant.convert.step import Step
 from diffquant.convert.steps import dialect_of, part_steps, stored_tensors
 from diffquant.convert.targets import TARGETS, Target, candidates
 from diffquant.core.errors import DuplicateTarget, PolicyError, UsageError, shorten
 from diffquant.core.tensors import TensorSpec
 from diffquant.io.importance import ImportanceMatrix
+from diffquant.io.inputs import InputsFile
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.policy import CONVOLUTION, flat_shape
 
@@ -52,6 +54,7 @@ class Plan:
         notes: what the target gives up against another.
         importance: canonical key -> (K,) mean squares, of the steps that are encoded with them.
         matrix: the importance matrix they come from, None where none was given.
+        inputs: statistics of layer inputs for the steps rounded by feedback; open.
         encoder: the text encoder that a GGUF file holds alone; None for any other output.
     """
 
@@ -71,6 +74,7 @@ class Plan:
     )
     matrix: ImportanceMatrix | None = field(default=None, repr=False, compare=False)
     encoder: PartMatch | None = None
+    inputs: InputsFile | None = field(default=None, repr=False, compare=False)
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -104,8 +108,9 @@ def make_plan(
     request: Request,
     *,
     matrix: ImportanceMatrix | None = None,
+    inputs: InputsFile | None = None,
 ) -> Plan:
-    """Plan an output from specs alone; `matrix` weighs errors where formats can.
+    """Plan an output from specs alone; `matrix` and `inputs` say what errors cost, where known.
 
     Raises:
         UsageError: parts that are not there, or that the container cannot hold.
@@ -133,7 +138,9 @@ def make_plan(
             steps.append(copy_step(logical, key, reason))
     dropped += _beside(logical, steps)
     _check_unique(steps)
-    weighed = weigh_steps(steps, matrix, architecture, wanted)
+    searched = weighed_by_search(request)
+    weighed = weigh_steps(steps, matrix, architecture, wanted, searched)
+    rounded = round_steps(weighed.steps, request, inputs, match.architecture, weighed.values)
     mixed, warnings = _judge(steps, request)
     rows = [(step.part, step.key, step.stored) for step in steps]
     warnings += losses(logical, steps, request)
@@ -143,17 +150,25 @@ def make_plan(
         architecture=match.architecture,
         variant=match.variant,
         request=request,
-        steps=weighed.steps,
+        steps=rounded.steps,
         dropped=tuple(dropped),
-        warnings=(*logical.warnings, *match.warnings, *moved, *warnings, *weighed.warnings),
+        warnings=(
+            *logical.warnings,
+            *match.warnings,
+            *moved,
+            *warnings,
+            *weighed.warnings,
+            *rounded.warnings,
+        ),
         mixed=mixed,
         gguf_architecture=row.architecture if row else architecture.gguf_architecture,
         target=target.name,
         policy=_policy_label(architecture, request, encoder=encoder is not None),
         notes=(*_given_up(architecture, steps, request, target), *(row.notes if row else ())),
-        importance=weighed.values,
+        importance=rounded.importance,
         matrix=matrix,
         encoder=encoder,
+        inputs=inputs if rounded.feedback else None,
     )
 
 

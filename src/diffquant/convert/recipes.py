@@ -96,14 +96,16 @@ def recipe_of(architecture: str, kind: str, rows: Iterable[tuple[str, str, str]]
     return Recipe(architecture, kind, formats)
 
 
-def render_recipe(recipe: Recipe) -> str:
-    """Write a recipe as text; the module docstring has an example."""
+def render_recipe(recipe: Recipe, *, rounding: str = "nearest") -> str:
+    """Write a recipe as text, with a remark on rounding; the module docstring has an example."""
     lines = [
         f"{RECIPE_MAGIC}{_VERSION}",
         f"tool = diffquant {__version__}",
         f"architecture = {recipe.architecture}",
         f"type = {recipe.type}",
     ]
+    if rounding != "nearest":  # a recipe holds formats
+        lines.insert(1, f"# made with --rounding {rounding}, which is no part of a recipe")
     for part, formats in recipe.formats.items():
         width = max((len(name) for name in formats.values()), default=0)
         lines += ["", f"[{part}]"]

@@ -8,10 +8,12 @@ from diffquant.convert.recipes import Recipe
 from diffquant.quant.policy import Rule
 from diffquant.quant.types import QuantType
 
-__all__ = ["POLICIES", "Request"]
+__all__ = ["POLICIES", "ROUNDINGS", "Request"]
 
 # "published": the peers' mix where there is one; "tuned": ours, where facts show it misses.
 POLICIES = ("published", "tuned")
+# "nearest": the bytes that other programs write; the others are quant/rounding's.
+ROUNDINGS = ("nearest", "search", "feedback")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class Request:
         target: TARGETS name, or "" for the first of the container's that reads the result.
         policy: one of POLICIES.
         recipe: formats by canonical key, which win over the type's policy.
+        rounding: one of ROUNDINGS.
     """
 
     container: str
@@ -43,3 +46,4 @@ class Request:
     target: str = ""
     policy: str = "published"
     recipe: Recipe | None = None
+    rounding: str = "nearest"

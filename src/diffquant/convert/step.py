@@ -29,6 +29,7 @@ class Step:
         source_nbytes: bytes read per pass.
         adapters: LoRA and kin, applied to float32 rows before the codec.
         flat: (rows, length) the weight is stored in where that is not its own shape; else ().
+        rounding: how it is rounded, one of ROUNDINGS.
     """
 
     part: str
@@ -41,6 +42,7 @@ class Step:
     source_nbytes: int
     adapters: tuple[Adapter, ...] = ()
     flat: Shape = ()
+    rounding: str = "nearest"
 
     @property
     def row_multiple(self) -> int:

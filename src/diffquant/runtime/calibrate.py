@@ -16,8 +16,8 @@ the layer that sees most.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,9 @@ from torch.nn import functional
 from diffquant.core.errors import UsageError, VerificationError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.io.importance import Entry, ImportanceMatrix
+from diffquant.io.inputs import LayerInputs
 from diffquant.runtime.layers import QuantConv2d, QuantLinear
+from diffquant.runtime.moments import Moments
 from diffquant.runtime.opening import PartOrigin, open_pipeline
 
 __all__ = ["Calibration", "Collector", "calibrate", "column_squares", "layers_of"]
@@ -47,6 +49,8 @@ class Calibration:
         layers: packed layers of the denoiser; those without an entry were never called.
         origins: where the parts came from.
         warnings: as the runtime has them.
+        inputs: mean and covariance of each layer's input by canonical key; empty unless asked for.
+        architecture: slug of the model.
     """
 
     matrix: ImportanceMatrix
@@ -55,6 +59,8 @@ class Calibration:
     layers: int
     origins: tuple[PartOrigin, ...]
     warnings: tuple[str, ...]
+    inputs: Mapping[str, LayerInputs]
+    architecture: str
 
 
 def column_squares(layer: QuantLinear | QuantConv2d, x: Tensor) -> tuple[Tensor, int]:
@@ -183,6 +189,7 @@ def calibrate(
     dtype: str = "float32",
     base: Path | None = None,
     vae: Path | None = None,
+    moments: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> Calibration:
     """Make one picture per prompt and measure what drives each layer of the denoiser.
@@ -202,6 +209,7 @@ def calibrate(
         dtype: compute dtype.
         base: where missing parts come from.
         vae: VAE file to use instead.
+        moments: whether to measure means and covariances too (runtime/moments.py).
         progress: told about sampler steps.
 
     Raises:
@@ -212,11 +220,12 @@ def calibrate(
     opened = open_pipeline(model, base=base, vae=vae, dtype=getattr(torch, dtype), device=device)
     denoiser = opened.pipeline.parts.denoiser
     width, height = size or opened.size
-    collector = Collector()
+    collector, sums = Collector(), Moments()
+    hooked = sums.hooked(layers_of(denoiser)) if moments else nullcontext()
     warnings = list(opened.warnings)
     progress.start("calibrate", steps * len(prompts), "step")
     try:
-        with collector.hooked(denoiser):
+        with collector.hooked(denoiser), hooked:
             for index, prompt in enumerate(prompts):
                 made = opened.pipeline.generate(
                     prompt,
@@ -230,6 +239,7 @@ def calibrate(
                     on_step=lambda _done, _total: progress.advance(1),
                 )
                 collector.flush()
+                sums.flush()
                 warnings += [f"the prompt was cut: {text!r}" for text in made.truncated]
     finally:
         progress.stop()
@@ -240,4 +250,6 @@ def calibrate(
         layers=len(layers_of(denoiser)),
         origins=opened.origins,
         warnings=tuple(dict.fromkeys(warnings)),
+        inputs=sums.inputs(),
+        architecture=opened.architecture,
     )
