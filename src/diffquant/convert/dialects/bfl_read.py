@@ -19,7 +19,7 @@ import functools
 import json
 from typing import Any
 
-from diffquant.convert.dialects.found import Bound, Finder, input_scales
+from diffquant.convert.dialects.found import Bound, Finder, input_scales, kept_beside
 from diffquant.convert.dialects.nvfp4_low import bind_nvfp4_low, is_nvfp4, scale_layouts
 from diffquant.convert.logical import LogicalTensor
 from diffquant.core.tensors import TensorSource, TensorSpec
@@ -106,8 +106,11 @@ def _find_bfl(source: TensorSource, other: bool, spec: TensorSpec) -> Bound | No
     if scale.dtype != "F32" or scale.shape != rows or rows == (1,):
         return None
     parts = {"weight": spec.key, "scale": scale.key}
-    tensor = LogicalTensor(spec.key, spec.shape, "fp8_e4m3_rowwise", parts, spec.dtype)
-    return Bound(tensor, _beside(source, layer))
+    beside, aside = kept_beside(source, layer)
+    tensor = LogicalTensor(
+        spec.key, spec.shape, "fp8_e4m3_rowwise", parts, spec.dtype, beside=beside
+    )
+    return Bound(tensor, _beside(source, layer), set_aside=aside)
 
 
 def _beside(source: TensorSource, layer: str) -> tuple[str, ...]:
