@@ -280,7 +280,10 @@ class _Job:
             assert self.inputs is not None
             with state.lock:  # the first chunk prepares it, the others wait
                 if state.carry is None:
-                    state.carry = carry_of(self.inputs.covariance(step.key))
+                    state.carry = carry_of(
+                        self.inputs.covariance(step.key),
+                        rotation=format_named(step.decision.format).rotation,
+                    )
         known = self.importance.get(step.key)
         return encode(weight, state.stats, fmt=fmt.name, importance=known, carry=state.carry)
 

@@ -137,6 +137,8 @@ def _rounded(
     note = "scales searched"
     if asked == "feedback":
         note += ": no inputs known"
+    elif FORMATS[name].rotation:
+        note += ", errors weigh alike in rotated columns"
     elif known and inputs is not None and step.key not in weigh:
         weigh[step.key] = np.ascontiguousarray(_diagonal(inputs, step.key))
         note += ", weighted by inputs"

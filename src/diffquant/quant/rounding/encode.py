@@ -13,6 +13,7 @@ import numpy as np
 
 from diffquant.quant.backends import backend
 from diffquant.quant.codecs.arrays import Float32, Parts
+from diffquant.quant.codecs.numba.rotation import rotate
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.rounding.feedback import Carry, feedback_codes, nearest_codes
 from diffquant.quant.rounding.levels import LEVELS
@@ -36,11 +37,15 @@ def encode(
         weight: (R, K) float32, C-contiguous, rows as the format's chunks need them.
         stats: as for the codec.
         fmt: a FORMATS name that has a row in LEVELS.
-        importance: (K,) what an error weighs per column; with `carry`, its own are used.
-        carry: of the layer's inputs.
+        importance: (K,) what an error weighs per column; with `carry`, its own are used; where
+            columns are rotated, errors weigh alike without it.
+        carry: of the layer's inputs, rotated as the format's rows are (`carry_of`).
     """
     row, shape = LEVELS[fmt], (weight.shape[0], weight.shape[1])
     parts: Parts = backend(FORMATS[fmt].codec, "encode")(weight, stats, fmt=fmt)
+    if group := FORMATS[fmt].rotation:
+        weight = rotate(weight, group)
+        importance = None  # of columns that are mixed now; the carry's is of the rotated ones
     scales = np.empty(0, np.float32)
     if row.searches:
         weigh = carry.importance if carry is not None else importance

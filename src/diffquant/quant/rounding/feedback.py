@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from diffquant.core.errors import QuantError
 from diffquant.quant.codecs.arrays import Bytes, Float32
+from diffquant.quant.codecs.numba.rotation import rotate
 from diffquant.quant.codecs.numba.rounding_lanes import feed_back, round_nearest
 from diffquant.quant.rounding.levels import Levels
 
@@ -34,8 +35,8 @@ class Carry:
 
     Attributes:
         blocks: per diagonal block the order of its columns, and U[j, t] / U[j, j] in that order.
-        importance: (K,) the diagonal of H: what an error weighs on its own.
-        covariance: (B, b, b), as measured.
+        importance: (K,) the diagonal of H: what an error weighs on its own, rotated where rows are.
+        covariance: (B, b, b), as measured, never rotated.
     """
 
     blocks: tuple[tuple[NDArray[np.int64], Float32], ...]
@@ -54,23 +55,31 @@ class Carry:
         return total
 
 
-def carry_of(covariance: Float32, *, damping: float = DAMPING) -> Carry:
+def carry_of(covariance: Float32, *, damping: float = DAMPING, rotation: int = 0) -> Carry:
     """Prepare a layer's covariance.
 
     Args:
         covariance: (K, K) mean of x x^T, or (B, b, b) its diagonal blocks.
         damping: share of the diagonal's mean that is added to the diagonal.
+        rotation: group in which the format rotates rows: inputs are rotated with them, R H R^T.
 
     Raises:
         QuantError: no covariance: far from positive definite.
     """
     stacked = covariance if covariance.ndim == 3 else covariance[None]
-    diagonal = np.diagonal(stacked, axis1=1, axis2=2).reshape(-1)
+    seen = np.stack([_turned(block, rotation) for block in stacked]) if rotation else stacked
+    diagonal = np.diagonal(seen, axis1=1, axis2=2).reshape(-1)
     return Carry(
-        tuple(_prepared(block.astype(np.float64), damping) for block in stacked),
+        tuple(_prepared(block.astype(np.float64), damping) for block in seen),
         diagonal.astype(np.float32),
         stacked,
     )
+
+
+def _turned(block: Float32, group: int) -> Float32:
+    """R H R^T: rows, then columns."""
+    rows = rotate(np.ascontiguousarray(block, np.float32), group)
+    return rotate(np.ascontiguousarray(rows.T), group).T
 
 
 def _prepared(h: NDArray[np.float64], damping: float) -> tuple[NDArray[np.int64], Float32]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffquant.quant.codecs.arrays import Bytes, Float32
+from diffquant.quant.codecs.asym_w4a8_int8 import CODEBOOK
 from diffquant.quant.codecs.fp4_bnb import CODE as FP4
 from diffquant.quant.codecs.fp8_e4m3 import e4m3_table
 from diffquant.quant.codecs.fp8_e5m2 import e5m2_table
@@ -80,7 +81,13 @@ def _row(
     return Levels(*table, run, block, scales, largest)
 
 
-_E4M3, _E5M2, _INT8 = _table(e4m3_table()), _table(e5m2_table()), _int8()
+def _int4() -> tuple[Float32, Bytes]:
+    level = np.arange(-7, 8)
+    return level.astype(np.float32), (level & 15).astype(np.uint8)
+
+
+_E4M3, _E5M2 = _table(e4m3_table()), _table(e5m2_table())
+_INT8, _INT4 = _int8(), _int4()
 
 LEVELS: Mapping[str, Levels] = {
     "nf4": _row(_table(NF4), "flat", 64, "any", 1.0),
@@ -92,6 +99,16 @@ LEVELS: Mapping[str, Levels] = {
     "fp8_e4m3_rowwise": _row(_E4M3, "row", 0, "any", 448.0),
     "int8_rowwise": _row(_INT8, "row", 0, "any", 127.0),
     "int8_bnb": _row(_INT8, "row", 0, "any", 127.0),
+    **{
+        name: _row(_INT8, "row", 0, "any", 127.0)
+        for name in ("int8_convrot", "int8_convrot_64", "int8_convrot_16")
+    },
+    **{name: _row(_INT4, "row", 0, "any", 7.0) for name in ("convrot_w4a4", "convrot_w4a4_64")},
+    **{
+        # What decodes lies on an int8 grid besides, whose error is small and not carried on.
+        name: _row(_table(CODEBOOK), "fixed", 0, "fixed", 0.980671)
+        for name in ("asym_w4a8_int8", "asym_w4a8_int8_64", "asym_w4a8_int8_16")
+    },
     "fp8_e4m3_scaled": _row(_E4M3, "fixed", 0, "fixed", 448.0),
     "fp8_e5m2_scaled": _row(_E5M2, "fixed", 0, "fixed", 57344.0),
     "fp8_e4m3_blockwise": _row(_E4M3, "fixed", 0, "fixed", 448.0),

@@ -3,7 +3,8 @@
 Scales are kept per run: (B,), where run b is `block` elements of the flattened weight, of a padded
 row, or a row. `settle` stores them and says what a decoder will find, `spread` repeats that per
 element, `with_codes` stores codes. What a decoder makes of the parts is `values * spread`, bit for
-bit; int8_bnb alone multiplies twice, so that the last bit may differ.
+bit; but int8_bnb multiplies twice, so that the last bit may differ, W4A8 rounds onto an int8 grid,
+and what is rotated is rotated back.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffquant.quant.codecs.arrays import Bytes, Float32, Parts
+from diffquant.quant.codecs.asym_w4a8_int8 import GROUP_SIZE
 from diffquant.quant.codecs.blocks_128 import BLOCK_SIZE as SQUARE
 from diffquant.quant.codecs.double_quant import compress, expand
 from diffquant.quant.codecs.fp8_e4m3 import e4m3_table
 from diffquant.quant.codecs.int8_bnb import ONE_LEVEL
 from diffquant.quant.codecs.mxfp8 import SCALES as POWERS
 from diffquant.quant.codecs.swizzle import rounded_up, swizzle, unswizzle
+from diffquant.quant.formats import FORMATS
 from diffquant.quant.rounding.levels import LEVELS
 
 __all__ = [
@@ -92,6 +95,9 @@ def spread(scales: Float32, parts: Parts, shape: tuple[int, int], fmt: str) -> F
         return np.ascontiguousarray(whole[:, :columns])
     if row.run == "row":
         return np.ascontiguousarray(np.broadcast_to(scales[:, None], shape))
+    if "s_rel" in parts:
+        steps = _E4M3[parts["s_rel"]] * parts["s_channel"][:, None]
+        return steps.repeat(GROUP_SIZE, axis=1)
     if "block_scale" in parts:
         squares = parts["block_scale"].repeat(SQUARE, axis=0)[:rows]
         return np.ascontiguousarray(squares.repeat(SQUARE, axis=1))
@@ -134,6 +140,9 @@ def with_codes(codes: Bytes, parts: Parts, fmt: str) -> Parts:
         if flat.size % 2:  # behind the last, what the plain encoder puts there
             flat = np.append(flat, weight.reshape(-1)[-1] & np.uint8(15))
         return {**parts, "weight": (flat[::2] << np.uint8(4) | flat[1::2]).reshape(weight.shape)}
+    if FORMATS[fmt].rotation and weight.shape[1] * 2 == codes.shape[1]:
+        pairs = codes[:, ::2] | codes[:, 1::2] << np.uint8(4)  # even columns are the low nibbles
+        return {**parts, "weight": pairs.view(weight.dtype)}
     four = fmt == "nvfp4_comfy"
     whole = np.zeros((len(weight), weight.shape[1] * (2 if four else 1)), np.uint8)
     whole[: codes.shape[0], : codes.shape[1]] = codes
