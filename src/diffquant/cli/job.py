@@ -10,6 +10,7 @@ import click
 
 from diffquant.cli.frame import echo, human, table
 from diffquant.convert.jobs import JobReport
+from diffquant.convert.lora.error import ErrorLoraReport
 from diffquant.core.report import to_json
 
 __all__ = ["JobOutcome", "render_job", "resumable"]
@@ -88,9 +89,21 @@ def render_job(report: JobReport, *, verbose: bool = False) -> None:
             f"  reads {human(report.read_nbytes)}, working memory about "
             f"{human(report.peak_nbytes)} with {report.workers} threads"
         )
+    if report.error_lora is not None and report.error_lora.error is not None:
+        _render_lora(report.error_lora)
     if report.verdict is not None:
         error = f", relative error {report.error:.4f}" if report.error is not None else ""
         echo(f"  verified ({report.verify}): {report.verdict}{error}")
+
+
+def _render_lora(lora: ErrorLoraReport) -> None:
+    gain = lora.weighed_gain_db
+    outputs = "" if gain is None else f", {gain:.1f} dB less in the layers' outputs"
+    echo(f"  wrote {lora.output}, {human(lora.nbytes)}")
+    echo(
+        f"  its layers' relative error {lora.error:.4f} becomes {lora.corrected_error:.4f} with it"
+        f"{outputs}"
+    )
 
 
 def _render_reasons(report: JobReport, *, verbose: bool) -> None:

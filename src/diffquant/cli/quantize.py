@@ -29,6 +29,7 @@ from diffquant.quant.types import QuantType, type_named
 
 __all__ = ["command"]
 
+_RANK = 32
 _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
 
 
@@ -94,8 +95,21 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
     "--inputs",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Statistics of layer inputs (`diffquant calibrate --inputs`), for --rounding.",
+    help="Statistics of layer inputs (`diffquant calibrate --inputs`), for --rounding, "
+    "--bias-correction and --error-lora.",
 )
+@click.option(
+    "--bias-correction",
+    is_flag=True,
+    help="Shift biases by what rounding takes from the mean output; needs --inputs.",
+)
+@click.option(
+    "--error-lora",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the quantization error as a LoRA that any loader can add (.safetensors).",
+)
+@click.option("--rank", type=click.IntRange(1, 1024), help="Rank of the error LoRA.  [default: 32]")
 @click.option("--allow-requantize", is_flag=True, help="Accept an already quantized source.")
 @click.option("--base", type=click.Path(path_type=Path), help="Folder to take configs from.")
 @click.option(
@@ -129,6 +143,9 @@ def command(
     imatrices: tuple[Path, ...],
     rounding: str,
     inputs: Path | None,
+    bias_correction: bool,
+    error_lora: Path | None,
+    rank: int | None,
     allow_requantize: bool,
     base: Path | None,
     verify: str,
@@ -146,6 +163,7 @@ def command(
     """
 
     def work() -> Outcome:
+        _check_corrections(inputs, error_lora, rank, bias=bias_correction)
         recipe = load_recipe(recipe_from) if recipe_from is not None else None
         kind = _kind(type_name, recipe)
         out = output or _default_output(source, kind, parts)
@@ -163,6 +181,8 @@ def command(
             policy=policy,
             recipe=recipe,
             rounding=rounding,
+            bias_correction=bias_correction,
+            lora_rank=(rank or _RANK) if error_lora is not None else 0,
         )
         with open_inputs(inputs) if inputs is not None else nullcontext() as measured:
             report = run_job(
@@ -180,11 +200,13 @@ def command(
                 if imatrices
                 else None,
                 inputs=measured,
+                error_lora=error_lora,
             )
         if emit_recipe is not None:
             rows = [(row.part, row.key, row.stored) for row in report.tensors]
             made = recipe_of(report.architecture, kind.name, rows)
-            write_text(emit_recipe, render_recipe(made, rounding=rounding))
+            text = render_recipe(made, rounding=rounding)
+            write_text(emit_recipe, text + _corrections_of(report))
         return _outcome(report, source, out, verify, prompts, options)
 
     def render(outcome: JobOutcome) -> None:
@@ -193,6 +215,34 @@ def command(
             render_image(outcome.image)
 
     run("quantize", options, work, render)
+
+
+def _check_corrections(
+    inputs: Path | None, error_lora: Path | None, rank: int | None, *, bias: bool
+) -> None:
+    """Refuse corrections that do not fit together.
+
+    Raises:
+        UsageError: says which.
+    """
+    if bias and inputs is None:
+        raise UsageError(
+            "--bias-correction needs the mean inputs of layers: make them with `diffquant "
+            "calibrate --inputs FILE`, and give --inputs FILE"
+        )
+    if bias and error_lora is not None:
+        raise UsageError(
+            "--bias-correction and --error-lora each make up for the mean of the same error, and "
+            "would do so twice; choose one"
+        )
+    if rank is not None and error_lora is None:
+        raise UsageError("--rank is that of the error LoRA: give --error-lora FILE too")
+
+
+def _corrections_of(report: JobReport) -> str:
+    """What a recipe does not repeat, as comments: it gives formats, and no statistics."""
+    told = [one for one in report.notes if one.startswith(("biases of ", "error LoRA "))]
+    return "".join(f"# {one}\n" for one in told)
 
 
 def _outcome(

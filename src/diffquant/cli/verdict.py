@@ -41,6 +41,8 @@ def render_verify(result: dict[str, Any]) -> None:
         error = tensors["error"]
         detail = "" if error is None else f", relative error {error:.4f}"
         echo(f"tensors  {tensors['verdict']}: {tensors['compared']} compared{detail}")
+        if tensors["corrected"]:
+            echo(f"         {tensors['corrected']} biases were corrected, and are not judged")
         for row in [row for row in tensors["worst"] if row["verdict"] != "pass"][:5]:
             echo(
                 f"         {row['verdict']}: {row['key']} {row['stored']} error {row['error']:.4f}"

@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from diffquant.cli.frame import Options, Outcome, common, run
-from diffquant.cli.values import check_device, prompts_from, seeds_from, size_from
+from diffquant.cli.values import check_device, lora_pairs, prompts_from, seeds_from, size_from
 from diffquant.cli.verdict import render_verify, strip_pictures
+from diffquant.core.errors import UsageError
 
 __all__ = ["command"]
 
@@ -29,6 +30,13 @@ __all__ = ["command"]
 @click.option("--min-psnr", type=float, default=25.0, show_default=True, metavar="DB")
 @click.option("--base", type=click.Path(path_type=Path), help="Where missing parts come from.")
 @click.option("--vae", type=click.Path(path_type=Path), help="VAE file to use on both sides.")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE:WEIGHT",
+    help="LoRA on CANDIDATE's side alone, such as its error LoRA; counts in pictures.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
 @common
 def command(
@@ -43,6 +51,7 @@ def command(
     min_psnr: float,
     base: Path | None,
     vae: Path | None,
+    loras: tuple[str, ...],
     device: str,
     options: Options,
 ) -> None:
@@ -52,6 +61,8 @@ def command(
     """
 
     def work() -> Outcome:
+        if loras and level != "image":
+            raise UsageError("--lora counts in pictures alone: use --level image")
         picked = seeds_from(seeds)
         lines = prompts_from(prompts) if prompts else None
         wanted = size_from(size)
@@ -68,6 +79,7 @@ def command(
             size=wanted,
             min_psnr=min_psnr,
             device=device,
+            loras=lora_pairs(loras),
         )
         report = verify(
             candidate,

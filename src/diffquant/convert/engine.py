@@ -86,6 +86,10 @@ class _State:
     carry: Any = None
     costs: dict[int, tuple[float, float]] = field(default_factory=dict)
     result: StepResult | None = None
+    bias: _State | None = None  # written after this step, shifted by what its rounding takes
+    mean: NDArray[np.float32] | None = None
+    shifts: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    shift: NDArray[np.float32] | None = None  # of a bias: what is added to it
 
     @classmethod
     def of(cls, index: int, step: Step) -> _State:
@@ -113,12 +117,14 @@ class _State:
         return self.result
 
 
-def peak_nbytes(plan: Plan, workers: int) -> int:
+def peak_nbytes(plan: Plan, workers: int, *, beside: int = 0) -> int:
     """Predicted anonymous memory of the process while it runs the plan: an upper bound.
 
-    A step that cannot be cut (a transpose, one long vector) holds its whole tensor.
+    A step that cannot be cut (a transpose, one long vector) holds its whole tensor. `beside` is
+    what other work needs, before or after.
     """
-    return _FIXED_NBYTES + workers * max(map(_live_nbytes, plan.steps), default=0)
+    running = workers * max(map(_live_nbytes, plan.steps), default=0)
+    return _FIXED_NBYTES + max(running, beside)
 
 
 def run_plan(
@@ -159,6 +165,7 @@ def run_plan(
             step = plan.steps[index]
             progress.advance(step.source_nbytes * step.passes, step.target)
         states = [_State.of(i, step) for i, step in enumerate(plan.steps) if i not in results]
+        _pair_biases(states, plan)
         weigh = importance or {}
         job = _Job(logical, sink, progress, check, hashes, weigh, finished, plan.inputs)
         with keep_freed_pages():
@@ -167,6 +174,15 @@ def run_plan(
         progress.stop()
     results |= {state.index: state.result for state in states if state.result is not None}
     return tuple(results[index] for index in range(len(plan.steps)))
+
+
+def _pair_biases(states: Sequence[_State], plan: Plan) -> None:
+    """Let every bias that is corrected wait for its weight."""
+    by_index = {state.index: state for state in states}
+    for fix in plan.bias_fixes:
+        weight, bias = by_index.get(fix.weight), by_index.get(fix.bias)
+        if weight is not None and bias is not None:
+            weight.bias, weight.mean = bias, fix.mean
 
 
 def _live_nbytes(step: Step) -> int:
@@ -194,8 +210,14 @@ class _Job:
     inputs: InputsFile | None = None
 
     def tasks(self, states: list[_State]) -> Iterator[Task]:
-        """Every chunk in order; a two-pass step's second pass follows from its last reduction."""
+        """Every chunk in order; a two-pass step's second pass follows from its last reduction.
+
+        So does a corrected bias from its weight's last chunk.
+        """
+        waiting = {state.bias.index for state in states if state.bias is not None}
         for state in states:
+            if state.index in waiting:
+                continue
             two_pass = bool(state.step.decision.format) and state.step.passes == 2
             state.left_to_reduce = len(state.chunks) if two_pass else 0
             for index in range(len(state.chunks)):
@@ -233,7 +255,16 @@ class _Job:
         result = state.finish()
         if self.finished is not None:
             self.finished(state.index, result)
-        return []
+        return self._bias_tasks(state)
+
+    def _bias_tasks(self, state: _State) -> list[Task]:
+        """Writing of the bias that was waiting for this weight."""
+        bias = state.bias
+        if bias is None:
+            return []
+        parts = [state.shifts[index] for index in sorted(state.shifts)]
+        bias.shift = np.concatenate(parts).astype(np.float32)
+        return [functools.partial(self._write, bias, index) for index in range(len(bias.chunks))]
 
     def _advance(self, state: _State, index: int) -> None:
         total, count = state.step.source_nbytes, len(state.chunks)
@@ -244,6 +275,8 @@ class _Job:
         step = state.step
         fmt = format_named(step.decision.format)
         weight = float_rows(self.logical, step, state.chunks[index])
+        if state.shift is not None:
+            weight = weight + state.shift[None, :]  # a vector is one row
         amax = _amax(weight)
         if not fmt.is_cast and not math.isfinite(amax):
             raise _not_finite(weight, step, fmt)
@@ -256,7 +289,7 @@ class _Job:
             parts = backend(fmt.codec, "encode")(weight, state.stats, fmt=fmt.name, **weigh)
         else:
             parts = self._round(state, weight, fmt)
-        if self.check or (fmt.limited and not amax <= fmt.safe_amax):
+        if self.check or state.mean is not None or (fmt.limited and not amax <= fmt.safe_amax):
             decoded = backend(fmt.codec, "decode")(parts, weight.shape, fmt=fmt.name)
             _refuse_overflow(weight, decoded, step, fmt)
             if self.check:
@@ -265,6 +298,9 @@ class _Job:
                 state.errors[index] = stats
                 if state.carry is not None:
                     state.costs[index] = state.carry.costs(weight, decoded)
+            if state.mean is not None:
+                lost = (weight - decoded).reshape(-1, state.mean.size)
+                state.shifts[index] = np.einsum("rk,k->r", lost, state.mean, dtype=np.float64)
         for one in step.packed:
             if index < len(state.extents[one.spec.key]):
                 data = one.data(parts[one.part] if one.part else None)

@@ -23,9 +23,10 @@ from diffquant.convert.detect import PartMatch, to_canonical
 from diffquant.convert.step import Step
 from diffquant.core.errors import ImportanceRequired, UnsupportedShape, UsageError, shorten
 from diffquant.io.importance import ImportanceMatrix
+from diffquant.io.inputs import InputsFile
 from diffquant.quant.formats import format_named, matrix_shape
 
-__all__ = ["Weighed", "weigh_steps"]
+__all__ = ["Weighed", "check_columns", "importance_values", "match_entries", "weigh_steps"]
 
 Values = NDArray[np.float32]
 
@@ -51,17 +52,20 @@ def weigh_steps(
     architecture: Architecture,
     parts: Sequence[PartMatch],
     searched: frozenset[str] = frozenset(),
+    *,
+    elsewhere: bool = False,
 ) -> Weighed:
     """Give every step whose format weighs errors its importance, and say so in its reason.
 
     `searched` are formats whose encoder has one mode, but whose scales are searched for.
+    `elsewhere` says that the matrix weighs something besides the formats.
 
     Raises:
         ImportanceRequired: a format that cannot do without has none; names the tensors.
         UnsupportedShape: values of another length than the weight's rows.
         UsageError: no entry of the matrix belongs to this model.
     """
-    names = _match(matrix, architecture, parts) if matrix is not None else {}
+    names = match_entries(matrix, architecture, parts) if matrix is not None else {}
     found: list[Step] = []
     values: dict[str, Values] = {}
     lacking: list[str] = []
@@ -75,7 +79,7 @@ def weigh_steps(
         if kind == "optional" and matrix is not None and step.flat:
             note = f"; no importance: rows of {step.flat[1]} cut across its columns"
         elif kind != "unused" and matrix is not None and name is not None:
-            values[step.key] = _values(matrix, name, step)
+            values[step.key] = importance_values(matrix, name, step)
             note = "; with importance"
         elif kind == "required":
             refused.setdefault(step.decision.format, []).append(step.key)
@@ -85,14 +89,20 @@ def weigh_steps(
         decision = replace(step.decision, reason=step.decision.reason + note)
         found.append(replace(step, decision=decision))
     _refuse(refused, matrix)
-    warnings = _warnings(matrix, names, values, lacking) if matrix is not None else ()
+    warnings = _warnings(matrix, names, lacking) if matrix is not None else ()
+    if matrix is not None and not values and not elsewhere:
+        warnings += ("the importance matrix changes nothing: no format here weighs errors by it",)
     return Weighed(tuple(found), values, warnings)
 
 
-def _match(
+def match_entries(
     matrix: ImportanceMatrix, architecture: Architecture, parts: Sequence[PartMatch]
 ) -> dict[tuple[str, str], str]:
-    """(part, canonical key) -> name of the entry that speaks of it."""
+    """(part, canonical key) -> name of the entry that speaks of it.
+
+    Raises:
+        UsageError: no entry does.
+    """
     names: dict[tuple[str, str], str] = {}
     for part in parts:
         prefixes = architecture.component(part.name).prefixes
@@ -114,7 +124,12 @@ def _match(
     return names
 
 
-def _values(matrix: ImportanceMatrix, name: str, step: Step) -> Values:
+def importance_values(matrix: ImportanceMatrix, name: str, step: Step) -> Values:
+    """Values of an entry, one per column of the weight.
+
+    Raises:
+        UnsupportedShape: of another length.
+    """
     values = matrix.entries[name].values()
     columns = matrix_shape(step.assignment.shape)[1]
     if values.size != columns:
@@ -123,6 +138,19 @@ def _values(matrix: ImportanceMatrix, name: str, step: Step) -> Values:
             "columns: the importance matrix is of another model"
         )
     return values
+
+
+def check_columns(inputs: InputsFile, key: str, columns: int) -> None:
+    """Check that statistics of a layer's inputs are of this layer.
+
+    Raises:
+        UnsupportedShape: they have another number of columns.
+    """
+    if inputs.columns[key] != columns:
+        raise UnsupportedShape(
+            f"{inputs.path.name}: {key!r} has {inputs.columns[key]} columns, the weight has "
+            f"{columns}: the statistics are of another model"
+        )
 
 
 def _refuse(refused: Mapping[str, Sequence[str]], matrix: ImportanceMatrix | None) -> None:
@@ -144,7 +172,6 @@ def _refuse(refused: Mapping[str, Sequence[str]], matrix: ImportanceMatrix | Non
 def _warnings(
     matrix: ImportanceMatrix,
     names: Mapping[tuple[str, str], str],
-    values: Mapping[str, Values],
     lacking: Sequence[str],
 ) -> tuple[str, ...]:
     warnings = []
@@ -160,6 +187,4 @@ def _warnings(
             f"{shorten(matrix.files)}: nothing on {len(lacking)} tensors, encoded without "
             f"importance: {shorten(lacking, 3)}"
         )
-    if not values:
-        warnings.append("the importance matrix changes nothing: no format here weighs errors by it")
     return tuple(warnings)

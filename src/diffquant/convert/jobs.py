@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,13 @@ from diffquant.convert.detect import Match, detect, detect_encoder
 from diffquant.convert.encoders.header import EncoderHeader, encoder_header
 from diffquant.convert.engine import StepResult, peak_nbytes, run_plan
 from diffquant.convert.logical import LogicalSource
+from diffquant.convert.lora.error import (
+    ErrorLoraReport,
+    check_lora_target,
+    plan_error_lora,
+    planned,
+    write_error_lora,
+)
 from diffquant.convert.losses import broken_pictures
 from diffquant.convert.output import configs_of, file_metadata, fingerprint, folder_configs
 from diffquant.convert.plan import Plan, Request, make_plan
@@ -92,6 +99,7 @@ class JobReport:
         notes: what the target gives up against another.
         rounding: as asked for; rows say where it was used.
         continued: weights taken over from an interrupted run.
+        error_lora: the LoRA of the quantization error that was written beside, or is planned.
     """
 
     output: str
@@ -120,6 +128,7 @@ class JobReport:
     policy: str = ""
     notes: tuple[str, ...] = ()
     rounding: str = "nearest"
+    error_lora: ErrorLoraReport | None = None
 
 
 def container_for(output: Path) -> str:
@@ -173,6 +182,7 @@ def run_job(
     progress: Progress = NO_PROGRESS,
     matrix: ImportanceMatrix | None = None,
     inputs: InputsFile | None = None,
+    error_lora: Path | None = None,
 ) -> JobReport:
     """Plan, and unless `dry_run` write, one output.
 
@@ -190,7 +200,9 @@ def run_job(
             files only.
         progress: told about bytes.
         matrix: importance matrix, for formats that weigh errors by one.
-        inputs: statistics of layer inputs, for rounding by feedback.
+        inputs: statistics of layer inputs, for rounding by feedback, bias correction and to weigh
+            the error LoRA.
+        error_lora: file to write a LoRA of the quantization error to; of `request.lora_rank`.
 
     Raises:
         DiffquantError: see core/errors.py; nothing is left behind unless `resume`.
@@ -201,13 +213,19 @@ def run_job(
         raise UsageError(f"{out} exists; use --force to replace it")
     if resume and request.container == "folder":
         refuse_folder(out)
+    if error_lora is not None:
+        check_lora_target(error_lora, (src, out, base), force=force or dry_run)
     count = workers or default_workers()
     check = verify == "tensors"
     with opened(src) as (source, logical, match):
         plan = make_plan(logical, match, request, matrix=matrix, inputs=inputs)
+        lora = None
+        if error_lora is not None:
+            lora = plan_error_lora(plan, match, error_lora, matrix=matrix, inputs=inputs)
+            plan = replace(plan, notes=(*plan.notes, lora.note))
         configs, files, missing = _surroundings(plan, source, base)
         header = _encoder_header(plan, source, base)
-        memory = peak_nbytes(plan, count)
+        memory = peak_nbytes(plan, count, beside=lora.peak_nbytes if lora else 0)
         done = Resumed((), 0, ())
         if not dry_run:
             _check_memory(memory)
@@ -233,8 +251,14 @@ def run_job(
             remember(fingerprint(source), src)
     if done.results and verify != "none":
         verify_output(out, plan, done.results, hashes=check, workers=count, progress=progress)
+    made = planned(lora) if lora is not None else None
+    if lora is not None and not dry_run:
+        made = write_error_lora(
+            src, out, plan, lora, force=force, workers=count, inputs=inputs, progress=progress
+        )
     notes = header.warnings + tuple(f"missing from the folder: {name}" for name in missing)
-    return _report(src, out, plan, done, missing, notes, memory, count, verify, dry_run)
+    report = _report(src, out, plan, done, missing, notes, memory, count, verify, dry_run)
+    return replace(report, error_lora=made)
 
 
 @contextlib.contextmanager

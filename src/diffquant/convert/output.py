@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffquant import __version__
+from diffquant.convert.bias import BIAS_CORRECTION
 from diffquant.convert.detect import Match
 from diffquant.convert.dialects.bnb import BNB_FORMATS, FOUR_BITS
 from diffquant.convert.plan import Plan
@@ -82,6 +83,8 @@ def file_metadata(plan: Plan, match: Match, source: TensorSource) -> dict[str, s
     if plan.inputs is not None:
         out["diffquant.rounding.inputs"] = plan.inputs.path.name
         out["diffquant.rounding.inputs.fingerprint"] = fingerprint(plan.inputs.source)
+    if plan.bias_fixes:
+        out[BIAS_CORRECTION] = f"{len(plan.bias_fixes)} layers, mean inputs of {plan.bias_inputs}"
     if plan.mixed:
         out["diffquant.mixed"] = "less than half of the weights are stored as the named type"
     return out

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.architectures.parts import PARTS, architecture_named
+from diffquant.convert.bias import BiasFix, Corrected, correct_biases
 from diffquant.convert.detect import Match, PartMatch
 from diffquant.convert.encoders.files import ENCODER_FILES
 from diffquant.convert.encoders.parts import MMPROJ, gguf_part
@@ -56,6 +57,8 @@ class Plan:
         matrix: the importance matrix they come from, None where none was given.
         inputs: statistics of layer inputs for the steps rounded by feedback; open.
         encoder: the text encoder that a GGUF file holds alone; None for any other output.
+        bias_fixes: layers whose bias makes up for the rounding of their weight.
+        inputs: name of the file of mean inputs they are made with, "" where none are.
     """
 
     architecture: str
@@ -75,6 +78,8 @@ class Plan:
     matrix: ImportanceMatrix | None = field(default=None, repr=False, compare=False)
     encoder: PartMatch | None = None
     inputs: InputsFile | None = field(default=None, repr=False, compare=False)
+    bias_fixes: tuple[BiasFix, ...] = field(default=(), repr=False, compare=False)
+    bias_inputs: str = ""
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -112,6 +117,8 @@ def make_plan(
 ) -> Plan:
     """Plan an output from specs alone; `matrix` and `inputs` say what errors cost, where known.
 
+    `inputs` gives the means that bias correction needs.
+
     Raises:
         UsageError: parts that are not there, or that the container cannot hold.
         MappingError: keys and rules do not fit.
@@ -139,8 +146,15 @@ def make_plan(
     dropped += _beside(logical, steps)
     _check_unique(steps)
     searched = weighed_by_search(request)
-    weighed = weigh_steps(steps, matrix, architecture, wanted, searched)
+    weighed = weigh_steps(
+        steps, matrix, architecture, wanted, searched, elsewhere=bool(request.lora_rank)
+    )
     rounded = round_steps(weighed.steps, request, inputs, match.architecture, weighed.values)
+    corrected = Corrected(rounded.steps)
+    if request.bias_correction:
+        if inputs is None:
+            raise UsageError("bias correction needs the mean inputs of layers: give --inputs FILE")
+        corrected = correct_biases(rounded.steps, inputs)
     mixed, warnings = _judge(steps, request)
     rows = [(step.part, step.key, step.stored) for step in steps]
     warnings += losses(logical, steps, request)
@@ -150,7 +164,7 @@ def make_plan(
         architecture=match.architecture,
         variant=match.variant,
         request=request,
-        steps=rounded.steps,
+        steps=corrected.steps,
         dropped=tuple(dropped),
         warnings=(
             *logical.warnings,
@@ -164,11 +178,17 @@ def make_plan(
         gguf_architecture=row.architecture if row else architecture.gguf_architecture,
         target=target.name,
         policy=_policy_label(architecture, request, encoder=encoder is not None),
-        notes=(*_given_up(architecture, steps, request, target), *(row.notes if row else ())),
+        notes=(
+            *_given_up(architecture, steps, request, target),
+            *(row.notes if row else ()),
+            *corrected.notes,
+        ),
         importance=rounded.importance,
         matrix=matrix,
         encoder=encoder,
+        bias_fixes=corrected.fixes,
         inputs=inputs if rounded.feedback else None,
+        bias_inputs=inputs.path.name if inputs is not None and corrected.fixes else "",
     )
 
 

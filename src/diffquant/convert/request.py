@@ -33,6 +33,8 @@ class Request:
         policy: one of POLICIES.
         recipe: formats by canonical key, which win over the type's policy.
         rounding: one of ROUNDINGS.
+        bias_correction: shift biases by what rounding takes from the mean of a layer's output.
+        lora_rank: rank of a LoRA of the quantization error that is written beside; 0 for none.
     """
 
     container: str
@@ -47,3 +49,5 @@ class Request:
     policy: str = "published"
     recipe: Recipe | None = None
     rounding: str = "nearest"
+    bias_correction: bool = False
+    lora_rank: int = 0

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from diffquant import __version__
 from diffquant.convert import cutting
+from diffquant.convert.bias import whole_pairs
 from diffquant.convert.engine import StepResult, run_plan
 from diffquant.convert.journal import Found, Journal, read_journal
 from diffquant.convert.logical import LogicalSource
@@ -40,7 +41,7 @@ from diffquant.io.kept import Claim, journal_path, kept_path
 __all__ = ["Resumed", "identity_of", "left_by_another_run", "refuse_folder", "run_resumable"]
 
 _SHOWN = 120  # characters of a value in a message
-_HASHED = ("decisions", "header", "importance")  # told apart, but not worth printing
+_HASHED = ("decisions", "header", "importance", "mean inputs")  # told apart, but not worth printing
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,9 @@ def identity_of(
         decisions.update(f"{step.decision.format}\0{step.stored}\0{adapters}\n".encode())
     for key, values in sorted((importance or {}).items()):
         weighed.update(key.encode() + b"\0" + np.ascontiguousarray(values).tobytes())
+    means = hashlib.sha256()
+    for fix in plan.bias_fixes:
+        means.update(f"{fix.weight} {fix.bias}\0".encode() + fix.mean.tobytes())
     asked = {one.name: getattr(plan.request, one.name) for one in dataclasses.fields(plan.request)}
     return {
         "version": __version__,
@@ -112,6 +116,7 @@ def identity_of(
         "decisions": decisions.hexdigest(),
         "header": hashlib.sha256(repr(sorted(metadata.items())).encode()).hexdigest(),
         "importance": weighed.hexdigest(),
+        "mean inputs": means.hexdigest(),
     }
 
 
@@ -246,6 +251,8 @@ def _intact(
         index: result for index, result in results.items() if not altered & result.digests.keys()
     }
     lost = len(results) - len(intact)
+    usable = whole_pairs(plan.bias_fixes, intact)
+    intact = {index: result for index, result in intact.items() if index in usable}
     return intact, (f"{lost} weights in the kept file were damaged: done again",) if lost else ()
 
 

@@ -73,8 +73,10 @@ def round_steps(
         UnsupportedShape: statistics of other columns than a weight has.
     """
     if request.rounding == "nearest":
-        if inputs is not None:
-            raise UsageError("--inputs is for --rounding feedback (or search)")
+        if inputs is not None and not (request.bias_correction or request.lora_rank):
+            raise UsageError(
+                "--inputs is for --rounding feedback or search, --bias-correction, --error-lora"
+            )
         return Rounded(tuple(steps), importance)
     if inputs is None and request.rounding == "feedback":
         raise UsageError(

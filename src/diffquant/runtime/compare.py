@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.runtime.control import damaged
 from diffquant.runtime.judges import Pair, Pooled, defects, ssim
+from diffquant.runtime.lora import attach
 from diffquant.runtime.opening import Opened, open_pipeline
 
 __all__ = [
@@ -43,6 +44,7 @@ class ImageSettings:
         prompts, seeds: every prompt with every seed.
         steps, cfg, guidance, sampler, size: None takes the model's defaults.
         min_psnr: gate in dB; also what the control must stay below.
+        loras: (file, weight) attached to the candidate, and not to its source.
     """
 
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
@@ -55,6 +57,7 @@ class ImageSettings:
     min_psnr: float = 25.0
     device: str = "cpu"
     dtype: str = "float32"
+    loras: tuple[tuple[Path, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ def compare_pictures(
         dtype=getattr(torch, settings.dtype),
         device=settings.device,
     )
+    uses = attach(mine, settings.loras)
     pictures = _generate(mine, settings, "candidate", progress)
     one = replace(settings, prompts=settings.prompts[:2], seeds=settings.seeds[:1])
     control = _control(reference, mine, one, len(settings.seeds), progress, rows=False)
@@ -116,7 +120,7 @@ def compare_pictures(
     return (
         _judge(reference, pictures, control, settings, str(candidate), str(against)),
         Pictures(reference.pictures, pictures),
-        mine.warnings,
+        (*mine.warnings, *(text for use in uses for text in use.warnings)),
     )
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
 
+from diffquant.convert.bias import BIAS_CORRECTION
 from diffquant.convert.canonical_rows import canonical_rows
 from diffquant.convert.detect import PartMatch, to_canonical
 from diffquant.convert.jobs import opened
@@ -63,12 +65,16 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class TensorsReport:
-    """Weight errors: the worst first, and relative RMSE over all quantized weights."""
+    """Weight errors: the worst first, and relative RMSE over all quantized weights.
+
+    `corrected` counts biases that differ on purpose (`--bias-correction`) and are not judged.
+    """
 
     verdict: str
     error: float | None
     compared: int
     worst: tuple[TensorError, ...]
+    corrected: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +153,8 @@ def _weights_level(
         load = LoadReport(verdict, found.architecture, len(pairs), tuple(problems))
         if level == "load" or problems:
             return load, None
-        return load, _compare_weights(left, right, pairs, progress)
+        corrected = BIAS_CORRECTION in right.source.metadata
+        return load, _compare_weights(left, right, pairs, progress, corrected=corrected)
 
 
 def _pair(
@@ -175,9 +182,13 @@ def _compare_weights(
     right: LogicalSource,
     pairs: Sequence[tuple[str, Assignment, Assignment]],
     progress: Progress,
+    *,
+    corrected: bool,
 ) -> TensorsReport:
+    """Compare; `corrected` says that biases of packed weights differ on purpose."""
+    packed = {mine.target for _, _, mine in pairs if right.tensors[mine.pieces[0].key].is_quantized}
     rows = []
-    squared, size = 0.0, 0
+    squared, size, shifted = 0.0, 0, 0
     progress.start("compare", sum(int(np.prod(a.shape, dtype=np.int64)) for _, a, _ in pairs), "w")
     for part, theirs, mine in pairs:
         tensor = right.tensors[mine.pieces[0].key]
@@ -192,6 +203,10 @@ def _compare_weights(
             progress.advance((span[1] - start) * k, theirs.target)
         stored = tensor.format or tensor.dtype.lower()
         error = stats.relative_rmse
+        weight = f"{mine.target.removesuffix('.bias')}.weight"
+        if corrected and mine.target.endswith(".bias") and weight in packed and isfinite(error):
+            shifted += 1
+            continue
         verdict = verdict_of(error, FORMATS[stored].gaussian_error if stored in FORMATS else 0.0)
         rows.append(TensorError(theirs.target, part, stored, error, verdict))
         if tensor.is_quantized:
@@ -204,4 +219,5 @@ def _compare_weights(
         error=(squared / size) ** 0.5 if size else None,
         compared=len(rows),
         worst=tuple(worst[:_WORST]),
+        corrected=shifted,
     )
