@@ -366,3 +366,18 @@ def test_wrong_option_values_are_two(command, unet, tmp_path, args):
     ran = command("convert", unet, "-o", tmp_path / "a.gguf", *args)
     assert ran.code == 2
     assert ran.err.startswith("Usage: ")
+
+
+def test_convert_takes_its_output_as_an_argument_too(command, unet, tmp_path):
+    named = command("convert", unet, "-o", tmp_path / "a.safetensors", "--dtype", "bf16")
+    plain = command("convert", unet, tmp_path / "b.safetensors", "--dtype", "bf16")
+    assert (named.code, plain.code) == (0, 0)
+    pair = [(tmp_path / name).read_bytes() for name in ("a.safetensors", "b.safetensors")]
+    assert pair[0] == pair[1]
+
+
+@pytest.mark.parametrize("outputs", [(), ("b.safetensors", "-o", "a.safetensors")])
+def test_convert_wants_one_output(command, unet, outputs):
+    ran = command("convert", unet, *outputs)
+    assert ran.code == 2
+    assert "give one file or folder to write: as OUTPUT, or with -o" in ran.err

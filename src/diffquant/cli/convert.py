@@ -1,4 +1,4 @@
-"""`diffquant convert SRC -o OUT`: dtype, parts, folder and single file, without quantizing."""
+"""`diffquant convert SRC OUT`: dtype, parts, folder and single file, without quantizing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,8 @@ __all__ = ["command"]
 
 @click.command("convert")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="File or folder to write.",
-)
+@click.argument("target", type=click.Path(path_type=Path), required=False, metavar="[OUTPUT]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File or folder to write.")
 @click.option(
     "--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Cast floating point tensors."
 )
@@ -35,7 +30,8 @@ __all__ = ["command"]
 @common
 def command(
     source: Path,
-    output: Path,
+    target: Path | None,
+    output: Path | None,
     dtype: str | None,
     parts: tuple[str, ...],
     base: Path | None,
@@ -48,12 +44,16 @@ def command(
 
     Without --dtype every tensor keeps its bytes. Quantized weights stay packed where they can.
     """
+    if (target is None) == (output is None):
+        raise click.UsageError("give one file or folder to write: as OUTPUT, or with -o")
+    written = output or target
+    assert written is not None
 
     def work() -> Outcome:
-        request = Request(container=container_for(output), dtype=dtype, parts=parts)
+        request = Request(container=container_for(written), dtype=dtype, parts=parts)
         report = run_job(
             source,
-            output,
+            written,
             request,
             base=base,
             force=force,
