@@ -183,3 +183,188 @@ def test_wan_vae_converter_agrees_with_our_names():
     rules = component.rules(shapes, "alternate", "canonical")
     ours = {one.target: one.pieces[0].key for one in apply_rules(rules, shapes)}
     assert single_file_utils().convert_wan_vae_to_diffusers({key: key for key in shapes}) == ours
+
+
+# Small models of diffusers' own classes, and the converter that leads to their names. Where a
+# converter writes a width down, the model has it, and as few blocks as there can be.
+TRANSFORMERS = {
+    "sd3": (
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 8,
+            "num_layers": 3,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 12,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 10,
+            "pos_embed_max_size": 4,
+            "dual_attention_layers": (0, 1),
+            "qk_norm": "rms_norm",
+        },
+        "convert_sd3_transformer_checkpoint_to_diffusers",
+    ),
+    "flux2": (
+        "Flux2Transformer2DModel",
+        {
+            "in_channels": 8,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 12,
+            "timestep_guidance_channels": 8,
+        },
+        "convert_flux2_transformer_checkpoint_to_diffusers",
+    ),
+    "z_image": (
+        "ZImageTransformer2DModel",
+        {"dim": 16, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+        | {"cap_feat_dim": 12, "axes_dims": [4, 2, 2], "axes_lens": [8, 8, 8]},
+        "convert_z_image_transformer_checkpoint_to_diffusers",
+    ),
+    "auraflow": (
+        "AuraFlowTransformer2DModel",
+        {
+            "num_mmdit_layers": 2,
+            "num_single_dit_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 12,
+            "caption_projection_dim": 16,
+            "pos_embed_max_size": 16,
+        },
+        "convert_auraflow_transformer_checkpoint_to_diffusers",
+    ),
+    "wan": (
+        "WanTransformer3DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 36,
+            "text_dim": 12,
+            "freq_dim": 8,
+            "ffn_dim": 16,
+            "num_layers": 2,
+            "image_dim": 10,
+            "added_kv_proj_dim": 24,
+        },
+        "convert_wan_transformer_to_diffusers",
+    ),
+    "wan_vace": (
+        "WanVACETransformer3DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "text_dim": 12,
+            "freq_dim": 8,
+            "ffn_dim": 16,
+            "num_layers": 2,
+            "vace_layers": [0, 1],
+        },
+        "convert_wan_transformer_to_diffusers",
+    ),
+    "ltx": (
+        "LTXVideoTransformer3DModel",
+        {
+            "in_channels": 8,
+            "out_channels": 8,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "num_layers": 2,
+            "caption_channels": 12,
+        },
+        "convert_ltx_transformer_checkpoint_to_diffusers",
+    ),
+    "ltx_2": (
+        "LTX2VideoTransformer3DModel",
+        {
+            "in_channels": 8,
+            "out_channels": 8,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "audio_in_channels": 8,
+            "audio_out_channels": 8,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 4,
+            "audio_cross_attention_dim": 8,
+            "num_layers": 2,
+            "caption_channels": 12,
+        },
+        "convert_ltx2_transformer_to_diffusers",
+    ),
+}
+WIDE = {  # in row numbers, as the Flux test has them
+    "chroma": (
+        "ChromaTransformer2DModel",
+        {"num_layers": 1, "num_single_layers": 1, "approximator_layers": 1},
+        "convert_chroma_transformer_checkpoint_to_diffusers",
+    ),
+    "lumina2": (
+        "Lumina2Transformer2DModel",
+        {"num_layers": 2, "num_refiner_layers": 1},
+        "convert_lumina2_to_diffusers",
+    ),
+    "hunyuan_video": (
+        "HunyuanVideoTransformer3DModel",
+        {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1},
+        "convert_hunyuan_video_transformer_to_diffusers",
+    ),
+}
+
+
+def numbered(shapes):
+    """Row numbers in place of weights, two columns wide."""
+    import torch
+
+    made = {}
+    for number, (key, shape) in enumerate(shapes.items()):
+        if not shape:
+            made[key] = torch.tensor(float(number))
+            continue
+        rows = torch.arange(shape[0], dtype=torch.float32) + number / 1024
+        made[key] = rows if len(shape) == 1 else rows[:, None].expand(shape[0], 2).clone()
+    return made
+
+
+def to_canonical_names(component, shapes, tensors):
+    """Our rules on shapes, applied to tensors that may be narrower."""
+    import torch
+
+    out = {}
+    for one in apply_rules(component.diffusers_rules(shapes), shapes):
+        whole = torch.cat([tensors[p.key][p.start : p.stop] for p in one.pieces])
+        out[one.target] = whole
+    return out
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformer_converters_undo_our_rules(name):
+    import diffusers
+    import torch
+
+    torch.manual_seed(0)
+    class_name, config, converter = TRANSFORMERS[name]
+    source = getattr(diffusers, class_name)(**config).state_dict()
+    source = {key: torch.randn(value.shape) for key, value in source.items()}
+    kind = name.removesuffix("_vace").removesuffix("_2")
+    canonical = convert(component_of(kind), source)
+    assert set(canonical) != set(source)
+    same(getattr(single_file_utils(), converter)(dict(canonical)), source)
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_converters_that_write_widths_down_undo_our_rules(name):
+    import diffusers
+    import torch
+
+    class_name, config, converter = WIDE[name]
+    with torch.device("meta"):
+        model = getattr(diffusers, class_name)(**config)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    source = numbered(shapes)
+    canonical = to_canonical_names(component_of(name), shapes, source)
+    found = getattr(single_file_utils(), converter)(dict(canonical))
+    same(found, source)

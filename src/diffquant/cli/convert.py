@@ -21,6 +21,12 @@ __all__ = ["command"]
 @click.option(
     "--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Cast floating point tensors."
 )
+@click.option(
+    "--arch",
+    default="",
+    metavar="NAME",
+    help="Take the source for this architecture; `generic` keeps all names as they are.",
+)
 @click.option("--part", "parts", multiple=True, metavar="NAME", help="Write only this part.")
 @click.option("--base", type=click.Path(path_type=Path), help="Folder to take configs from.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
@@ -33,6 +39,7 @@ def command(
     target: Path | None,
     output: Path | None,
     dtype: str | None,
+    arch: str,
     parts: tuple[str, ...],
     base: Path | None,
     dry_run: bool,
@@ -50,7 +57,7 @@ def command(
     assert written is not None
 
     def work() -> Outcome:
-        request = Request(container=container_for(written), dtype=dtype, parts=parts)
+        request = Request(container=container_for(written), dtype=dtype, parts=parts, arch=arch)
         report = run_job(
             source,
             written,

@@ -49,6 +49,12 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
     metavar="FILE",
     help="Write the format of every tensor to a text file; with --dry-run too.",
 )
+@click.option(
+    "--arch",
+    default="",
+    metavar="NAME",
+    help="Take the source for this architecture; `generic` packs any transformer's blocks.",
+)
 @click.option("--part", "parts", multiple=True, metavar="NAME", help="Write only this part.")
 @click.option("--all", "all_parts", is_flag=True, help="Quantize text encoders and VAE as well.")
 @click.option(
@@ -133,6 +139,7 @@ def command(
     type_name: str | None,
     recipe_from: Path | None,
     emit_recipe: Path | None,
+    arch: str,
     parts: tuple[str, ...],
     all_parts: bool,
     tensor_types: tuple[str, ...],
@@ -178,6 +185,7 @@ def command(
             pure=pure,
             allow_requantize=allow_requantize,
             target=target,
+            arch=arch,
             policy=policy,
             recipe=recipe,
             rounding=rounding,

@@ -105,7 +105,7 @@ def match_entries(
     """
     names: dict[tuple[str, str], str] = {}
     for part in parts:
-        prefixes = architecture.component(part.name).prefixes
+        prefixes = architecture.component(part.name, part.kind).prefixes
         if part.name == "denoiser" or len(parts) == 1:
             prefixes = ("", architecture.gguf_prefix, *prefixes)
         for assignment in to_canonical(part):

@@ -14,7 +14,6 @@ from typing import Any
 
 from diffquant.convert.binding import bind
 from diffquant.convert.carried import carried
-from diffquant.convert.detect import Match, detect, detect_encoder
 from diffquant.convert.encoders.header import EncoderHeader, encoder_header
 from diffquant.convert.engine import StepResult, peak_nbytes, run_plan
 from diffquant.convert.logical import LogicalSource
@@ -26,15 +25,17 @@ from diffquant.convert.lora.error import (
     write_error_lora,
 )
 from diffquant.convert.losses import broken_pictures
+from diffquant.convert.match import Match
 from diffquant.convert.output import configs_of, file_metadata, fingerprint, folder_configs
 from diffquant.convert.plan import Plan, Request, make_plan
+from diffquant.convert.recognise import recognise
 from diffquant.convert.remember import remember
 from diffquant.convert.reread import verify_output
 from diffquant.convert.resume import Resumed, left_by_another_run, refuse_folder, run_resumable
 from diffquant.convert.workers import default_workers
-from diffquant.core.errors import ResourceError, UnknownArchitecture, UsageError
+from diffquant.core.errors import ResourceError, UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
-from diffquant.core.tensors import TensorSource, TensorSpec
+from diffquant.core.tensors import TensorSource
 from diffquant.io import open_sink, open_source
 from diffquant.io.importance import ImportanceMatrix
 from diffquant.io.inputs import InputsFile
@@ -150,22 +151,15 @@ def container_for(output: Path) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[TensorSource, LogicalSource, Match]]:
-    """Open, bind and recognise a source."""
+def opened(path: Path, *, arch: str = "") -> Iterator[tuple[TensorSource, LogicalSource, Match]]:
+    """Open, bind and recognise a source; `arch` as `recognise` takes it."""
     with open_source(path) as source:
         logical = bind(source)
-        yield source, logical, _recognise(logical.specs(), source)
-
-
-def _recognise(specs: Mapping[str, TensorSpec], source: TensorSource) -> Match:
-    """A model, else a text encoder in a file of its own."""
-    try:
-        return detect(specs, source.metadata, source.configs)
-    except UnknownArchitecture:
-        match = detect_encoder(specs, source.metadata, source.configs)
-        if match is None:
-            raise
-        return match
+        yield (
+            source,
+            logical,
+            recognise(logical.specs(), source.metadata, source.configs, arch=arch),
+        )
 
 
 def run_job(
@@ -217,7 +211,7 @@ def run_job(
         check_lora_target(error_lora, (src, out, base), force=force or dry_run)
     count = workers or default_workers()
     check = verify == "tensors"
-    with opened(src) as (source, logical, match):
+    with opened(src, arch=request.arch) as (source, logical, match):
         plan = make_plan(logical, match, request, matrix=matrix, inputs=inputs)
         lora = None
         if error_lora is not None:

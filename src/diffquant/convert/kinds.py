@@ -21,7 +21,7 @@ _ADAPTER = re.compile(
 _INVERSION = re.compile(r"^(emb_params|string_to_param(\.\*)?|clip_[lg]|t5xxl|<[^>]+>|\*)$")
 _CONTROLNET = re.compile(
     r"^(control_model\.|controlnet_cond_embedding\.|controlnet_blocks\.|controlnet_x_embedder\."
-    r"|controlnet_down_blocks\.|input_hint_block\.|zero_convs\.|transformer\.controlnet)"
+    r"|controlnet_down_blocks\.|control_layers\.|pos_embed_input\.|input_hint_block\.|zero_convs\.|transformer\.controlnet)"
 )
 _VAE = re.compile(
     r"^((vae|first_stage_model)\.)?(encoder|decoder)\.((conv_in|conv1|mid|mid_block|middle)\."
@@ -33,7 +33,7 @@ _TEXT = re.compile(
 )
 _DENOISER = re.compile(
     r"^(model\.diffusion_model\.|unet/|transformer/)|^(model\.|net\.)?("
-    r"(transformer|double|single|joint|input|output|down|up)_(transformer_)?(blocks|layers)\.\d+\."
+    r"(transformer|double|single|joint|input|output|down|up|vace)_(transformer_)?(blocks|layers)\.\d+\."
     r"|(double|single)_stream_(blocks|layers)\.|layers\.\d+\.(attention|adaLN)|noise_refiner\."
     r"|blocks\.\d+\.(self_attn|cross_attn|attn|mlp|scale_shift_table|adaln)|double_layers\.)"
 )

@@ -175,7 +175,9 @@ def make_plan(
             *rounded.warnings,
         ),
         mixed=mixed,
-        gguf_architecture=row.architecture if row else architecture.gguf_architecture,
+        gguf_architecture=row.architecture
+        if row
+        else architecture.gguf_architecture_for(match.variant),
         target=target.name,
         policy=_policy_label(architecture, request, encoder=encoder is not None),
         notes=(
@@ -270,6 +272,8 @@ def _given_up(
 ) -> tuple[str, ...]:
     """What the target gives up against one that restores shapes, and what tuned does not do."""
     notes = []
+    if request.container == "gguf" and architecture.gguf_note:
+        notes.append(architecture.gguf_note)
     if request.policy == "tuned" and not architecture.is_tuned:
         notes.append(f"no tuned rules for {architecture.slug}: the published policy is used")
     kind = request.type

@@ -182,7 +182,7 @@ def _checked(
     fields: Mapping[str, str], formats: Mapping[str, Mapping[str, str]], path: Path
 ) -> Recipe:
     slug, kind = fields.get("architecture", ""), fields.get("type", "")
-    if slug not in ARCHITECTURES:
+    if slug not in ARCHITECTURES and slug != "generic":
         raise MalformedFile(
             f"architecture {slug!r:.40} in a recipe, expected one of {', '.join(ARCHITECTURES)}",
             path=path,

@@ -35,6 +35,7 @@ class Request:
         rounding: one of ROUNDINGS.
         bias_correction: shift biases by what rounding takes from the mean of a layer's output.
         lora_rank: rank of a LoRA of the quantization error that is written beside; 0 for none.
+        arch: the architecture to take the source for, "generic" for any transformer; "" finds out.
     """
 
     container: str
@@ -51,3 +52,4 @@ class Request:
     rounding: str = "nearest"
     bias_correction: bool = False
     lora_rank: int = 0
+    arch: str = ""

@@ -166,7 +166,7 @@ def _canonical_names(canonical: Sequence[Assignment]) -> dict[str, str]:
 def _prefix(architecture: Architecture, part: PartMatch, request: Request, parts: int) -> str:
     if request.container == "gguf":
         return "" if part.kind in ENCODER_FILES else architecture.gguf_prefix
-    component = architecture.component(part.name)
+    component = architecture.component(part.name, part.kind)
     if request.container == "folder":
         return f"{component.folder}/"
     if part.layout == "canonical" and "/" not in part.prefix:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.architectures.generic import GENERIC
 from diffquant.convert.binding import bind
-from diffquant.convert.detect import Match, detect, detect_component, detect_encoder, kind_of
+from diffquant.convert.detect import Match, detect_part, kind_of
+from diffquant.convert.generic import structure
 from diffquant.convert.logical import LogicalSource, LogicalTensor
+from diffquant.convert.recognise import recognise
 from diffquant.core.errors import ArchitectureError, UnknownArchitecture
+from diffquant.core.tensors import TensorSpec
 from diffquant.inspect.encodings import Encoding, encoding_warnings, encodings
 from diffquant.io import open_source
 from diffquant.io.imatrix import (
@@ -101,17 +105,13 @@ def describe(path: str | Path) -> FileReport:
         for spec in source.specs.values():
             seen = storage.get(spec.dtype, StorageCount(0, 0))
             storage[spec.dtype] = StorageCount(seen.tensors + 1, seen.nbytes + spec.nbytes)
-        match, candidates = _recognise(logical, source.metadata, source.configs)
+        match, candidates = _recognise(specs, source.metadata, source.configs)
         parts = _parts(logical, match)
         kind = kind_of(specs)
         if match is not None and match.architecture in ARCHITECTURES:
             kind = "checkpoint" if len(match.parts) > 1 else "diffusion_model"
-        elif match is not None:
-            kind = "text_encoder"
-        elif not parts:
-            component = detect_component(specs)
-            if component is not None:
-                kind = "vae" if component.name == "vae" else "text_encoder"
+        elif match is not None and match.architecture != GENERIC.slug:
+            kind = "vae" if match.parts[0].name == "vae" else "text_encoder"
         return FileReport(
             path=str(path),
             container=source.container,
@@ -124,7 +124,7 @@ def describe(path: str | Path) -> FileReport:
             nbytes=sum(spec.nbytes for spec in source.specs.values()),
             storage=storage,
             parts=parts,
-            evidence=tuple(match.evidence) if match else (),
+            evidence=tuple(match.evidence) if match else _unknown(kind, specs),
             leftovers=dict(match.leftovers) if match else {},
             candidates=candidates,
             metadata=_metadata(source.metadata),
@@ -169,15 +169,23 @@ def _describe_matrix(path: Path, matrix: ImportanceMatrix) -> FileReport:
 
 
 def _recognise(
-    logical: LogicalSource, metadata: Mapping[str, Any], configs: Mapping[str, Any]
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, Any], configs: Mapping[str, Any]
 ) -> tuple[Match | None, dict[str, tuple[str, ...]]]:
     try:
-        return detect(logical.specs(), metadata, configs), {}
+        return recognise(specs, metadata, configs), {}
     except UnknownArchitecture as error:
-        encoder = detect_encoder(logical.specs(), metadata, configs)
-        return encoder, {} if encoder else dict(error.candidates)
+        part = detect_part(specs, metadata, configs)
+        return part, {} if part else dict(error.candidates)
     except ArchitectureError:
         return None, {}
+
+
+def _unknown(kind: str, specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+    """What can be said of a model nobody here knows."""
+    if kind not in ("diffusion_model", "unknown"):
+        return ()
+    told = structure({key: spec.shape for key, spec in specs.items()})
+    return (*told, "quantize --arch generic packs its blocks") if told else ()
 
 
 def _parts(logical: LogicalSource, match: Match | None) -> tuple[PartReport, ...]:

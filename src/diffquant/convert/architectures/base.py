@@ -16,6 +16,7 @@ from diffquant.convert.rules import Rename, Rule, Shape, Shapes
 from diffquant.core.errors import NotInvertible
 
 __all__ = [
+    "PREFIXES",
     "Architecture",
     "Component",
     "Defaults",
@@ -28,6 +29,9 @@ __all__ = [
     "Signature",
     "Variant",
 ]
+
+# Where a bare denoiser may sit in a single file, the one that is written first.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "model.")
 
 Layout: TypeAlias = Literal["canonical", "diffusers", "alternate", "gguf"]
 Facts: TypeAlias = dict[str, object]
@@ -62,15 +66,15 @@ class Component:
     """One part of a model, and how its two namings correspond.
 
     Attributes:
-        name: denoiser, vae, text_encoder or text_encoder_2.
-        kind: which model it is: unet_ldm, flux, qwen_image, vae_kl, vae_qwen, clip_text,
-            openclip_text, t5_encoder, qwen2_vl_text, qwen2_vl_vision or qwen3_text.
+        name: denoiser, vae, text_encoder, text_encoder_2 ...
+        kind: which model it is: unet_ldm, flux, vae_kl, clip_text, t5_encoder ...
         folder: subfolder in Diffusers layout.
         prefixes: prefixes in single files, the canonical one first.
         signatures: by layout. "alternate" is any further naming that can only be read; "gguf" is
             llama.cpp's, where it has one.
         links: (shapes, layout) -> correspondence, for shapes in that layout; layouts that have no
-            signature of their own are never asked for.
+            signature of their own are never asked for. None: the namings are recognised, and
+            nobody has stated how they correspond; `facts` then gets the names there are.
         facts: Diffusers-named shapes -> what they say, as config.json fields and structure marks
             (names starting with "_", which are for recognition only).
         where: facts this component must have: name -> allowed values.
@@ -86,13 +90,17 @@ class Component:
     folder: str
     prefixes: tuple[str, ...]
     signatures: Mapping[Layout, Signature]
-    links: Callable[[Shapes, Layout], list[Link]]
+    links: Callable[[Shapes, Layout], list[Link]] | None
     facts: Callable[[Shapes], Facts]
     where: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     same_names: bool = False
     ignored: tuple[tuple[str, str], ...] = ()
     published: Callable[[Shapes], list[Link]] | None = None
     gguf: Callable[[Shapes, Layout], tuple[Rule, ...]] | None = None
+
+    def links_of(self, shapes: Shapes, layout: Layout) -> list[Link]:
+        """The correspondence, empty where none is known."""
+        return self.links(shapes, layout) if self.links is not None else []
 
     def diffusers_rules(
         self, shapes: Shapes, hyper: Mapping[str, object] | None = None
@@ -113,7 +121,7 @@ class Component:
             NotInvertible: the target is an alternate naming, or there is no way to it.
         """
         alike = self.same_names and not {"alternate", "gguf"} & {source, target}
-        if source == target or alike:
+        if source == target or alike or (self.links is None and target == "canonical"):
             return tuple(Rename(key, key) for key in shapes)
         if "gguf" in (source, target):
             if self.gguf is None or not self.same_names:
@@ -121,6 +129,11 @@ class Component:
             return self.gguf(shapes, source)
         if target == "alternate":
             raise NotInvertible(f"{self.kind}: {target} names are read, never written")
+        if self.links is None:
+            raise NotInvertible(
+                f"{self.kind}: how its {source} names become {target} ones is not known here; "
+                "write a file that keeps the names: .safetensors or .gguf"
+            )
         if source == "canonical":
             return backward(self.links(shapes, source), shapes)
         if source == "alternate" and target == "diffusers" and not self.same_names:
@@ -131,6 +144,8 @@ class Component:
 
     def facts_of(self, shapes: Shapes, layout: Layout) -> Facts:
         """What names and shapes say, whatever the layout."""
+        if self.links is None:
+            return self.facts(shapes)
         return self.facts(translate(self.rules(shapes, layout, "diffusers"), shapes))
 
 
@@ -164,18 +179,22 @@ class Variant:
         when: every fact must have the given value.
         evidence: said to the user; also what cannot be told.
         keys: keys anywhere in the source that must be there (marker tensors).
+        starts: beginning of a key of the denoiser that must be there.
     """
 
     name: str
     when: Mapping[str, object]
     evidence: str
     keys: tuple[str, ...] = ()
+    starts: str = ""
 
     def matches(self, facts: Facts, keys: Mapping[str, Shape]) -> bool:
         """Whether the facts and marker keys are this variant's."""
-        return all(facts.get(name) == value for name, value in self.when.items()) and all(
-            key in keys for key in self.keys
-        )
+        if any(facts.get(name) != value for name, value in self.when.items()):
+            return False
+        if self.starts and not any(key.startswith(self.starts) for key in keys):
+            return False
+        return all(key in keys for key in self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +240,13 @@ class Architecture:
     Attributes:
         slug: name in every interface.
         title: name for people.
-        components: the denoiser first.
+        components: the denoiser first; several where members of a family differ in structure.
         variants: first match wins; the last row matches anything.
         keep: layers kept in high precision.
         families: tensor families, in order.
         gguf_architecture: `general.architecture` in GGUF files.
+        gguf_names: variant -> the same, where members of the family differ.
+        gguf_note: said with a GGUF file that not every reader of GGUF knows.
         gguf_prefix: prefix of keys in GGUF files.
         latent: the latent space.
         sampling: generation defaults by variant; "" is the default.
@@ -255,16 +276,32 @@ class Architecture:
     reshapes: bool = False
     tuned_keep: tuple[Keep, ...] = ()
     tuned_families: tuple[Family, ...] = ()
+    gguf_names: Mapping[str, str] = field(default_factory=dict)
+    gguf_note: str = ""
+
+    def gguf_architecture_for(self, variant: str = "") -> str:
+        """`general.architecture` of a variant."""
+        return self.gguf_names.get(variant, self.gguf_architecture)
 
     @property
     def is_tuned(self) -> bool:
         """Whether `--policy tuned` differs from the published policy here."""
         return bool(self.tuned_keep or self.tuned_families)
 
-    def component(self, name: str) -> Component:
-        """The component of that name; KeyError when the architecture has none."""
+    @property
+    def denoisers(self) -> tuple[Component, ...]:
+        """The denoiser, and others of the family that are built differently."""
+        return tuple(one for one in self.components if one.name == "denoiser")
+
+    @property
+    def companions(self) -> tuple[Component, ...]:
+        """Every part that is no denoiser."""
+        return tuple(one for one in self.components if one.name != "denoiser")
+
+    def component(self, name: str, kind: str = "") -> Component:
+        """The component of that name (and kind); KeyError when the architecture has none."""
         for one in self.components:
-            if one.name == name:
+            if one.name == name and kind in ("", one.kind):
                 return one
         raise KeyError(f"{self.slug} has no component {name!r}")
 

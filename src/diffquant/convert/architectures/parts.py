@@ -7,10 +7,17 @@ added.
 
 from __future__ import annotations
 
-from diffquant.convert.architectures import ARCHITECTURES, qwen2_vl_vision, qwen3_text
+from diffquant.convert.architectures import (
+    ARCHITECTURES,
+    qwen2_vl_vision,
+    qwen3_text,
+    vae_tiny,
+)
 from diffquant.convert.architectures.base import Architecture, Component, Latent
+from diffquant.convert.architectures.generic import GENERIC
+from diffquant.convert.architectures.part_members import MEMBERS
 
-__all__ = ["PARTS", "TITLES", "architecture_named"]
+__all__ = ["PARTS", "PART_ORDER", "TITLES", "VAE_TITLES", "architecture_named"]
 
 TITLES = {
     "clip_text": "CLIP text encoder",
@@ -19,15 +26,43 @@ TITLES = {
     "qwen2_vl_text": "Qwen2.5-VL",
     "qwen2_vl_vision": "Qwen2.5-VL image tower (mmproj)",
     "qwen3_text": "Qwen3",
+    "gemma2_text": "Gemma 2",
+    "mistral_text": "Mistral 3",
 }
+VAE_TITLES = {
+    "vae_kl": "KL autoencoder",
+    "vae_flux2": "KL autoencoder with a batch norm",
+    "vae_qwen": "autoencoder of Wan 2.1 or Qwen-Image",
+    "vae_tiny": "tiny autoencoder",
+    "vae_tiny_encoder": "tiny autoencoder's encoder",
+    "vae_tiny_decoder": "tiny autoencoder's decoder",
+}
+
+# In the order files are tried: OpenCLIP before CLIP, whose names it may have.
+PART_ORDER = (
+    "vae_kl",
+    "vae_flux2",
+    "vae_qwen",
+    "openclip_text",
+    "clip_text",
+    "t5_encoder",
+    "qwen2_vl_text",
+    "qwen2_vl_vision",
+    "qwen3_text",
+    "gemma2_text",
+    "mistral_text",
+    "vae_tiny",
+    "vae_tiny_encoder",
+    "vae_tiny_decoder",
+)
 
 
 def _alone(component: Component) -> Architecture:
     return Architecture(
         slug=component.kind,
-        title=TITLES.get(component.kind, component.kind),
+        title={**TITLES, **VAE_TITLES}.get(component.kind, component.kind),
         components=(component,),
-        variants=(),
+        variants=MEMBERS.get(component.kind, ()),
         keep=(),
         families=(),
         gguf_architecture="",
@@ -41,6 +76,7 @@ def _alone(component: Component) -> Architecture:
 def _parts() -> dict[str, Architecture]:
     components = [one for row in ARCHITECTURES.values() for one in row.components]
     components += [qwen2_vl_vision.component(), qwen3_text.component()]
+    components += [vae_tiny.whole(), vae_tiny.encoder(), vae_tiny.decoder()]
     found: dict[str, Architecture] = {}
     for component in components:
         found.setdefault(component.kind, _alone(component))
@@ -52,4 +88,6 @@ PARTS: dict[str, Architecture] = _parts()
 
 def architecture_named(slug: str) -> Architecture:
     """The architecture of that slug, or the part that stands for one; KeyError without either."""
+    if slug == GENERIC.slug:
+        return GENERIC
     return ARCHITECTURES.get(slug) or PARTS[slug]

@@ -51,7 +51,9 @@ def component() -> Component:
         folder="mmproj",
         prefixes=(),
         signatures={
-            "canonical": Signature(tuple(f"visual.{one}" for one in body), ("model.",)),
+            "canonical": Signature(
+                tuple(f"visual.{one}" for one in body), ("model.", "language_model.")
+            ),
             "alternate": Signature(
                 tuple(f"model.visual.{one}" for one in body), ("model.language_model.",)
             ),

@@ -31,8 +31,23 @@ _LAYER = "layers.0"
 _BODY = (
     "embed_tokens.weight",
     f"{_LAYER}.self_attn.q_norm.weight",
+    f"{_LAYER}.input_layernorm.weight",
+    f"{_LAYER}.post_attention_layernorm.weight",
     f"{_LAYER}.mlp.gate_proj.weight",
     "norm.weight",
+)
+# What relatives with normed queries have besides: Gemma 3 and 4, Doge, Afmoe, mixtures of experts.
+_RELATIVES = (
+    f"{_LAYER}.pre_feedforward_layernorm.",
+    f"{_LAYER}.post_feedforward_layernorm.",
+    f"{_LAYER}.pre_mlp_layernorm.",
+    f"{_LAYER}.input_layernorm.bias",
+    f"{_LAYER}.input_residual",
+    f"{_LAYER}.self_attn.g_proj.",
+    f"{_LAYER}.layer_scalar",
+    f"{_LAYER}.self_attn.sinks",
+    "layers.1.mlp.experts.",
+    "layers.1.mlp.gate.",
 )
 
 
@@ -65,8 +80,11 @@ def component(prefixes: tuple[str, ...] = ()) -> Component:
         folder="text_encoder",
         prefixes=prefixes,
         signatures={
-            "canonical": Signature(tuple(f"model.{one}" for one in _BODY), towers),
-            "alternate": Signature(_BODY, towers),
+            "canonical": Signature(
+                tuple(f"model.{one}" for one in _BODY),
+                (*towers, *(f"model.{one}" for one in _RELATIVES)),
+            ),
+            "alternate": Signature(_BODY, (*towers, *_RELATIVES)),
             "gguf": Signature(
                 (
                     "token_embd.weight",

@@ -25,7 +25,7 @@ SD15 = Architecture(
     slug="sd15",
     title="Stable Diffusion 1.x",
     components=(
-        unet.component({"use_linear_projection": (False,), "_added": (False,)}),
+        unet.component({"_generation": (1,), "_added": (False,)}),
         vae_kl.component(("first_stage_model.", "vae.")),
         clip_text.component(
             (
@@ -48,6 +48,7 @@ SD15 = Architecture(
             {"_middle": 0, "_levels": 3},
             "three levels and no middle block: BK-SDM-Tiny, which tiny-sd has the structure of",
         ),
+        Variant("lcm", {"_guided": True}, "an embedding of the guidance scale: a full LCM"),
         Variant("bk_sdm_small", {"_middle": 0}, "no middle block: BK-SDM-Small"),
         Variant(
             "bk_sdm_base",

@@ -16,7 +16,7 @@ SD2 = Architecture(
     slug="sd2",
     title="Stable Diffusion 2.x",
     components=(
-        unet.component({"use_linear_projection": (True,), "_added": (False,)}),
+        unet.component({"_generation": (2,), "_added": (False,)}),
         vae_kl.component(("first_stage_model.", "vae.")),
         openclip_text.component(
             ("cond_stage_model.model.", "text_encoders.clip_h.transformer."),
@@ -28,8 +28,18 @@ SD2 = Architecture(
     variants=(
         Variant("inpainting", {"in_channels": 9}, "9 input channels: inpainting"),
         Variant("depth", {"in_channels": 5}, "5 input channels: depth to image"),
-        Variant("sdxs", {"_middle": 0, "_levels": 3}, "three levels and no middle block: SDXS-0.9"),
-        Variant("bk_sdm_tiny", {"_middle": 0}, "no middle block: BK-SDM-v2"),
+        Variant(
+            "sdxs",
+            {"_middle": 0, "_self_attention": False},
+            "no middle block, no self-attention at full resolution: SDXS-0.9",
+        ),
+        Variant(
+            "bk_sdm_tiny",
+            {"_middle": 0, "_levels": 3},
+            "three levels and no middle block: BK-SDM-v2-Tiny",
+        ),
+        Variant("bk_sdm_small", {"_middle": 0}, "no middle block: BK-SDM-v2-Small"),
+        Variant("bk_sdm_base", {"layers_per_block": 1}, "one resnet per level: BK-SDM-v2-Base"),
         Variant("base", {"in_channels": 4}, _PREDICTION),
         Variant("", {}, "an unlisted member of the family"),
     ),
@@ -62,6 +72,7 @@ SD2 = Architecture(
         },
     },
     variant_defaults={
-        name: {"denoiser": {"mid_block_type": None}} for name in ("sdxs", "bk_sdm_tiny")
+        name: {"denoiser": {"mid_block_type": None}}
+        for name in ("sdxs", "bk_sdm_tiny", "bk_sdm_small")
     },
 )

@@ -60,6 +60,7 @@ SDXL = Architecture(
             keys=("edm_mean", "edm_std"),
         ),
         Variant("v_prediction", {}, "marker key v_pred is there: v-prediction", keys=("v_pred",)),
+        Variant("lcm", {"_guided": True}, "an embedding of the guidance scale: a full LCM"),
         Variant("ssd_1b", {"_depths": (0, 2, 4)}, "transformer depths 0, 2, 4: SSD-1B"),
         Variant("vega", {"_depths": (0, 1, 2)}, "transformer depths 0, 1, 2: Segmind Vega"),
         Variant("koala_700m", {"_depths": (0, 2, 5)}, "transformer depths 0, 2, 5: KOALA-700M"),
@@ -67,8 +68,8 @@ SDXL = Architecture(
         Variant(
             "base",
             {"in_channels": 4},
-            "4 input channels, full depth: base; Turbo, Lightning and v-prediction fine-tunes have "
-            "the same names and shapes and cannot be told from it",
+            "4 input channels, full depth: base; Turbo, Lightning, Playground v2 and v-prediction "
+            "fine-tunes have the same names and shapes and cannot be told from it",
         ),
         Variant("", {}, "an unlisted member of the family"),
     ),

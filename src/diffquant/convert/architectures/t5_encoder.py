@@ -41,6 +41,7 @@ _BODY = (
     f"{_BLOCK}.0.SelfAttention.relative_attention_bias.weight",
     f"{_BLOCK}.1.DenseReluDense.wo.weight",
 )
+_SECOND_BIAS = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"  # UMT5
 _GGUF_BODY = (
     "token_embd.weight",
     "enc.output_norm.weight",
@@ -105,6 +106,7 @@ def _facts(shapes: Shapes) -> Facts:
             shapes, f"{_BLOCK}.0.SelfAttention.relative_attention_bias.weight", 0
         ),
         "is_gated_act": gated,
+        "_bias_per_layer": _SECOND_BIAS in shapes,
     }
 
 

@@ -57,6 +57,8 @@ _TOP = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
     "mid_block.attentions.0": "middle_block.1",
+    "time_embedding.cond_proj": "time_embed.cond_proj",  # latent consistency models
+    "encoder_hid_proj": "encoder_hid_proj",  # Kolors
 }
 _RESNET = {
     "norm1": "in_layers.0",
@@ -163,11 +165,28 @@ def _facts(shapes: Shapes) -> Facts:
         "_deepest_attention": bool(depths) and depths[-1] > 0,
         "_depths": tuple(depths),
         "_added": added is not None,
+        "_generation": _generation(shapes, f"{attention}.transformer_blocks.0", projection),
+        "_self_attention": f"{attention}.transformer_blocks.0.attn1.to_q.weight" in shapes,
+        "_guided": "time_embedding.cond_proj.weight" in shapes,
     }
+    if facts["_guided"]:
+        facts["time_cond_proj_dim"] = width(shapes, "time_embedding.cond_proj.weight", 1)
+    if "encoder_hid_proj.weight" in shapes:
+        facts["encoder_hid_dim"] = width(shapes, "encoder_hid_proj.weight", 1)
     if added is not None:
         facts["addition_embed_type"] = "text_time"
         facts["projection_class_embeddings_input_dim"] = added
     return facts
+
+
+def _generation(shapes: Shapes, block: str, projection: tuple[int, ...]) -> int:
+    """1 or 2, by the width of the text context: CLIP-L's or OpenCLIP-H's.
+
+    Other widths are no published model's; there the kind of projection decides.
+    """
+    context = width(shapes, f"{block}.attn2.to_k.weight", 1)
+    known = {768: 1, 1024: 2}
+    return known.get(context or 0, 2 if len(projection) == 2 else 1)
 
 
 def _depth(shapes: Shapes, block: str) -> int:
@@ -175,8 +194,17 @@ def _depth(shapes: Shapes, block: str) -> int:
     return count(shapes, f"{block}.attentions.0.transformer_blocks")
 
 
-def component(where: Mapping[str, tuple[object, ...]]) -> Component:
-    """The denoiser component, for the members of the family whose facts fit `where`."""
+def component(
+    where: Mapping[str, tuple[object, ...]], *, text_projection: bool = False
+) -> Component:
+    """The denoiser component, for the members of the family whose facts fit `where`.
+
+    Args:
+        where: facts that part it from its relatives.
+        text_projection: whether text passes a projection of its own first (Kolors).
+    """
+    projection = ("encoder_hid_proj.weight",) if text_projection else ()
+    foreign = () if text_projection else ("encoder_hid_proj.",)
     return Component(
         name="denoiser",
         kind="unet_ldm",
@@ -192,8 +220,9 @@ def component(where: Mapping[str, tuple[object, ...]]) -> Component:
                     "time_embed.2.weight",
                     "out.0.weight",
                     "out.2.weight",
+                    *projection,
                 ),
-                ("encoder_hid_proj.", "input_hint_block.", "zero_convs.", "label_emb.weight"),
+                (*foreign, "input_hint_block.", "zero_convs.", "label_emb.weight"),
             ),
             "diffusers": Signature(
                 (
@@ -204,9 +233,10 @@ def component(where: Mapping[str, tuple[object, ...]]) -> Component:
                     "time_embedding.linear_2.weight",
                     "down_blocks.0.resnets.0.time_emb_proj.weight",
                     "up_blocks.0.resnets.0.time_emb_proj.weight",
+                    *projection,
                 ),
                 (
-                    "encoder_hid_proj.",
+                    *foreign,
                     "controlnet_",
                     "class_embedding.",
                     "down_blocks.0.motion_modules.",

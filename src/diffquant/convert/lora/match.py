@@ -127,7 +127,7 @@ def _other_namings(component: Component, shapes: Shapes) -> Sequence[Rule]:
     if not component.same_names:
         return component.rules(shapes, "canonical", "diffusers")
     if "alternate" in component.signatures:  # its links lead to canonical names: walk them back
-        return backward(component.links(shapes, "alternate"), shapes)
+        return backward(component.links_of(shapes, "alternate"), shapes)
     return ()
 
 

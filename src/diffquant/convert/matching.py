@@ -1,0 +1,125 @@
+"""Matching: one component's signatures against names and shapes, and what came near.
+
+A component is looked for below a prefix; the keys below each prefix are picked once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.architectures.base import Component, Facts, Layout
+from diffquant.convert.generic import structure
+from diffquant.convert.kinds import is_lora
+from diffquant.convert.rules import Shape
+from diffquant.core.errors import UnknownArchitecture, shorten
+from diffquant.core.tensors import TensorSpec
+
+__all__ = ["Below", "Found", "Near", "find", "unknown"]
+
+
+class Found(NamedTuple):
+    """A component recognised under a prefix."""
+
+    component: Component
+    layout: Layout
+    prefix: str
+    shapes: dict[str, Shape]
+    ignored: tuple[tuple[str, str], ...]
+    facts: Facts
+
+
+class Near(NamedTuple):
+    """A denoiser that was not quite recognised."""
+
+    slug: str
+    share: float
+    missing: tuple[str, ...]
+    why: str
+
+
+class Below:
+    """The keys of a source below a prefix, without it; each prefix is picked once."""
+
+    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+        self._shapes = shapes
+        self._found: dict[str, dict[str, Shape]] = {}
+
+    def __getitem__(self, prefix: str) -> dict[str, Shape]:
+        if prefix not in self._found:
+            cut = len(prefix)
+            self._found[prefix] = {
+                key[cut:]: shape for key, shape in self._shapes.items() if key.startswith(prefix)
+            }
+        return self._found[prefix]
+
+
+def find(component: Component, below: Below, prefix: str) -> Found | Near | None:
+    """Look for a component below a prefix: found, nearly found, or nothing there."""
+    local = below[prefix]
+    if not local:
+        return None
+    near: Near | None = None
+    for layout, signature in component.signatures.items():
+        missing = signature.missing(local)
+        share = 1 - len(missing) / len(signature.required)
+        why = f"lacks {shorten(missing, 3)}"
+        if not missing:
+            if foreign := signature.foreign(local):
+                why = f"has {foreign[0]}"
+            else:
+                found = _accept(component, layout, prefix, local)
+                if isinstance(found, Found):
+                    return found
+                why = found
+        if share and (near is None or share > near.share):
+            near = Near("", share, missing, why)
+    return near
+
+
+def _accept(
+    component: Component, layout: Layout, prefix: str, local: dict[str, Shape]
+) -> Found | str:
+    """Check the facts; a signature's own keys are never ignored."""
+    required = component.signatures[layout].required
+    ignored = {
+        key: reason
+        for pattern, reason in component.ignored
+        for key in local
+        if re.search(pattern, key) and key not in required
+    }
+    kept = {key: shape for key, shape in local.items() if key not in ignored}
+    facts = component.facts_of(kept, layout)
+    for name, allowed in component.where.items():
+        if facts.get(name) not in allowed:
+            listed = " or ".join(map(str, allowed))
+            return f"has {name.lstrip('_')} {facts.get(name)}, expected {listed}"
+    if component.same_names and layout == "canonical" and prefix.endswith("/"):
+        layout = "diffusers"
+    full = tuple((prefix + key, reason) for key, reason in ignored.items())
+    return Found(component, layout, prefix, kept, full, facts)
+
+
+def unknown(specs: Mapping[str, TensorSpec], near: Sequence[Near]) -> UnknownArchitecture:
+    """The error that says what came nearest to these tensors, and what it lacks."""
+    best: dict[str, Near] = {}
+    for one in near:
+        if one.slug not in best or one.share > best[one.slug].share:
+            best[one.slug] = one
+    ranked = sorted(best.values(), key=lambda one: -one.share)[:3]
+    if is_lora(specs):
+        head = "this is an adapter (LoRA), not a model: give it with --lora"
+    elif not specs:
+        head = "there are no tensors in it"
+    else:
+        head = f"no known architecture has these {len(specs)} tensors"
+        if structure({key: spec.shape for key, spec in specs.items()}):
+            head += " (--arch generic packs a transformer's blocks all the same)"
+    nearest = "; ".join(f"{one.slug} has {one.share:.0%} of its marks, {one.why}" for one in ranked)
+    message = f"{head}; nearest: {nearest}" if nearest else head
+    return UnknownArchitecture(
+        f"{message} (known: {', '.join(ARCHITECTURES)})",
+        candidates=tuple((one.slug, one.missing) for one in ranked),
+    )

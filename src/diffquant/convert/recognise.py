@@ -1,0 +1,94 @@
+"""recognise(): one Match for a source, however it is to be found.
+
+By names and shapes; with `--arch NAME` that architecture alone; with `--arch generic`, or a header
+of ours that says so, any transformer. What the header claims and the tensors deny is a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.architectures.generic import GENERIC
+from diffquant.convert.detect import detect, detect_encoder
+from diffquant.convert.generic import generic_match
+from diffquant.convert.match import Match
+from diffquant.core.errors import UnknownArchitecture, UnknownFormat
+from diffquant.core.tensors import TensorSpec
+
+__all__ = ["ARCHITECTURE_NAMES", "claims", "recognise"]
+
+ARCHITECTURE_NAMES = (*ARCHITECTURES, GENERIC.slug)
+
+# Beginnings of `modelspec.architecture`, and the architectures they may stand for; the first that
+# fits. Source: Stability-AI/ModelSpec README.md and kohya-ss/sd-scripts library/sai_model_spec.py.
+_MODELSPEC = (
+    ("stable-diffusion-v1", ("sd15",)),
+    ("stable-diffusion-v2", ("sd2",)),
+    ("stable-diffusion-xl", ("sdxl", "sdxl_refiner", "kolors")),
+    ("stable-diffusion-3", ("sd3",)),
+    ("flux-1", ("flux1",)),
+    ("flux-2", ("flux2",)),
+    ("chroma", ("chroma",)),
+    ("qwen-image", ("qwen_image",)),
+    ("lumina-2", ("lumina2",)),
+    ("z-image", ("z_image",)),
+    ("hunyuan", ("hunyuan",)),
+    ("anima", ("anima",)),
+)
+_DENOISERS = frozenset(
+    name
+    for row in ARCHITECTURES.values()
+    for name in (row.gguf_architecture, *row.gguf_names.values())
+)
+
+
+def recognise(
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, object] | None = None,
+    configs: Mapping[str, object] | None = None,
+    *,
+    arch: str = "",
+) -> Match:
+    """A model, else a text encoder in a file of its own, else what `arch` says.
+
+    Raises:
+        UnknownArchitecture, AmbiguousArchitecture: see `detect`.
+        UnknownFormat: no architecture of that name.
+    """
+    metadata = metadata or {}
+    if arch and arch not in ARCHITECTURE_NAMES:
+        raise UnknownFormat(arch, ARCHITECTURE_NAMES, what="architecture")
+    if arch == GENERIC.slug:
+        return generic_match(specs)
+    try:
+        match = detect(specs, metadata, configs, only=arch)
+    except UnknownArchitecture as error:
+        encoder = None if arch else detect_encoder(specs, metadata, configs)
+        if encoder is not None:
+            return encoder
+        if not arch and metadata.get("diffquant.architecture") == GENERIC.slug:
+            return generic_match(specs)
+        raise error
+    told = claims(match, metadata)
+    return replace(match, warnings=(*match.warnings, *told)) if told else match
+
+
+def claims(match: Match, metadata: Mapping[str, object]) -> tuple[str, ...]:
+    """What a header says of the architecture that the tensors deny."""
+    found = []
+    spec = str(metadata.get("modelspec.architecture", ""))
+    meant = next((names for begin, names in _MODELSPEC if spec.lower().startswith(begin)), None)
+    if meant is not None and match.architecture not in meant:
+        found.append(("modelspec.architecture", spec))
+    general = str(metadata.get("general.architecture", ""))
+    row = ARCHITECTURES.get(match.architecture)
+    ours = row.gguf_architecture_for(match.variant) if row else general
+    if general in _DENOISERS and general != ours:
+        found.append(("general.architecture", general))
+    return tuple(
+        f"{key} says {said:.60}, the tensors are those of {match.architecture}: the tensors are "
+        "followed"
+        for key, said in found
+    )
