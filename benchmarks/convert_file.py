@@ -1,8 +1,8 @@
-"""How fast does a checkpoint become a GGUF file, against other programs on the same file?
+"""How fast does a checkpoint become a packed file, against other programs on the same file?
 
 python benchmarks/convert_file.py [--json FILE] [--workdir DIR] [--gigabytes 2] [--repeats 5]
     [--types q4_k_s,q8_0] [--verify load,tensors] [--threads 2] [--large GIGABYTES]
-    [--sdcpp-python PATH] [--gguf-editor-python PATH]
+    [--sdcpp-python PATH] [--gguf-editor-python PATH] [--convert-to-quant-python PATH]
 
 Builds a bfloat16 checkpoint with the names and widths of Flux.1-dev and fewer blocks, in DIR (a
 temporary folder by default), and deletes it afterwards. A run is a process of its own, from its
@@ -15,6 +15,7 @@ children, sampled 50 times a second: what was allocated, without the page cache.
 Peers, each in an environment of its own, named by its interpreter:
     stable-diffusion-cpp-python==0.4.7 (its `convert`, K types with an importance matrix of ones)
     gguf-editor==0.1.2 (`gguf_editor quantize`, likewise)
+    convert_to_quant==1.3.4 (its `--simple` modes: fp8_scaled, int8_rowwise, mxfp8, nvfp4)
 Neither syncs what it wrote or reads it again: `--verify load` is what compares with them.
 `error` is the relative RMSE over rows of eight matrices of the output against the source.
 
@@ -83,6 +84,27 @@ def gguf_editor(python: str, threads: int) -> Command:
     return command
 
 
+CONVERT_TO_QUANT = {
+    "fp8_scaled": (),
+    "int8_rowwise": ("--int8", "--scaling_mode", "row"),
+    "mxfp8": ("--mxfp8",),
+    "nvfp4": ("--nvfp4",),
+}
+
+
+def convert_to_quant(python: str) -> Command:
+    """Its plain mode; without a list of exclusions it packs every linear layer."""
+
+    def command(kind: str, source: Path, out: Path) -> list[str]:
+        return [
+            *(python, "-m", "convert_to_quant.convert_to_quant", "-i", str(source)),
+            *("-o", str(out), "--simple", "--comfy_quant", "--low-memory", "--device", "cpu"),
+            *CONVERT_TO_QUANT[kind],
+        ]
+
+    return command
+
+
 def version(python: str, package: str) -> str:
     code = f"import importlib.metadata as m; print(m.version({package!r}))"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
@@ -140,7 +162,8 @@ def measure_type(
     errors: dict[str, float] = {}
     for turn in range(repeats + 1):
         for name, command in programs.items():
-            out = source.with_name("out.gguf")
+            suffix = "safetensors" if kind in CONVERT_TO_QUANT else "gguf"
+            out = source.with_name(f"out.{suffix}")
             found = one_run(command(kind, source, out), out)
             print(
                 f"turn {turn}: {name} {kind} {found['seconds']:.1f} s, {found['cpu_s']:.1f} CPU s",
@@ -169,9 +192,10 @@ def measure_type(
                 "error": errors[name],
             }
         )
-    against = next((row["seconds"] for row in rows if row["program"] == "sd.cpp"), None)
+    peers = ("sd.cpp", "convert_to_quant")
+    against = next((row["seconds"] for row in rows if row["program"] in peers), None)
     for row in rows:
-        if against is not None and row["program"] != "sd.cpp":
+        if against is not None and row["program"] not in peers:
             row["ratio"] = against / row["seconds"]
         show(row)
     return rows
@@ -188,6 +212,7 @@ def main() -> None:
     parser.add_argument("--verify", default="load,tensors")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sdcpp-python")
+    parser.add_argument("--convert-to-quant-python")
     parser.add_argument("--gguf-editor-python")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.workdir) as folder:
@@ -208,6 +233,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if python := arguments.gguf_editor_python:
         programs["gguf-editor"] = gguf_editor(python, arguments.threads)
         report["peers"]["gguf-editor"] = version(python, "gguf-editor")
+    if python := arguments.convert_to_quant_python:
+        programs["convert_to_quant"] = convert_to_quant(python)
+        report["peers"]["convert_to_quant"] = version(python, "convert_to_quant")
     source = built(folder, arguments.gigabytes, report)
     print(HEAD)
     for kind in arguments.types.split(","):
