@@ -52,7 +52,7 @@ sys.exit(0 if ok else 1)
 Command = Callable[[str, Path, Path], list[str]]
 HEAD = (
     f"{'program':24} {'type':7} {'s':>6} {'s, all':22} {'CPU s':>6} {'MB/s':>5} {'anon MiB':>8} "
-    f"{'output MB':>9} {'error':>7} {'x sd.cpp':>8}"
+    f"{'output MB':>9} {'error':>7} {'x peer':>8}"
 )
 
 
