@@ -167,15 +167,25 @@ def test_other_parts_are_counted_and_left_out(examples, tmp_path):
     assert any(why.startswith("weights of text_encoder") for why in report.error_lora.without)
 
 
-def test_small_layers_get_as_much_rank_as_they_have(examples, tmp_path):
+def test_all_layers_have_one_rank_that_of_the_largest_at_most(examples, tmp_path):
+    """Diffusers scales layers of another rank than most wrongly."""
+    rules = (Rule("img_in.weight", "nf4", "test"),)  # 64 columns, where others have 256
     _, lora, report = make(
-        examples / "sd15-shapes", tmp_path, "nf4", "safetensors", ".safetensors", rank=1024
+        examples / "flux1-shapes",
+        tmp_path,
+        "nf4",
+        "safetensors",
+        ".safetensors",
+        rank=1024,
+        rules=rules,
     )
     with open_source(lora) as source:
-        for key, spec in source.specs.items():
-            if key.endswith("lora_down.weight"):
-                up = source.specs[key.replace("lora_down", "lora_up")]
-                assert spec.shape[0] == min(up.shape[0], spec.shape[1])
+        downs = [s for key, s in source.specs.items() if key.endswith("lora_down.weight")]
+        ups = [s for key, s in source.specs.items() if key.endswith("lora_up.weight")]
+    ranks = {spec.shape[0] for spec in downs} | {spec.shape[1] for spec in ups}
+    full = [min(up.shape[0], down.shape[1]) for up, down in zip(ups, downs, strict=True)]
+    assert ranks == {max(full)} == {report.error_lora.rank}
+    assert min(full) < max(full)
     assert report.error_lora.corrected_error < 0.02 * report.error_lora.error
 
 

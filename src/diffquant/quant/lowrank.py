@@ -44,9 +44,14 @@ def best_factors(
     Returns:
         up (N, r), down (r, K), float32.
     """
-    rows = len(error)
-    width = (rank + _SPARE) * (_DEPTH + 1)
-    basis = None if rows <= max(_WHOLE, width) else _krylov(error, rank + _SPARE, weigh, seed)
+    rows, columns = error.shape
+    whole = max(_WHOLE, (rank + _SPARE) * (_DEPTH + 1))
+    if rows <= whole:
+        basis = None
+    elif columns <= whole:
+        basis = np.linalg.qr(error)[0]
+    else:
+        basis = _krylov(error, rank + _SPARE, weigh, seed)
     images: Matrix = error if basis is None else basis.T @ error  # (m, K)
     inner = images @ _weighed(images.T, weigh)  # (m, m)
     _, vectors = np.linalg.eigh(inner.astype(np.float64))
@@ -64,13 +69,15 @@ def _krylov(error: Matrix, width: int, weigh: Matrix | None, seed: int) -> Matri
     block = error @ _weighed(start, weigh)
     blocks: list[Matrix] = []
     for _ in range(_DEPTH + 1):
-        for _ in range(2):  # once leaves parts of earlier blocks behind, twice does not
-            for other in blocks:
-                block = block - other @ (other.T @ block)
-            block = np.linalg.qr(block)[0]
+        for other in blocks:
+            block = block - other @ (other.T @ block)
+        block = np.linalg.qr(block)[0]
         blocks.append(block)
         block = error @ _weighed(error.T @ block, weigh)
-    return np.concatenate(blocks, axis=1)
+    # Where the error has fewer directions than that, later blocks are noise along earlier ones:
+    # only a decomposition of them all is orthogonal then.
+    basis: Matrix = np.linalg.qr(np.concatenate(blocks, axis=1))[0]
+    return basis
 
 
 def _weighed(columns: Matrix, weigh: Matrix | None) -> Matrix:
@@ -118,6 +125,6 @@ def live_nbytes(shape: tuple[int, int], rank: int) -> int:
     """What `best_factors` holds beside the error matrix, without H: an upper bound."""
     rows, columns = shape
     width = (rank + _SPARE) * (_DEPTH + 1)
-    if rows <= max(_WHOLE, width):
-        return (2 * rows * columns + 3 * rows * rows) * 8
+    if min(shape) <= max(_WHOLE, width):
+        return (2 * rows * columns + 3 * min(shape) ** 2) * 8
     return 4 * (3 * width * (rows + columns) + 8 * width * width)

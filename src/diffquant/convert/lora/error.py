@@ -8,6 +8,9 @@ held at a time; its best factors (quant/lowrank.py) go straight into the file, w
 from shapes alone. What the layer's inputs are like weighs the error where that is known: by
 covariance (`--inputs`), else by mean squares (`--imatrix`).
 
+All layers have one rank, zeros where a small layer has less to give: Diffusers takes the rank that
+is most common for the alpha of all (diffusers 0.42.1, utils/peft_utils.py, get_peft_kwargs).
+
 The denoiser's matrices get factors. Convolutions and other parts do not, and the plan counts them.
 """
 
@@ -77,7 +80,7 @@ class LoraPlan:
 
     Attributes:
         path: the file.
-        rank: asked for; layers with fewer rows or columns get as many as they have.
+        rank: of every layer; what was asked for, or what the largest layer has.
         specs: its tensors.
         layers: in the output's order.
         without: why other packed weights get no factors -> how many.
@@ -186,12 +189,14 @@ def plan_error_lora(
     shapes = {step.key: step.assignment.shape for step in steps}
     modules = {} if folder else kohya_modules(component, shapes)
     names = match_entries(matrix, architecture, match.parts) if matrix is not None else {}
+    matrices = [step.assignment.shape for step in steps if _is_packed(step) and not _unfit(step)]
+    rank = min(rank, max((min(shape) for shape in matrices), default=rank))
     layers: list[_Layer] = []
     specs: list[TensorSpec] = []
     without: dict[str, int] = {}
     weighs: dict[str, NDArray[np.float32]] = {}
     for index, step in enumerate(plan.steps):
-        if not step.decision.format or FORMATS[step.decision.format].is_cast:
+        if not _is_packed(step):
             continue
         if why := _unfit(step):
             without[why] = without.get(why, 0) + 1
@@ -205,7 +210,7 @@ def plan_error_lora(
         elif matrix is not None and (name := names.get((step.part, step.key))) is not None:
             weighs[step.key] = importance_values(matrix, name, step)
             weigh = "importance"
-        one = _Layer(index, keys, min(rank, rows, columns), weigh)
+        one = _Layer(index, keys, rank, weigh)
         layers.append(one)
         specs += _specs(one, rows, columns)
     if not layers:
@@ -222,6 +227,11 @@ def plan_error_lora(
         peak_nbytes=max(_live_nbytes(plan.steps[one.step], one) for one in layers),
         importance=weighs,
     )
+
+
+def _is_packed(step: Step) -> bool:
+    """Whether this run rounds the weight: what is copied has no error."""
+    return bool(step.decision.format) and not FORMATS[step.decision.format].is_cast
 
 
 def _unfit(step: Step) -> str:
@@ -315,7 +325,7 @@ class _Job:
         weigh = self._weigh(one, step)
         seed = zlib.crc32(step.key.encode())
         halves = []
-        for factor in best_factors(error, one.rank, weigh=weigh, seed=seed):
+        for factor in self._factors(error, one, weigh, seed):
             if not np.abs(factor).max(initial=0) <= _LARGEST:
                 raise QuantError(f"{self.lora.path}: {step.key}: factors beyond float16")
             halves.append(factor.astype(np.float16))
@@ -329,6 +339,15 @@ class _Job:
             arrays[one.keys.alpha] = np.array(one.rank, np.float16)
         for key, array in arrays.items():
             sink.write(key, 0, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+    @staticmethod
+    def _factors(
+        error: Matrix, one: _Layer, weigh: Matrix | None, seed: int
+    ) -> tuple[Matrix, Matrix]:
+        """Factors of the rank that all layers have; zeros where a layer has less."""
+        up, down = best_factors(error, min(one.rank, *error.shape), weigh=weigh, seed=seed)
+        more = one.rank - len(down)
+        return np.pad(up, ((0, 0), (0, more))), np.pad(down, ((0, more), (0, 0)))
 
     def _error(self, step: Step) -> Matrix:
         """Source minus decoded, filled in chunks."""
