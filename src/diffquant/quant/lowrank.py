@@ -27,6 +27,7 @@ Matrix = NDArray[np.float32]
 _WHOLE = 256  # rows up to which E H E^T is decomposed whole
 _SPARE = 8  # columns of a block beyond the rank
 _DEPTH = 4  # products with E H E^T
+_DISTINCT = 1e-3  # squared length below which a column is the others' noise
 _ROWS = 1 << 20  # weights of the residual at once
 
 
@@ -67,16 +68,24 @@ def _krylov(error: Matrix, width: int, weigh: Matrix | None, seed: int) -> Matri
         (error.shape[1], width), np.float32
     )
     block = error @ _weighed(start, weigh)
-    blocks: list[Matrix] = []
-    for _ in range(_DEPTH + 1):
-        for other in blocks:
-            block = block - other @ (other.T @ block)
-        block = np.linalg.qr(block)[0]
-        blocks.append(block)
-        block = error @ _weighed(error.T @ block, weigh)
-    # Where the error has fewer directions than that, later blocks are noise along earlier ones:
-    # only a decomposition of them all is orthogonal then.
-    basis: Matrix = np.linalg.qr(np.concatenate(blocks, axis=1))[0]
+    blocks = np.empty((len(error), width * (_DEPTH + 1)), np.float32)
+    for at in range(0, blocks.shape[1], width):
+        earlier = blocks[:, :at]
+        block -= earlier @ (earlier.T @ block)
+        blocks[:, at : at + width] = np.linalg.qr(block)[0]
+        block = error @ _weighed(error.T @ blocks[:, at : at + width], weigh)
+    return _orthogonal(blocks)
+
+
+def _orthogonal(blocks: Matrix) -> Matrix:
+    """An orthonormal basis of columns that almost are one.
+
+    Where the error has fewer directions than were sought, later blocks are noise along earlier
+    ones. By products and not by numpy's QR: that works on copies in float64.
+    """
+    values, vectors = np.linalg.eigh((blocks.T @ blocks).astype(np.float64))
+    kept = values > _DISTINCT
+    basis: Matrix = blocks @ (vectors[:, kept] / np.sqrt(values[kept])).astype(np.float32)
     return basis
 
 
@@ -124,7 +133,9 @@ def _energy(part: Matrix, weigh: Matrix | None) -> float:
 def live_nbytes(shape: tuple[int, int], rank: int) -> int:
     """What `best_factors` holds beside the error matrix, without H: an upper bound."""
     rows, columns = shape
-    width = (rank + _SPARE) * (_DEPTH + 1)
+    block = rank + _SPARE
+    width = block * (_DEPTH + 1)
     if min(shape) <= max(_WHOLE, width):
-        return (2 * rows * columns + 3 * min(shape) ** 2) * 8
-    return 4 * (3 * width * (rows + columns) + 8 * width * width)
+        return (5 * rows * columns + 3 * min(shape) ** 2) * 8
+    copies = 3 * width * 4 + 6 * block * 8  # of thin matrices; QR has float64 ones of a block
+    return copies * (rows + columns) + 6 * width * width * 8

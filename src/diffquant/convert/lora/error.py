@@ -37,7 +37,7 @@ from diffquant.convert.logical import LogicalSource
 from diffquant.convert.lora.written import LoraKeys, kohya_modules, lora_header, lora_keys
 from diffquant.convert.output import fingerprint
 from diffquant.convert.plan import Plan, Step
-from diffquant.convert.workers import Task, run_tasks
+from diffquant.convert.workers import Task, default_workers, run_tasks
 from diffquant.core.errors import QuantError, UsageError
 from diffquant.core.heap import keep_freed_pages
 from diffquant.core.progress import NO_PROGRESS, Progress
@@ -61,6 +61,7 @@ __all__ = [
 _HELD = "F16"
 _RESOLVED = 1e-6  # of a sum of products in float32: what remains below cannot be told
 _LARGEST = float(np.finfo(np.float16).max)
+_BLAS_NBYTES = 20 << 20  # numpy's OpenBLAS keeps 18 MiB for each of its threads
 _NBYTES_PER_WEIGHT = 16  # of a chunk: source, decoded and their difference in float32, bytes
 
 
@@ -224,7 +225,9 @@ def plan_error_lora(
         layers=tuple(layers),
         without=without,
         nbytes=sum(spec.nbytes for spec in specs),
-        peak_nbytes=max(_live_nbytes(plan.steps[one.step], one) for one in layers),
+        peak_nbytes=_BLAS_NBYTES * default_workers()
+        + max(plan.steps[one.step].parameters for one in layers) * 4
+        + max(_live_nbytes(plan.steps[one.step], one) for one in layers),
         importance=weighs,
     )
 
@@ -250,11 +253,11 @@ def _specs(one: _Layer, rows: int, columns: int) -> Iterator[TensorSpec]:
 
 
 def _live_nbytes(step: Step, one: _Layer) -> int:
+    """What a layer needs beside its error matrix."""
     rows, columns = matrix_shape(step.assignment.shape)
-    error = rows * columns * 4
     covariance = 4 * math.prod(covariance_shape(columns)) if one.weigh == "covariance" else 0
     held = min(rows * columns, 2 * CHUNK) * _NBYTES_PER_WEIGHT
-    return error + covariance + max(live_nbytes((rows, columns), one.rank), held)
+    return covariance + max(live_nbytes((rows, columns), one.rank), held)
 
 
 def write_error_lora(
@@ -284,7 +287,10 @@ def write_error_lora(
             "diffquant.lora.base.fingerprint": fingerprint(right),
             "diffquant.source.fingerprint": fingerprint(left),
         }
-        job = _Job(bind(left), bind(right), plan, lora, inputs, workers, progress)
+        largest = max(plan.steps[one.step].parameters for one in lora.layers)
+        # One room for all layers: matrices of their own sizes would leave holes between them.
+        room = np.empty(largest, np.float32)
+        job = _Job(bind(left), bind(right), plan, lora, inputs, workers, progress, room)
         progress.start("error LoRA", sum(plan.steps[one.step].source_nbytes for one in lora.layers))
         try:
             with (
@@ -314,6 +320,7 @@ class _Job:
     inputs: InputsFile | None
     workers: int
     progress: Progress
+    room: Matrix  # (largest layer,) float32
     size: float = 0.0
     before: float = 0.0
     after: float = 0.0
@@ -351,7 +358,8 @@ class _Job:
 
     def _error(self, step: Step) -> Matrix:
         """Source minus decoded, filled in chunks."""
-        error = np.empty(matrix_shape(step.assignment.shape), np.float32)
+        shape = matrix_shape(step.assignment.shape)
+        error = self.room[: math.prod(shape)].reshape(shape)
         chunks = chunks_of(step)
         sizes = [0.0] * len(chunks)
 
