@@ -1,7 +1,7 @@
 """How fast is quantizing from float32, against the peer that defines each format?
 
 python benchmarks/quantize_cpu.py [--json FILE] [--rows N] [--columns K] [--formats q4_k,nf4]
-    [--modes plain,importance] [--compile]
+    [--modes plain,importance] [--compile] [--convert-to-quant PYTHON]
 
 Formats that weigh errors by importance are measured in both modes. Peers, in the same process:
 ggml's own library for its block types (ctypes on the one that pywhispercpp 1.5.1 carries),
@@ -10,6 +10,10 @@ the rest. Both work on one array; ours and ggml take row
 chunks of at most 2**20 weights from a thread pool, torch and bitsandbytes their own threads. A
 warm-up is thrown away (compilation), then ours and the peer take turns, and the median of five of
 each counts. The error is relative; with importance both sides are multiplied by its root.
+
+convert_to_quant (1.3.4 was measured) brings packages of its own, so it runs in an environment of
+its own, named by its interpreter; its plain mode, `--simple`, gets an array of the same numbers,
+and a line below ours. Without --convert-to-quant that line is left out.
 
 `--compile` measures what the first use of each costs instead, in a process of its own with an empty
 cache and then again from the cache.
@@ -244,6 +248,64 @@ def measure(
     return result
 
 
+# Our format -> target_format and scaling_mode of its converter, or the module that has one.
+CTQ = {
+    "fp8_e4m3_scaled": ("fp8", "tensor"),
+    "fp8_e4m3_rowwise": ("fp8", "row"),
+    "int8_tensor": ("int8", "tensor"),
+    "int8_rowwise": ("int8", "row"),
+}
+_CTQ_RUN = """
+import contextlib, io, json, statistics, sys, time
+import numpy as np, torch
+with contextlib.redirect_stdout(io.StringIO()):
+    from convert_to_quant.converters.learned_rounding import LearnedRoundingConverter as Converter
+    kind, mode, rows, columns, runs = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
+    weight = np.random.default_rng(0).standard_normal((rows, columns), np.float32)
+    weight = torch.from_numpy(weight * np.float32(0.02))
+    options = {"optimizer": "original", "no_learned_rounding": True, "device": "cpu"}
+    converter = Converter(target_format=kind, scaling_mode=mode, **options)
+    found = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        seconds = []
+        for _ in range(runs + 1):
+            start = time.perf_counter()
+            out = converter.convert(weight)
+            seconds.append(time.perf_counter() - start)
+        found[f"seconds_{threads}"] = statistics.median(seconds[1:])
+    packed, scale = out[0].float(), out[1].float()
+    scale = scale.reshape(-1, 1) if scale.numel() == rows else scale
+    errors = [((packed * one - weight).norm() / weight.norm()).item() for one in (scale, 1 / scale)]
+    found["error"] = min(errors)  # some modes return the scale, some its inverse
+print(json.dumps(found))
+"""
+
+
+def convert_to_quant(python: str, name: str, shape: tuple[int, int]) -> dict[str, float] | None:
+    """Seconds per array with 1 and 2 threads, and the error; None where it has no such mode."""
+    if name not in CTQ:
+        return None
+    run = subprocess.run(
+        [python, "-c", _CTQ_RUN, *CTQ[name], *map(str, (*shape, RUNS))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        raise SystemExit(f"convert_to_quant {name}: {run.stderr.strip().splitlines()[-1]}")
+    return json.loads(run.stdout)
+
+
+def ctq_line(name: str, mine: dict[str, object], theirs: dict[str, float], weights: int) -> str:
+    speeds = [weights / 1e6 / theirs[f"seconds_{threads}"] for threads in THREADS]
+    ratios = [mine[f"mweights_s_{t}"] / one for t, one in zip(THREADS, speeds, strict=True)]
+    return (
+        f"{name:16} {'':10} {'':6} {theirs['error']:8.3g} {'':17}  {'conv_to_quant':12} "
+        f"{speeds[0]:6.1f} {speeds[1]:6.1f} {ratios[0]:5.1f} {ratios[1]:5.1f}"
+    )
+
+
 _FIRST_USE = """
 import sys, time
 import numpy as np
@@ -322,6 +384,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--formats", help="comma separated; all that compute anything by default")
     parser.add_argument("--modes", default="plain,importance")
+    parser.add_argument("--convert-to-quant", metavar="PYTHON")
     parser.add_argument("--compile", action="store_true", help="measure first uses, not speed")
     arguments = parser.parse_args()
     names = (
@@ -354,6 +417,14 @@ def main() -> None:
                 line = speed_line(name, mode, one)
             results[f"{name} {mode}"] = one
             print(line, flush=True)
+            python = arguments.convert_to_quant
+            if python and not arguments.compile and mode == "plain":
+                theirs = convert_to_quant(python, name, shape)
+                if theirs is not None:
+                    one["convert_to_quant"] = theirs
+                    print(ctq_line(name, one, theirs, weight.size), flush=True)
+    if not arguments.convert_to_quant:
+        print("convert_to_quant is left out: name its interpreter with --convert-to-quant PYTHON")
     if arguments.json:
         report = {"weights": weight.size, "environment": environment(), "formats": results}
         arguments.json.write_text(json.dumps(report, indent=2))
