@@ -8,7 +8,8 @@ generates the same pictures as its source in float32: PSNR is pooled over all pr
 step error, relative, is that of one denoiser call on the source's own inputs, over the first 32
 calls: it does not grow along the trajectory, so it tells apart what pictures drown in noise. The
 weight error is over the packed layers that a LoRA reaches. `x/inputs` is a LoRA weighed by the
-covariance of inputs, `x/imatrix` by their mean squares.
+covariance of inputs, `x/imatrix` by their mean squares; there, types of ggml round by them as well:
+`no LoRA/imatrix` shows that alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from diffquant.convert.jobs import JobReport, run_job
 from diffquant.convert.plan import Request
 from diffquant.io.inputs import open_inputs, write_inputs
+from diffquant.quant.formats import FORMATS
 from diffquant.quant.types import type_named
 from diffquant.runtime.calibrate import calibrate
 from diffquant.runtime.compare import Pooled
@@ -93,9 +95,10 @@ class Judge:
         return (squared / norm) ** 0.5, pooled.psnr_db or math.inf
 
 
-def candidates(ranks: list[int]) -> list[tuple[str, int, str, bool]]:
-    """(label, rank, what weighs it, bias correction)."""
+def candidates(ranks: list[int], *, weighs: bool) -> list[tuple[str, int, str, bool]]:
+    """(label, rank, what weighs it, bias correction); `weighs`: the type's own rounding can too."""
     plain = [("plain", 0, "", False), ("bias", 0, "inputs", True)]
+    plain += [("no LoRA/imatrix", 0, "imatrix", False)] if weighs else []
     loras = [
         (f"lora {rank}{'/' if weigh else ''}{weigh}", rank, weigh, False)
         for rank in ranks
@@ -135,8 +138,9 @@ def measure(
     for name in arguments.types.split(","):
         kind = type_named(name)
         container = next(one for one in CONTAINER if one in kind.dialects)
+        weighs = any(FORMATS[one].importance != "unused" for one in kind.formats)
         base: tuple[float, float] | None = None
-        for label, rank, weigh, bias in candidates(ranks):
+        for label, rank, weigh, bias in candidates(ranks, weighs=weighs):
             out, lora = folder / f"out{CONTAINER[container]}", folder / "lora.safetensors"
             request = Request(container, type=kind, lora_rank=rank, bias_correction=bias)
             started = time.perf_counter()
