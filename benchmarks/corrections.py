@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from diffquant.convert.jobs import JobReport, run_job
+from diffquant.convert.job_report import JobReport
+from diffquant.convert.jobs import run_job
 from diffquant.convert.plan import Request
 from diffquant.io.inputs import open_inputs, write_inputs
 from diffquant.quant.formats import FORMATS

@@ -8,7 +8,8 @@ import click
 
 from diffquant.cli.frame import Options, Outcome, common, run, threads
 from diffquant.cli.job import render_job, resumable
-from diffquant.convert.jobs import JobReport, container_for, run_job
+from diffquant.convert.job_report import JobReport
+from diffquant.convert.jobs import container_for, run_job
 from diffquant.convert.plan import Request
 
 __all__ = ["command"]

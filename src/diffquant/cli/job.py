@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from diffquant.cli.frame import echo, human, table
-from diffquant.convert.jobs import JobReport
-from diffquant.convert.lora.error import ErrorLoraReport
+from diffquant.convert.job_report import JobReport
+from diffquant.convert.lora.error_plan import ErrorLoraReport
 from diffquant.core.report import to_json
 
 __all__ = ["JobOutcome", "render_job", "resumable"]
@@ -98,7 +98,7 @@ def render_job(report: JobReport, *, verbose: bool = False) -> None:
 
 def _render_lora(lora: ErrorLoraReport) -> None:
     gain = lora.weighed_gain_db
-    outputs = "" if gain is None else f", {gain:.1f} dB less in the layers' outputs"
+    outputs = "" if gain is None else f", {gain:.1f} dB less in their outputs (inputs as measured)"
     echo(f"  wrote {lora.output}, {human(lora.nbytes)}")
     echo(
         f"  its layers' relative error {lora.error:.4f} becomes {lora.corrected_error:.4f} with it"

@@ -13,7 +13,8 @@ from diffquant.cli.job import JobOutcome, render_job, resumable
 from diffquant.cli.values import check_free, prompts_from, write_text
 from diffquant.cli.verdict import render_image
 from diffquant.convert.encoders.parts import MMPROJ
-from diffquant.convert.jobs import JobReport, container_for, run_job
+from diffquant.convert.job_report import JobReport
+from diffquant.convert.jobs import container_for, run_job
 from diffquant.convert.plan import Request
 from diffquant.convert.recipe_source import load_recipe
 from diffquant.convert.recipes import Recipe, recipe_of, render_recipe

@@ -12,6 +12,7 @@ from diffquant.core.tensors import TensorSource, TensorSpec
 from diffquant.quant.backends import backend
 from diffquant.quant.codecs import fp4_bnb, nf4
 from diffquant.quant.codecs.dynamic_map import DYNAMIC_MAP
+from diffquant.quant.codecs.flat_blocks import BLOCK_SIZE
 
 __all__ = ["FlatState", "Nested", "flat_state", "read_flat"]
 
@@ -65,7 +66,7 @@ def read_flat(source: TensorSource, state: FlatState, start: int, stop: int) -> 
     packed = _slice(source, state.weight, first // 2, -(-last // 2))
     absmax = _absmax(source, state, first // block, -(-last // block))
     shape = (1, last - first)
-    if block == nf4.BLOCK_SIZE:
+    if block == BLOCK_SIZE:
         codec = backend(_CODECS[state.kind], "decode")
         out: NDArray[np.float32] = codec(
             {"weight": packed, "absmax": absmax}, shape, fmt=state.kind

@@ -14,7 +14,7 @@ from diffquant.convert.architectures.generic import GENERIC
 from diffquant.convert.detect import detect, detect_encoder
 from diffquant.convert.generic import generic_match
 from diffquant.convert.match import Match
-from diffquant.core.errors import UnknownArchitecture, UnknownFormat
+from diffquant.core.errors import ArchitectureError, UnknownArchitecture, UnknownFormat
 from diffquant.core.tensors import TensorSpec
 
 __all__ = ["ARCHITECTURE_NAMES", "claims", "recognise"]
@@ -65,14 +65,34 @@ def recognise(
     try:
         match = detect(specs, metadata, configs, only=arch)
     except UnknownArchitecture as error:
-        encoder = None if arch else detect_encoder(specs, metadata, configs)
+        if arch:
+            raise _another(specs, metadata, configs, arch, error) from None
+        encoder = detect_encoder(specs, metadata, configs)
         if encoder is not None:
             return encoder
-        if not arch and metadata.get("diffquant.architecture") == GENERIC.slug:
+        if metadata.get("diffquant.architecture") == GENERIC.slug:
             return generic_match(specs)
         raise error
     told = claims(match, metadata)
     return replace(match, warnings=(*match.warnings, *told)) if told else match
+
+
+def _another(
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, object],
+    configs: Mapping[str, object] | None,
+    arch: str,
+    error: UnknownArchitecture,
+) -> UnknownArchitecture:
+    """The error of tensors that are not those of `arch`: it says whose they are, where it can."""
+    try:
+        found = detect(specs, metadata, configs)
+    except ArchitectureError:
+        return error
+    return UnknownArchitecture(
+        f"--arch {arch}: these tensors are those of {found.architecture}, not of {arch}; leave "
+        "--arch out"
+    )
 
 
 def claims(match: Match, metadata: Mapping[str, object]) -> tuple[str, ...]:

@@ -1,17 +1,13 @@
-"""bitsandbytes' FP4: blocks of 64 of the flattened weight, float32 absmax each, 4-bit codes.
+"""bitsandbytes' FP4: blocks of 64 of the flattened weight, 4-bit floats.
 
-    weight   ceil(R * K / 2) bytes, element 2i in the high nibble of byte i, 2i + 1 in the low
-    absmax   ceil(R * K / 64) float32                      decoded = CODE[code] * absmax
-
-The same layout as NF4 (codecs/nf4.py) with another table. A code's bits are sign, exponent and
-fraction, so the table is not ascending: codes are found among the sorted values and translated by
-ORDER. A zero is always code 0. Source: bitsandbytes 0.50.2 functional.py:806-823 (table, divided by
-12), backends/default/ops.py quantize_4bit, _get_4bit_quantize_bounds.
+The layout is that of codecs/flat_blocks.py. A code's bits are sign, exponent and fraction, so the
+table is not ascending: codes are found among the sorted values and translated by ORDER. A zero is
+always code 0. Source: bitsandbytes 0.50.2 functional.py:806-823 (table, divided by 12),
+backends/default/ops.py quantize_4bit, _get_4bit_quantize_bounds.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffquant.quant.codecs.arrays import Bytes, Float32, Parts
-from diffquant.quant.codecs.nf4 import BLOCK_SIZE, SMALLEST_ABSMAX
+from diffquant.quant.codecs.flat_blocks import decode_flat, encode_flat
 
 __all__ = ["BOUNDS", "CODE", "ORDER", "decode", "encode"]
 
@@ -51,20 +47,7 @@ def encode(weight: Float32, stats: float | None = None, *, fmt: str) -> Parts:
     Error: absmax / 6 per element, half the widest gap of the table.
     """
     del stats, fmt
-    flat = weight.reshape(-1)
-    full = flat.size - flat.size % BLOCK_SIZE
-    blocks, rest = flat[:full].reshape(-1, BLOCK_SIZE), flat[full:]
-    with np.errstate(all="ignore"):
-        absmax = np.abs(blocks).max(axis=1, initial=0)  # (B,)
-        inverse = _ONE / np.maximum(absmax, SMALLEST_ABSMAX)
-        code = _codes(blocks * inverse[:, None]).reshape(-1)
-        if rest.size:
-            last = np.maximum(np.abs(rest).max(), SMALLEST_ABSMAX)
-            absmax = np.append(absmax, last)
-            code = np.append(code, _codes(rest / last))
-    if code.size % 2:
-        code = np.append(code, np.uint8(0))  # CODE[0] is 0
-    return {"weight": code[::2] << 4 | code[1::2], "absmax": absmax}
+    return encode_flat(weight, _codes, 0)
 
 
 def decode(parts: Mapping[str, NDArray[Any]], shape: tuple[int, int], *, fmt: str) -> Float32:
@@ -76,9 +59,4 @@ def decode(parts: Mapping[str, NDArray[Any]], shape: tuple[int, int], *, fmt: st
         fmt: not used.
     """
     del fmt
-    size = math.prod(shape)
-    packed = parts["weight"].reshape(-1)
-    values: Float32 = CODE[np.stack([packed >> 4, packed & 15], axis=1)].reshape(-1)[:size]
-    absmax: Float32 = np.repeat(parts["absmax"].reshape(-1), BLOCK_SIZE)[:size]
-    with np.errstate(invalid="ignore"):
-        return (values * absmax).reshape(shape)
+    return decode_flat(parts, shape, CODE)

@@ -1,18 +1,11 @@
-"""NF4: blocks of 64 of the flattened weight, float32 absmax each, 4-bit indices into a fixed table.
+"""NF4: blocks of 64 of the flattened weight, 4-bit indices into a fixed table of normal quantiles.
 
-    weight   ceil(R * K / 2) bytes, element 2i in the high nibble of byte i, 2i + 1 in the low
-    absmax   ceil(R * K / 64) float32                      decoded = CODE[index] * absmax
-
-Blocks run over row ends, so a chunk of rows must start where a block does (FORMATS row_multiple);
-only the last block of a tensor may be partial. The nearest table value wins, a tie the lower one.
-Source: bitsandbytes 0.50.2 functional.py:788-805 (table), backends/default/ops.py quantize_4bit:
-full blocks are multiplied by 1 / absmax, a partial one is divided by absmax and stores at least
-1e-38; an odd last nibble encodes 0.
+The layout is that of codecs/flat_blocks.py. The nearest table value wins, a tie the lower one.
+Source: bitsandbytes 0.50.2 functional.py:788-805 (table), backends/default/ops.py quantize_4bit.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffquant.quant.codecs.arrays import Bytes, Float32, Parts
+from diffquant.quant.codecs.flat_blocks import decode_flat, encode_flat
 
-__all__ = ["BLOCK_SIZE", "BOUNDS", "CODE", "SMALLEST_ABSMAX", "decode", "encode"]
+__all__ = ["BOUNDS", "CODE", "decode", "encode"]
 
-BLOCK_SIZE = 64
-SMALLEST_ABSMAX = np.float32(1e-38)
+_ONE, _ZERO = np.float32(1), 7  # CODE[7] is 0
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero.
 CODE: Float32 = np.array(
     (
@@ -48,7 +41,6 @@ CODE: Float32 = np.array(
     np.float32,
 )
 BOUNDS: Float32 = (CODE[:-1] + CODE[1:]) / np.float32(2)
-_ONE = np.float32(1)
 
 
 def _indices(scaled: Float32) -> Bytes:
@@ -71,20 +63,7 @@ def encode(weight: Float32, stats: float | None = None, *, fmt: str) -> Parts:
     Error: 0.1519 * absmax per element, half the widest gap of the table.
     """
     del stats, fmt
-    flat = weight.reshape(-1)
-    full = flat.size - flat.size % BLOCK_SIZE
-    blocks, rest = flat[:full].reshape(-1, BLOCK_SIZE), flat[full:]
-    with np.errstate(all="ignore"):
-        absmax = np.abs(blocks).max(axis=1, initial=0)  # (B,)
-        inverse = _ONE / np.maximum(absmax, SMALLEST_ABSMAX)
-        index = _indices(blocks * inverse[:, None]).reshape(-1)
-        if rest.size:
-            last = np.maximum(np.abs(rest).max(), SMALLEST_ABSMAX)
-            absmax = np.append(absmax, last)
-            index = np.append(index, _indices(rest / last))
-    if index.size % 2:
-        index = np.append(index, np.uint8(7))  # CODE[7] is 0
-    return {"weight": index[::2] << 4 | index[1::2], "absmax": absmax}
+    return encode_flat(weight, _indices, _ZERO)
 
 
 def decode(parts: Mapping[str, NDArray[Any]], shape: tuple[int, int], *, fmt: str) -> Float32:
@@ -96,9 +75,4 @@ def decode(parts: Mapping[str, NDArray[Any]], shape: tuple[int, int], *, fmt: st
         fmt: not used.
     """
     del fmt
-    size = math.prod(shape)
-    packed = parts["weight"].reshape(-1)
-    values: Float32 = CODE[np.stack([packed >> 4, packed & 15], axis=1)].reshape(-1)[:size]
-    absmax: Float32 = np.repeat(parts["absmax"].reshape(-1), BLOCK_SIZE)[:size]
-    with np.errstate(invalid="ignore"):
-        return (values * absmax).reshape(shape)
+    return decode_flat(parts, shape, CODE)

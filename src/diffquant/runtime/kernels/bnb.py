@@ -18,6 +18,7 @@ from torch import Tensor
 from diffquant.quant.codecs import fp4_bnb, nf4
 from diffquant.quant.codecs.double_quant import NESTED_BLOCK
 from diffquant.quant.codecs.dynamic_map import DYNAMIC_MAP
+from diffquant.quant.codecs.flat_blocks import BLOCK_SIZE
 from diffquant.quant.codecs.int8_bnb import ONE_LEVEL
 from diffquant.runtime.kernels.fields import Kernel, Parts
 
@@ -40,7 +41,7 @@ def _four_bits(kind: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dty
     table = torch.tensor(_TABLES[kind], dtype=torch.float32, device=packed.device)
     codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1).int()
     count = math.prod(shape)
-    scales = absmax.repeat_interleave(nf4.BLOCK_SIZE)[:count]
+    scales = absmax.repeat_interleave(BLOCK_SIZE)[:count]
     return (table[codes[:count]] * scales).reshape(shape).to(dtype)
 
 

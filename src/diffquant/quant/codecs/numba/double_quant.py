@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from diffquant.quant.codecs.arrays import Float32, Parts
 from diffquant.quant.codecs.double_quant import Mean, compress, expand
-from diffquant.quant.codecs.nf4 import BLOCK_SIZE, SMALLEST_ABSMAX
+from diffquant.quant.codecs.flat_blocks import BLOCK_SIZE, SMALLEST_ABSMAX
 from diffquant.quant.codecs.numba import fp4_bnb, nf4
 
 __all__ = ["decode", "encode", "reduce"]

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffquant.quant.codecs.arrays import Bytes, Float32, Parts, frozen
+from diffquant.quant.codecs.arrays import Bytes, Float32, Parts
+from diffquant.quant.codecs.flat_blocks import BLOCK_SIZE, SMALLEST_ABSMAX
 from diffquant.quant.codecs.fp4_bnb import BOUNDS, CODE, ORDER
-from diffquant.quant.codecs.nf4 import BLOCK_SIZE, SMALLEST_ABSMAX
 from diffquant.quant.codecs.numba.compile import inlined, kernel
-from diffquant.quant.codecs.numba.floats import magnitude_bits
+from diffquant.quant.codecs.numba.flat_blocks import absmax_of, decode_flat, encode_flat
 
 __all__ = ["decode", "encode"]
 
 _ONE = np.float32(1)
 _BOUNDS = tuple(BOUNDS)
 _ORDER = ORDER
-_CODE = CODE
 
 
 @inlined
@@ -32,21 +30,12 @@ def _code(scaled: np.float32) -> np.uint8:
     return np.uint8(_ORDER[index])
 
 
-@inlined
-def _absmax(flat: Float32, start: int, stop: int) -> np.float32:
-    bits = np.int32(0)
-    for i in range(start, stop):
-        size = magnitude_bits(flat[i])
-        bits = size if size > bits else bits
-    return np.int32(bits).view(np.float32)
-
-
 @kernel
 def _encode_kernel(flat: Float32, packed: Bytes, absmax: Float32) -> None:
     blocks = flat.size // BLOCK_SIZE
     for b in range(blocks):
         start = b * BLOCK_SIZE
-        amax = _absmax(flat, start, start + BLOCK_SIZE)
+        amax = absmax_of(flat, start, start + BLOCK_SIZE)
         absmax[b] = amax
         inverse = np.float32(_ONE / (SMALLEST_ABSMAX if amax < SMALLEST_ABSMAX else amax))
         for i in range(BLOCK_SIZE // 2):
@@ -55,7 +44,7 @@ def _encode_kernel(flat: Float32, packed: Bytes, absmax: Float32) -> None:
             packed[start // 2 + i] = np.uint8((high << np.uint8(4)) | low)
     start = blocks * BLOCK_SIZE
     if start < flat.size:
-        amax = _absmax(flat, start, flat.size)
+        amax = absmax_of(flat, start, flat.size)
         amax = SMALLEST_ABSMAX if amax < SMALLEST_ABSMAX else amax
         absmax[blocks] = amax
         for i in range(start // 2, packed.size):
@@ -64,31 +53,13 @@ def _encode_kernel(flat: Float32, packed: Bytes, absmax: Float32) -> None:
             packed[i] = np.uint8((high << np.uint8(4)) | np.uint8(low))
 
 
-@kernel
-def _decode_kernel(packed: Bytes, absmax: Float32, flat: Float32) -> None:
-    for b in range(absmax.size):
-        start, amax = b * BLOCK_SIZE, absmax[b]
-        for i in range(start // 2, min(start + BLOCK_SIZE, flat.size) // 2):
-            flat[2 * i] = _CODE[packed[i] >> np.uint8(4)] * amax
-            flat[2 * i + 1] = _CODE[packed[i] & np.uint8(15)] * amax
-    if flat.size % 2:
-        last = packed[packed.size - 1] >> np.uint8(4)
-        flat[flat.size - 1] = _CODE[last] * absmax[absmax.size - 1]
-
-
 def encode(weight: Float32, stats: float | None = None, *, fmt: str) -> Parts:
     """Quantize rows to FP4; see codecs/fp4_bnb.py."""
     del stats, fmt
-    packed = np.empty(-(-weight.size // 2), np.uint8)
-    absmax = np.empty(-(-weight.size // BLOCK_SIZE), np.float32)
-    _encode_kernel(frozen(weight, -1), packed, absmax)
-    return {"weight": packed, "absmax": absmax}
+    return encode_flat(weight, _encode_kernel)
 
 
 def decode(parts: Mapping[str, NDArray[Any]], shape: tuple[int, int], *, fmt: str) -> Float32:
     """Look codes up and multiply by their block's absmax; see codecs/fp4_bnb.py."""
     del fmt
-    flat = np.empty(math.prod(shape), np.float32)
-    packed = frozen(parts["weight"], -(-flat.size // 2))
-    _decode_kernel(packed, frozen(parts["absmax"], -(-flat.size // BLOCK_SIZE)), flat)
-    return flat.reshape(shape)
+    return decode_flat(parts, shape, CODE)
