@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffquant.convert.architectures import ARCHITECTURES
-from diffquant.convert.architectures.generic import GENERIC
-from diffquant.convert.binding import bind
-from diffquant.convert.detect import Match, detect_part, kind_of
 from diffquant.convert.generic import structure
 from diffquant.convert.logical import LogicalSource, LogicalTensor
-from diffquant.convert.recognise import recognise
-from diffquant.core.errors import ArchitectureError, UnknownArchitecture
+from diffquant.convert.match import Match
 from diffquant.core.tensors import TensorSpec
 from diffquant.inspect.encodings import Encoding, encoding_warnings, encodings
+from diffquant.inspect.subject import Subject, subject_of
 from diffquant.io import open_source
 from diffquant.io.imatrix import (
     ImportanceMatrix,
@@ -26,7 +22,7 @@ from diffquant.io.imatrix import (
     read_imatrix,
 )
 
-__all__ = ["FileReport", "PartReport", "StorageCount", "describe"]
+__all__ = ["FileReport", "PartReport", "StorageCount", "describe", "describe_subject"]
 
 _METADATA_LIMIT = 200  # characters of a metadata value worth printing
 
@@ -99,42 +95,39 @@ def describe(path: str | Path) -> FileReport:
     with open_source(path) as source:
         if source.container == "gguf" and is_gguf_imatrix(source):
             return _describe_matrix(path, read_gguf(source))
-        logical = bind(source)
-        specs = logical.specs()
-        storage: dict[str, StorageCount] = {}
-        for spec in source.specs.values():
-            seen = storage.get(spec.dtype, StorageCount(0, 0))
-            storage[spec.dtype] = StorageCount(seen.tensors + 1, seen.nbytes + spec.nbytes)
-        match, candidates = _recognise(specs, source.metadata, source.configs)
-        parts = _parts(logical, match)
-        kind = kind_of(specs)
-        if match is not None and match.architecture in ARCHITECTURES:
-            kind = "checkpoint" if len(match.parts) > 1 else "diffusion_model"
-        elif match is not None and match.architecture != GENERIC.slug:
-            kind = "vae" if match.parts[0].name == "vae" else "text_encoder"
-        return FileReport(
-            path=str(path),
-            container=source.container,
-            kind=kind,
-            architecture=match.architecture if match else "unknown",
-            variant=match.variant if match else "",
-            layout=match.layout if match else "",
-            tensors=len(source.specs),
-            parameters=sum(tensor.spec.size for tensor in logical.tensors.values()),
-            nbytes=sum(spec.nbytes for spec in source.specs.values()),
-            storage=storage,
-            parts=parts,
-            evidence=tuple(match.evidence) if match else _unknown(kind, specs),
-            leftovers=dict(match.leftovers) if match else {},
-            candidates=candidates,
-            metadata=_metadata(source.metadata),
-            warnings=(
-                *logical.warnings,
-                *encoding_warnings(logical),
-                *(match.warnings if match else ()),
-            ),
-            encodings=encodings(logical, match),
-        )
+        return describe_subject(subject_of(source, str(path)))
+
+
+def describe_subject(subject: Subject) -> FileReport:
+    """Describe an opened file."""
+    source, logical, match = subject.source, subject.logical, subject.match
+    storage: dict[str, StorageCount] = {}
+    for spec in source.specs.values():
+        seen = storage.get(spec.dtype, StorageCount(0, 0))
+        storage[spec.dtype] = StorageCount(seen.tensors + 1, seen.nbytes + spec.nbytes)
+    return FileReport(
+        path=subject.path,
+        container=source.container,
+        kind=subject.kind,
+        architecture=match.architecture if match else "unknown",
+        variant=match.variant if match else "",
+        layout=match.layout if match else "",
+        tensors=len(source.specs),
+        parameters=sum(tensor.spec.size for tensor in logical.tensors.values()),
+        nbytes=sum(spec.nbytes for spec in source.specs.values()),
+        storage=storage,
+        parts=_parts(logical, match),
+        evidence=tuple(match.evidence) if match else _unknown(subject.kind, subject.specs),
+        leftovers=dict(match.leftovers) if match else {},
+        candidates=subject.candidates,
+        metadata=_metadata(source.metadata),
+        warnings=(
+            *logical.warnings,
+            *encoding_warnings(logical),
+            *(match.warnings if match else ()),
+        ),
+        encodings=encodings(logical, match),
+    )
 
 
 def _describe_matrix(path: Path, matrix: ImportanceMatrix) -> FileReport:
@@ -166,18 +159,6 @@ def _describe_matrix(path: Path, matrix: ImportanceMatrix) -> FileReport:
         },
         warnings=(),
     )
-
-
-def _recognise(
-    specs: Mapping[str, TensorSpec], metadata: Mapping[str, Any], configs: Mapping[str, Any]
-) -> tuple[Match | None, dict[str, tuple[str, ...]]]:
-    try:
-        return recognise(specs, metadata, configs), {}
-    except UnknownArchitecture as error:
-        part = detect_part(specs, metadata, configs)
-        return part, {} if part else dict(error.candidates)
-    except ArchitectureError:
-        return None, {}
 
 
 def _unknown(kind: str, specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
