@@ -40,17 +40,23 @@ def bind(source: TensorSource) -> LogicalSource:
     Raises:
         MalformedFile: a marker contradicts the tensors beside it.
     """
-    finders = [make(source) for make in _FINDERS]
-    consumed = {key for finder in finders for key in finder.consumed}
-    warnings = [line for finder in finders for line in finder.warnings]
+    names = {key.rpartition(".")[2] for key in source.specs}
+    made = [make(source, names) for make in _FINDERS]
+    consumed = {key for finder in made for key in finder.consumed}
+    warnings = [line for finder in made for line in finder.warnings]
+    finders = [(finder.find, finder.dialect) for finder in made if finder.find is not None]
     tensors: dict[str, LogicalTensor] = {}
     aside: dict[str, str] = {}
     for key, spec in source.specs.items():
-        bound, dialect = next(
-            (found, one.dialect) for one in finders if (found := one.find(spec)) is not None
-        )
-        plain = dialect == "plain"
-        tensors[key] = bound.tensor if plain else replace(bound.tensor, dialect=dialect)
+        for find, dialect in finders:
+            bound = find(spec)
+            if bound is not None:
+                break
+        assert bound is not None  # the last finder knows every tensor
+        if dialect == "plain":
+            tensors[key] = bound.tensor
+            continue
+        tensors[key] = replace(bound.tensor, dialect=dialect)
         consumed.update(bound.used)
         warnings += bound.warnings
         aside.update(bound.set_aside)

@@ -7,6 +7,7 @@ true shape. Values are decoded on read, a range of rows at a time; nothing is he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = ["ORIG_SHAPE", "Decoder", "LogicalSource", "LogicalTensor"]
 
 ORIG_SHAPE = "comfy.gguf.orig_shape."  # + the tensor's name as stored
 
+_CASTS = frozenset({"", *(row.name for row in FORMATS.values() if row.is_cast)})
 _SCALED_FP8 = ("fp8_e4m3_scaled", "fp8_e5m2_scaled")
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "F64": "<f8"}
 
@@ -77,6 +79,11 @@ class LogicalTensor:
     notes: Mapping[str, object] = field(default_factory=dict)
 
     @property
+    def is_as_stored(self) -> bool:
+        """Whether `spec` is that of the stored tensor: a cast or an integer in its own shape."""
+        return self.format in _CASTS and not (self.why or self.decoder or self.reshaped)
+
+    @property
     def is_float(self) -> bool:
         """Whether the tensor can be read as floating point numbers."""
         return bool(self.format) or self.decoder is not None or self._is_double
@@ -91,6 +98,11 @@ class LogicalTensor:
         if self.format:
             return not FORMATS[self.format].is_cast
         return bool(self.why) or self.decoder is not None
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
 
     @property
     def spec(self) -> TensorSpec:
@@ -119,7 +131,11 @@ class LogicalSource:
 
     def specs(self) -> dict[str, TensorSpec]:
         """Logical specs, for recognition."""
-        return {key: tensor.spec for key, tensor in self.tensors.items()}
+        stored = self.source.specs
+        return {
+            key: stored[key] if tensor.is_as_stored else tensor.spec
+            for key, tensor in self.tensors.items()
+        }
 
     def read(self, key: str, rows: tuple[int, int] | None = None) -> NDArray[np.float32]:
         """Decode rows of a weight to float32.

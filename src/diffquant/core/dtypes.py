@@ -112,8 +112,10 @@ def storage_nbytes(dtype: str, shape: Sequence[int]) -> int:
     Raises:
         UnsupportedShape: the last dimension is not a whole number of blocks.
     """
-    row = storage(dtype)
-    if row.is_block and (not shape or shape[-1] % row.block_size):
+    row = STORAGE.get(dtype) or storage(dtype)
+    if row.block_size == 1:
+        return math.prod(shape) * row.block_nbytes
+    if not shape or shape[-1] % row.block_size:
         last = shape[-1] if shape else 1
         raise UnsupportedShape(
             f"rows of {last} elements do not divide into {dtype} blocks of {row.block_size}"

@@ -60,7 +60,8 @@ class SafetensorsFile:
             if key == _METADATA:
                 continue
             try:
-                good[key] = checked_entry(key, entry, self.file.path)
+                spec, begin, _ = checked_entry(key, entry, self.file.path)
+                good[key] = spec, begin
             except DiffquantError as error:
                 bad[key] = str(error).removeprefix(f"{self.file.path}: ")
         return good, bad

@@ -101,10 +101,10 @@ def describe(path: str | Path) -> FileReport:
 def describe_subject(subject: Subject) -> FileReport:
     """Describe an opened file."""
     source, logical, match = subject.source, subject.logical, subject.match
-    storage: dict[str, StorageCount] = {}
+    stored: dict[str, list[int]] = {}
     for spec in source.specs.values():
-        seen = storage.get(spec.dtype, StorageCount(0, 0))
-        storage[spec.dtype] = StorageCount(seen.tensors + 1, seen.nbytes + spec.nbytes)
+        stored.setdefault(spec.dtype, []).append(spec.nbytes)
+    storage = {dtype: StorageCount(len(sizes), sum(sizes)) for dtype, sizes in stored.items()}
     return FileReport(
         path=subject.path,
         container=source.container,
@@ -113,8 +113,8 @@ def describe_subject(subject: Subject) -> FileReport:
         variant=match.variant if match else "",
         layout=match.layout if match else "",
         tensors=len(source.specs),
-        parameters=sum(tensor.spec.size for tensor in logical.tensors.values()),
-        nbytes=sum(spec.nbytes for spec in source.specs.values()),
+        parameters=sum(tensor.size for tensor in logical.tensors.values()),
+        nbytes=sum(one.nbytes for one in storage.values()),
         storage=storage,
         parts=_parts(logical, match),
         evidence=tuple(match.evidence) if match else _unknown(subject.kind, subject.specs),
@@ -176,15 +176,19 @@ def _parts(logical: LogicalSource, match: Match | None) -> tuple[PartReport, ...
     for part in match.parts:
         tensors = [logical.tensors[part.prefix + key] for key in part.shapes]
         formats: dict[str, int] = {}
+        parameters = nbytes = 0
         for tensor in tensors:
             name = tensor.format or tensor.foreign or tensor.dtype.lower()
-            formats[name] = formats.get(name, 0) + tensor.spec.size
+            size = tensor.size
+            formats[name] = formats.get(name, 0) + size
+            parameters += size
+            nbytes += _stored_nbytes(logical, tensor)
         found.append(
             PartReport(
                 name=part.name,
                 tensors=len(tensors),
-                parameters=sum(tensor.spec.size for tensor in tensors),
-                nbytes=sum(_stored_nbytes(logical, tensor) for tensor in tensors),
+                parameters=parameters,
+                nbytes=nbytes,
                 kind=part.kind,
                 layout=part.layout,
                 formats=formats,
@@ -194,8 +198,10 @@ def _parts(logical: LogicalSource, match: Match | None) -> tuple[PartReport, ...
 
 
 def _stored_nbytes(logical: LogicalSource, tensor: LogicalTensor) -> int:
-    keys = {tensor.key, *tensor.parts.values()}
-    return sum(logical.source.specs[key].nbytes for key in keys)
+    specs = logical.source.specs
+    if len(tensor.parts) == 1:
+        return specs[tensor.key].nbytes
+    return sum(specs[key].nbytes for key in {tensor.key, *tensor.parts.values()})
 
 
 def _metadata(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -18,6 +18,7 @@ README.md, section Format.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,12 @@ def open_file(path: Path) -> FlatSource:
         metadata = _checked_metadata(header.pop(_METADATA, {}), path)
         specs: dict[str, TensorSpec] = {}
         offsets: dict[str, int] = {}
+        extents: list[tuple[int, int, str]] = []
         for key, entry in header.items():
-            spec, begin = checked_entry(key, entry, path)
+            spec, begin, end = checked_entry(key, entry, path)
             specs[key], offsets[key] = spec, start + begin
-        _check_tiles(specs, offsets, start, file)
+            extents.append((begin, end, key))
+        _check_tiles(extents, start, file)
     except BaseException:
         file.close()
         raise
@@ -153,8 +156,8 @@ def _checked_metadata(metadata: object, path: Path) -> dict[str, str]:
     return metadata
 
 
-def checked_entry(key: str, entry: object, path: Path) -> tuple[TensorSpec, int]:
-    """Return the spec and where its data begins, counted from the start of the data.
+def checked_entry(key: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:
+    """Return the spec and where its data begins and ends, counted from the start of the data.
 
     Raises:
         MalformedFile: the entry breaks a rule.
@@ -170,37 +173,37 @@ def checked_entry(key: str, entry: object, path: Path) -> tuple[TensorSpec, int]
         if dtype in _UNSUPPORTED:
             raise UnsupportedDtype(f"{path}: {key!r} has dtype {dtype}, which is not supported")
         raise MalformedFile(f"{key!r} has unknown dtype {dtype!r:.40}", path=path)
-    spec = TensorSpec(key, dtype, checked_shape(entry["shape"], key, path))
+    shape = checked_shape(entry["shape"], key, path)
+    nbytes = math.prod(shape) * row.block_nbytes  # no dtype of safetensors has blocks
     offsets = entry["data_offsets"]
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
-        or not all(type(item) is int and item >= 0 for item in offsets)
+        or not (type(offsets[0]) is type(offsets[1]) is int)
+        or min(offsets) < 0
     ):
         raise MalformedFile(f"data_offsets of {key!r} must be two integers >= 0", path=path)
     begin, end = offsets
-    if end - begin != spec.nbytes:
+    if end - begin != nbytes:
         raise MalformedFile(
-            f"{key!r} is {dtype} {list(spec.shape)}, {spec.nbytes} bytes, "
+            f"{key!r} is {dtype} {list(shape)}, {nbytes} bytes, "
             f"but its data_offsets span {end - begin}",
             path=path,
         )
-    return spec, begin
+    return TensorSpec(key, dtype, shape), begin, end
 
 
-def _check_tiles(
-    specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], start: int, file: RandomFile
-) -> None:
-    """Check that the tensors tile [start, file size) without gap or overlap."""
-    position = start
-    for key in sorted(specs, key=lambda name: (offsets[name], specs[name].nbytes)):
-        if offsets[key] != position:
-            kind = "overlaps the tensor before it" if offsets[key] < position else "leaves a gap"
+def _check_tiles(extents: list[tuple[int, int, str]], start: int, file: RandomFile) -> None:
+    """Check that (begin, end, key) tile the bytes from `start` to the end without gap or overlap."""
+    position = 0
+    for begin, end, key in sorted(extents):
+        if begin != position:
+            kind = "overlaps the tensor before it" if begin < position else "leaves a gap"
             raise MalformedFile(
-                f"{key!r} {kind}: starts at {offsets[key] - start}, {position - start} expected",
-                path=file.path,
+                f"{key!r} {kind}: starts at {begin}, {position} expected", path=file.path
             )
-        position += specs[key].nbytes
+        position = end
+    position += start
     if position > file.size:
         raise TruncatedFile(
             f"{position} bytes expected, the file has {file.size}: download it again",

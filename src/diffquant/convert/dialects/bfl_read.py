@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Set
 from typing import Any
 
 from diffquant.convert.dialects.found import Bound, Finder, input_scales, kept_beside
@@ -32,23 +33,19 @@ _PARTS = ("weight_scale", "weight_scale_2", "pre_quant_scale", "comfy_quant")
 _CANNOT_TELL = "which nibble comes first cannot be told"
 
 
-def modelopt_finder(source: TensorSource) -> Finder:
+def modelopt_finder(source: TensorSource, _names: Set[str]) -> Finder:
     """Make the finder of nvfp4 layers in a file whose header names ModelOpt."""
     says = _is_modelopt(source.metadata.get(_HEADER))
-    find = functools.partial(_find_modelopt, source) if says else _nothing
+    find = functools.partial(_find_modelopt, source) if says else None
     return Finder(find, dialect="modelopt")
 
 
-def bfl_finder(source: TensorSource) -> Finder:
+def bfl_finder(source: TensorSource, names: Set[str]) -> Finder:
     """Make the finder of layers without a marker; behind those of the programs that write one."""
-    other = _LAYERS in source.metadata or any(
-        key.endswith(".comfy_quant") or key.split(".")[-1] == "scaled_fp8" for key in source.specs
-    )
+    if "weight_scale" not in names:
+        return Finder(None, dialect="bfl")
+    other = _LAYERS in source.metadata or not names.isdisjoint(("comfy_quant", "scaled_fp8"))
     return Finder(functools.partial(_find_bfl, source, other), dialect="bfl")
-
-
-def _nothing(_spec: TensorSpec) -> Bound | None:
-    return None
 
 
 def _is_modelopt(text: Any) -> bool:  # noqa: ANN401 - a value of a header

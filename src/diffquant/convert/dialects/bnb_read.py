@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,15 @@ from diffquant.quant.formats import matrix_shape
 __all__ = ["bnb_finder"]
 
 _ENDINGS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+_NAMES = ("SCB", *(f"{QUANT_STATE}{kind}".rpartition(".")[2] for kind in TABLES))
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _FLOATS = ("float32", "float16", "bfloat16")
 
 
-def bnb_finder(source: TensorSource) -> Finder:
+def bnb_finder(source: TensorSource, names: Set[str]) -> Finder:
     """Make the finder of a source."""
-    return Finder(functools.partial(_find, source), dialect="bnb")
+    find = functools.partial(_find, source) if not names.isdisjoint(_NAMES) else None
+    return Finder(find, dialect="bnb")
 
 
 def _find(source: TensorSource, spec: TensorSpec) -> Bound | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from diffquant.convert.dialects.found import (
     kept_beside,
     short_scale,
 )
-from diffquant.convert.dialects.markers import Marker, read_markers
+from diffquant.convert.dialects.markers import HEADER, Marker, read_markers
 from diffquant.convert.dialects.padded import bind_padded
 from diffquant.convert.logical import LogicalTensor
 from diffquant.core.dtypes import storage_nbytes
@@ -38,10 +38,12 @@ _DEFAULTS: Mapping[str, Mapping[str, object]] = {
 _NOTES = ("full_precision_matrix_mult",)  # of the marker: how a layer is used, whatever it holds
 
 
-def comfy_finder(source: TensorSource) -> Finder:
+def comfy_finder(source: TensorSource, names: Set[str]) -> Finder:
     """Make the finder of a source."""
+    if "comfy_quant" not in names and HEADER not in source.metadata:
+        return Finder(None, dialect="comfy")
     markers, warnings = read_markers(source)
-    find = functools.partial(_find, source, markers)
+    find = functools.partial(_find, source, markers) if markers else None
     return Finder(find, warnings=warnings, dialect="comfy")
 
 

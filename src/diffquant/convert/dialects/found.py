@@ -48,15 +48,17 @@ class Bound:
 class Finder:
     """A dialect's view of one source: made once from its header and markers.
 
+    A finder is made of a source and of `names`, the last segments of its keys (weight, SCB ...).
+
     Attributes:
         find: the spec of a tensor -> what it is with its companions, None where the tensor is not
-            of this dialect.
+            of this dialect. None instead of a function: no tensor of this source is.
         consumed: keys that mark the file as a whole.
         warnings: what looked wrong of the file as a whole.
         dialect: what its weights are said to be written in.
     """
 
-    find: Callable[[TensorSpec], Bound | None]
+    find: Callable[[TensorSpec], Bound | None] | None
     consumed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     dialect: str = "plain"

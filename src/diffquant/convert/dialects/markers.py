@@ -27,7 +27,7 @@ from diffquant.core.errors import MalformedFile, shorten
 from diffquant.core.floats import PLAIN_FLOATS
 from diffquant.core.tensors import TensorSource, TensorSpec
 
-__all__ = ["Marker", "read_markers"]
+__all__ = ["HEADER", "Marker", "read_markers"]
 
 HEADER = "_quantization_metadata"
 _ENDING = ".comfy_quant"

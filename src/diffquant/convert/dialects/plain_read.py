@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 
 from diffquant.convert.dialects.found import Bound, Finder
@@ -31,18 +31,20 @@ _FLOATS = {
 }
 
 
-def plain_finder(source: TensorSource) -> Finder:
+def plain_finder(source: TensorSource, _names: Set[str]) -> Finder:
     """Make the finder of a source; it knows every tensor."""
     return Finder(functools.partial(_find, _original_shapes(source)))
 
 
 def _find(shapes: Mapping[str, tuple[int, ...]], spec: TensorSpec) -> Bound:
-    name = _FLOATS.get(spec.dtype, "")
-    if not name and STORAGE[spec.dtype].is_block and spec.dtype.lower() in FORMATS:
-        name = spec.dtype.lower()
-    why = f"blocks of {spec.dtype} are not supported" if spec.dtype in _UNREAD else ""
+    name, why = _FLOATS.get(spec.dtype, ""), ""
+    if not name:
+        if STORAGE[spec.dtype].is_block and spec.dtype.lower() in FORMATS:
+            name = spec.dtype.lower()
+        elif spec.dtype in _UNREAD:
+            why = f"blocks of {spec.dtype} are not supported"
     tensor = LogicalTensor(spec.key, spec.shape, name, {"weight": spec.key}, spec.dtype, why)
-    if shapes.get(spec.key, spec.shape) != spec.shape:
+    if shapes and shapes.get(spec.key, spec.shape) != spec.shape:
         tensor = replace(tensor, shape=shapes[spec.key], reshaped=spec.shape)
     return Bound(tensor)
 

@@ -16,7 +16,7 @@ Source: Comfy-Org/ComfyUI@09708ea:comfy/utils.py convert_old_quants.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from diffquant.convert.dialects.found import (
     Bound,
@@ -39,11 +39,14 @@ _MARKER = "scaled_fp8"
 _LEFT_OUT = "ComfyUI leaves the scale out; it is applied"
 
 
-def scaled_finder(source: TensorSource) -> Finder:
+def scaled_finder(source: TensorSource, names: Set[str]) -> Finder:
     """Make the finder of a source."""
-    markers = [spec for key, spec in source.specs.items() if key.split(".")[-1] == _MARKER]
-    found = tuple(spec.key for spec in markers)
-    return Finder(functools.partial(_find, source, markers), found, dialect="scaled_fp8")
+    markers = []
+    if _MARKER in names:
+        markers = [spec for key, spec in source.specs.items() if key.split(".")[-1] == _MARKER]
+    scaled = not names.isdisjoint(("weight_scale", "scale_weight"))
+    find = functools.partial(_find, source, markers) if scaled else None
+    return Finder(find, tuple(spec.key for spec in markers), dialect="scaled_fp8")
 
 
 def _find(source: TensorSource, markers: Sequence[TensorSpec], spec: TensorSpec) -> Bound | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +80,7 @@ class _Layer:
         )
 
 
-def sdnq_finder(source: TensorSource) -> Finder:
+def sdnq_finder(source: TensorSource, _names: Set[str]) -> Finder:
     """Make the finder of a source: none of its tensors, unless a config names SDNQ."""
     prefixes = {f"{key.partition('/')[0]}/" if "/" in key else "" for key in source.configs}
     found = {
@@ -88,13 +88,14 @@ def sdnq_finder(source: TensorSource) -> Finder:
         for prefix in sorted(prefixes)
         if (config := read_sdnq_config(source.configs, prefix, source.path)) is not None
     }
-    return Finder(functools.partial(_find, source, found), dialect="sdnq")
+    find = functools.partial(_find, source, found) if found else None
+    return Finder(find, dialect="sdnq")
 
 
 def _find(
     source: TensorSource, configs: Mapping[str, SdnqConfig], spec: TensorSpec
 ) -> Bound | None:
-    if not configs or not spec.key.endswith(".weight"):
+    if not spec.key.endswith(".weight"):
         return None
     prefix = f"{spec.key.partition('/')[0]}/" if "/" in spec.key else ""
     layer = spec.key.removesuffix("weight")
