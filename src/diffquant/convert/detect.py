@@ -136,7 +136,7 @@ def _find_part(specs: Mapping[str, TensorSpec]) -> Found | None:
     for kind in PART_ORDER:
         component = PARTS[kind].components[0]
         for prefix in ("", *component.prefixes, f"{component.folder}/"):
-            if not all(key.startswith(prefix) for key in shapes):
+            if not below.has_all(prefix):
                 continue
             found = find(component, below, prefix)
             if not isinstance(found, Found) or _is_clip_l(found):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from typing import NamedTuple
 
 from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.base import Component, Facts, Layout
+from diffquant.convert.architectures.names import Named
 from diffquant.convert.generic import structure
 from diffquant.convert.kinds import is_lora
 from diffquant.convert.rules import Shape
@@ -26,7 +28,7 @@ class Found(NamedTuple):
     component: Component
     layout: Layout
     prefix: str
-    shapes: dict[str, Shape]
+    shapes: Named
     ignored: tuple[tuple[str, str], ...]
     facts: Facts
 
@@ -44,16 +46,29 @@ class Below:
     """The keys of a source below a prefix, without it; each prefix is picked once."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
-        self._shapes = shapes
-        self._found: dict[str, dict[str, Shape]] = {}
+        self._shapes = Named(shapes)
+        self._heads = {_head(key) for key in shapes}
+        self._found: dict[str, Named] = {"": self._shapes}
+        # What all keys begin with is what the first and the last in order begin with.
+        self._common = commonprefix([min(shapes), max(shapes)]) if shapes else ""
 
-    def __getitem__(self, prefix: str) -> dict[str, Shape]:
+    def __getitem__(self, prefix: str) -> Named:
         if prefix not in self._found:
+            keys = self._shapes if _head(prefix) in self._heads else ()
             cut = len(prefix)
-            self._found[prefix] = {
-                key[cut:]: shape for key, shape in self._shapes.items() if key.startswith(prefix)
-            }
+            self._found[prefix] = Named(
+                (key[cut:], self._shapes[key]) for key in keys if key.startswith(prefix)
+            )
         return self._found[prefix]
+
+    def has_all(self, prefix: str) -> bool:
+        """Whether every key is below the prefix."""
+        return self._common.startswith(prefix)
+
+
+def _head(key: str) -> str:
+    """The first segment of a key or prefix; folders end with a slash."""
+    return key.partition("/")[0].partition(".")[0]
 
 
 def find(component: Component, below: Below, prefix: str) -> Found | Near | None:
@@ -80,7 +95,7 @@ def find(component: Component, below: Below, prefix: str) -> Found | Near | None
 
 
 def _accept(
-    component: Component, layout: Layout, prefix: str, local: dict[str, Shape]
+    component: Component, layout: Layout, prefix: str, local: Named
 ) -> Found | str:
     """Check the facts; a signature's own keys are never ignored."""
     required = component.signatures[layout].required
@@ -90,7 +105,9 @@ def _accept(
         for key in local
         if re.search(pattern, key) and key not in required
     }
-    kept = {key: shape for key, shape in local.items() if key not in ignored}
+    kept = local
+    if ignored:
+        kept = Named((key, shape) for key, shape in local.items() if key not in ignored)
     facts = component.facts_of(kept, layout)
     for name, allowed in component.where.items():
         if facts.get(name) not in allowed:

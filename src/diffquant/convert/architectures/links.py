@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from diffquant.convert.architectures.names import Named
 from diffquant.convert.rules import (
     Drop,
     Fuse,
@@ -111,9 +112,11 @@ def backward(links: Iterable[Link], shapes: Shapes) -> tuple[Rule, ...]:
 
 def translate(rules: Iterable[Rule], shapes: Shapes) -> dict[str, Shape]:
     """Shapes after `rules`, without the checks of `apply_rules`: for looking, not for writing."""
-    found: dict[str, Shape] = {}
+    found = Named()
     for rule in rules:
-        if all(key in shapes for key in rule.sources):
+        if isinstance(rule, Rename):  # most of them
+            found[rule.target] = shapes[rule.source]
+        elif all(key in shapes for key in rule.sources):
             found.update((one.target, one.shape) for one in rule.assignments(shapes))
     return found
 

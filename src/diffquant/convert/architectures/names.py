@@ -1,14 +1,47 @@
-"""Reading key sets: how long a module list is, how wide a layer."""
+"""Reading key sets: how long a module list is, how wide a layer.
+
+Recognition asks this of the same names many times: `Named` shapes count their lists once.
+"""
 
 from __future__ import annotations
 
-from diffquant.convert.rules import Shapes
+import re
 
-__all__ = ["count", "width"]
+from diffquant.convert.rules import Shape, Shapes
+
+__all__ = ["Named", "count", "width"]
+
+_INDEX = re.compile(r"\.(\d+)(?![^.])")
+
+
+class Named(dict[str, Shape]):
+    """Shapes by key, with the lengths of all module lists, counted when first asked for."""
+
+    __slots__ = ("_lengths",)
+
+    def length(self, prefix: str) -> int:
+        """Length of the module list at `prefix`, 0 when there is none."""
+        try:
+            lengths: dict[str, int] = self._lengths
+        except AttributeError:
+            lengths = self._lengths = _lengths(self)
+        return lengths.get(prefix, 0)
+
+
+def _lengths(shapes: Shapes) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for key in shapes:
+        for index in _INDEX.finditer(key):
+            prefix, size = key[: index.start()], int(index[1]) + 1
+            if found.get(prefix, 0) < size:
+                found[prefix] = size
+    return found
 
 
 def count(shapes: Shapes, prefix: str) -> int:
     """Length of the module list at `prefix`: one more than its highest index, 0 when absent."""
+    if isinstance(shapes, Named):
+        return shapes.length(prefix)
     head = f"{prefix}."
     size = len(head)
     found = {key[size:].partition(".")[0] for key in shapes if key.startswith(head)}
