@@ -24,7 +24,7 @@ from diffquant.core.errors import DiffquantError, UnknownArchitecture, shorten
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.core.report import SCHEMA_VERSION, envelope
 
-__all__ = ["Options", "Outcome", "common", "echo", "human", "run", "table", "threads"]
+__all__ = ["Options", "Outcome", "common", "echo", "human", "plain_text", "run", "table", "threads"]
 
 _DEBUG_VERBOSITY = 2
 # Names and metadata come from files: no escape sequence of theirs reaches the terminal.
@@ -191,7 +191,12 @@ def _set_up_logging(options: Options) -> None:
 
 def echo(text: str = "") -> None:
     """Print a result line; control characters are shown, not sent."""
-    click.echo(text.translate(_TEXT))
+    click.echo(plain_text(text))
+
+
+def plain_text(text: str) -> str:
+    """Text from a file, its control characters shown and not sent."""
+    return text.translate(_TEXT)
 
 
 def human(nbytes: float) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from diffquant.cli.audit import render_audit
-from diffquant.cli.frame import Options, Outcome, common, echo, human, run, table
-from diffquant.core.errors import DiffquantError
-from diffquant.inspect import Encoding, FileReport, audit, describe
+from diffquant.cli.frame import Options, Outcome, common, echo, run
+from diffquant.cli.view_inspect import render_lines, render_page
+from diffquant.inspect import FileReport, Unreadable, audit, describe, describe_each
 
 __all__ = ["command"]
 
@@ -40,25 +40,28 @@ def command(
         raise click.UsageError("--full looks at blocks for --audit: give both")
 
     def work() -> Outcome:
-        reports: list[FileReport] = []
-        failures: list[DiffquantError] = []
-        for path in files:
-            try:
-                reports.append(describe(path))
-            except DiffquantError as error:
-                if len(files) == 1:
-                    raise
-                failures.append(error)
-        warnings = [f"{r.path}: {text}" for r in reports for text in r.warnings]
-        code = max((error.exit_code for error in failures), default=0)
-        errors = [str(error) for error in failures]
-        return Outcome({"files": reports}, warnings, code, ok=not failures, errors=errors)
+        if len(files) == 1:
+            report = describe(files[0])
+            return Outcome({"files": [report]}, [f"{report.path}: {t}" for t in report.warnings])
+        found = describe_each(files)
+        failed = [one for one in found if isinstance(one, Unreadable)]
+        reports = [one for one in found if isinstance(one, FileReport)]
+        warnings = [f"{one.path}: {text}" for one in reports for text in one.warnings]
+        code = max((one.exit_code for one in failed), default=0)
+        errors = [one.error for one in failed]
+        result = {"files": reports, "unreadable": failed}
+        return Outcome(result, warnings, code, ok=not failed, errors=errors)
 
     def render(result: dict[str, Any]) -> None:
-        for index, report in enumerate(result["files"]):
-            if index:
-                echo()
-            _render(report, explain=explain)
+        reports, failed = result["files"], result.get("unreadable", [])
+        if len(files) == 1 or explain:
+            for index, report in enumerate(reports):
+                if index:
+                    echo()
+                render_page(report, explain=explain)
+            return
+        by_path = {one.path: one for one in (*reports, *failed)}
+        render_lines([by_path[path] for path in files])
 
     run("inspect", options, work, render)
 
@@ -67,80 +70,3 @@ def _audit(files: tuple[str, ...], *, full: bool) -> Outcome:
     reports = [report for path in files for report in audit(Path(path), full=full)]
     bad = any(report.violations for report in reports)
     return Outcome({"audits": reports}, (), 3 if bad else 0, ok=not bad)
-
-
-def _render(report: FileReport, *, explain: bool) -> None:
-    if report.kind == "imatrix":
-        echo(report.path)
-        echo(f"  importance matrix · {report.container}, {report.evidence[0]}")
-        return
-    name = report.architecture + (f" {report.variant}" if report.variant else "")
-    layout = f", {report.layout} layout" if report.layout else ""
-    echo(report.path)
-    echo(f"  {report.kind} · {name} · {report.container}{layout}")
-    echo(
-        f"  {report.tensors} tensors, {report.parameters / 1e9:.3f} B parameters, "
-        f"{human(report.nbytes)}"
-    )
-    stored = sorted(report.storage.items(), key=lambda row: -row[1].nbytes)
-    listed = ", ".join(f"{dtype} {human(count.nbytes)}" for dtype, count in stored)
-    echo(f"  stored as {listed}")
-    if report.parts:
-        echo()
-        table(
-            ("  part", "tensors", "parameters", "size", "weights stored as"),
-            [
-                (
-                    f"  {part.name}",
-                    str(part.tensors),
-                    f"{part.parameters:,}",
-                    human(part.nbytes),
-                    _mix(part.formats, part.parameters),
-                )
-                for part in report.parts
-            ],
-            right=(1, 2, 3),
-        )
-    if report.encodings:
-        echo()
-        table(
-            ("  packed as", "weights", "parameters", "dialect", "said by", "scale", "part"),
-            [
-                (
-                    f"  {row.format}" + ("" if row.readable else " (cannot be read)"),
-                    str(row.weights),
-                    f"{row.parameters:,}",
-                    row.dialect,
-                    _said(row),
-                    row.scale or "-",
-                    row.part or "-",
-                )
-                for row in report.encodings
-            ],
-            right=(1, 2),
-        )
-    if report.candidates:
-        echo("  nearest known architectures:")
-        for slug, missing in report.candidates.items():
-            echo(f"    {slug}: lacks {', '.join(missing[:3])}")
-    if explain:
-        for line in report.evidence:
-            echo(f"  evidence: {line}")
-        if report.leftovers:
-            echo(f"  {len(report.leftovers)} tensors belong to no part:")
-            for key, reason in list(report.leftovers.items())[:8]:
-                echo(f"    {key}: {reason}")
-        for key, value in report.metadata.items():
-            echo(f"  {key} = {value}")
-
-
-def _said(row: Encoding) -> str:
-    """Where a file names the format, and what it calls it."""
-    if not row.marker:
-        return "-"
-    return f"{row.marker}: {row.called or 'no format'}"
-
-
-def _mix(formats: Any, total: int) -> str:  # noqa: ANN401 - Mapping[str, int]
-    rows = sorted(formats.items(), key=lambda row: -row[1])
-    return ", ".join(f"{name} {count / max(total, 1):.1%}" for name, count in rows[:4])

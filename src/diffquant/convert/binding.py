@@ -48,11 +48,9 @@ def bind(source: TensorSource) -> LogicalSource:
     tensors: dict[str, LogicalTensor] = {}
     aside: dict[str, str] = {}
     for key, spec in source.specs.items():
-        for find, dialect in finders:
-            bound = find(spec)
-            if bound is not None:
-                break
-        assert bound is not None  # the last finder knows every tensor
+        bound, dialect = next(
+            (found, name) for find, name in finders if (found := find(spec)) is not None
+        )
         if dialect == "plain":
             tensors[key] = bound.tensor
             continue

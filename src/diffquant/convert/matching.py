@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from os.path import commonprefix
 from typing import NamedTuple
 
 from diffquant.convert.architectures import ARCHITECTURES
@@ -49,8 +48,7 @@ class Below:
         self._shapes = Named(shapes)
         self._heads = {_head(key) for key in shapes}
         self._found: dict[str, Named] = {"": self._shapes}
-        # What all keys begin with is what the first and the last in order begin with.
-        self._common = commonprefix([min(shapes), max(shapes)]) if shapes else ""
+        self._ends = (min(shapes), max(shapes)) if shapes else ("", "")
 
     def __getitem__(self, prefix: str) -> Named:
         if prefix not in self._found:
@@ -63,7 +61,7 @@ class Below:
 
     def has_all(self, prefix: str) -> bool:
         """Whether every key is below the prefix."""
-        return self._common.startswith(prefix)
+        return all(key.startswith(prefix) for key in self._ends)  # then those between do too
 
 
 def _head(key: str) -> str:
@@ -94,9 +92,7 @@ def find(component: Component, below: Below, prefix: str) -> Found | Near | None
     return near
 
 
-def _accept(
-    component: Component, layout: Layout, prefix: str, local: Named
-) -> Found | str:
+def _accept(component: Component, layout: Layout, prefix: str, local: Named) -> Found | str:
     """Check the facts; a signature's own keys are never ignored."""
     required = component.signatures[layout].required
     ignored = {

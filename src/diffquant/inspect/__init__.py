@@ -4,9 +4,17 @@ Headers are read without torch and numba; only `diff` decodes weights, and loads
 """
 
 from diffquant.inspect.audit import AuditReport, audit
-from diffquant.inspect.describe import FileReport, PartReport, StorageCount, describe
+from diffquant.inspect.describe import (
+    FileReport,
+    PartReport,
+    StorageCount,
+    Unreadable,
+    describe,
+    describe_each,
+)
 from diffquant.inspect.diff import DIFF_CLASSES, DiffReport, TensorDiff, diff
 from diffquant.inspect.encodings import Encoding
+from diffquant.inspect.subject import Subject, open_subject
 
 __all__ = [
     "DIFF_CLASSES",
@@ -16,8 +24,12 @@ __all__ = [
     "FileReport",
     "PartReport",
     "StorageCount",
+    "Subject",
     "TensorDiff",
+    "Unreadable",
     "audit",
     "describe",
+    "describe_each",
     "diff",
+    "open_subject",
 ]

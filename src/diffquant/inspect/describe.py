@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.generic import structure
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.match import Match
+from diffquant.core.errors import DiffquantError
 from diffquant.core.tensors import TensorSpec
 from diffquant.inspect.encodings import Encoding, encoding_warnings, encodings
 from diffquant.inspect.subject import Subject, subject_of
@@ -22,7 +24,15 @@ from diffquant.io.imatrix import (
     read_imatrix,
 )
 
-__all__ = ["FileReport", "PartReport", "StorageCount", "describe", "describe_subject"]
+__all__ = [
+    "FileReport",
+    "PartReport",
+    "StorageCount",
+    "Unreadable",
+    "describe",
+    "describe_each",
+    "describe_subject",
+]
 
 _METADATA_LIMIT = 200  # characters of a metadata value worth printing
 
@@ -53,6 +63,7 @@ class FileReport:
     """What `diffquant inspect` says about one file.
 
     Attributes:
+        title: the architecture's or part's name for people, "" where it is unknown.
         kind: checkpoint, diffusion_model, lora, vae, text_encoder, textual_inversion, controlnet,
             imatrix or unknown.
         architecture: slug, or "unknown".
@@ -81,6 +92,16 @@ class FileReport:
     metadata: Mapping[str, str]
     warnings: tuple[str, ...]
     encodings: tuple[Encoding, ...] = ()
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A file that could not be described, among others that could: why, and its exit code."""
+
+    path: str
+    error: str
+    exit_code: int
 
 
 def describe(path: str | Path) -> FileReport:
@@ -96,6 +117,18 @@ def describe(path: str | Path) -> FileReport:
         if source.container == "gguf" and is_gguf_imatrix(source):
             return _describe_matrix(path, read_gguf(source))
         return describe_subject(subject_of(source, str(path)))
+
+
+def describe_each(paths: Sequence[str | Path]) -> tuple[FileReport | Unreadable, ...]:
+    """Describe several files; one that cannot be read does not keep the others from it."""
+    return tuple(_described(str(path)) for path in paths)
+
+
+def _described(path: str) -> FileReport | Unreadable:
+    try:
+        return describe(path)
+    except DiffquantError as error:
+        return Unreadable(path, str(error), error.exit_code)
 
 
 def describe_subject(subject: Subject) -> FileReport:
@@ -127,6 +160,7 @@ def describe_subject(subject: Subject) -> FileReport:
             *(match.warnings if match else ()),
         ),
         encodings=encodings(logical, match),
+        title=architecture_named(match.architecture).title if match else "",
     )
 
 

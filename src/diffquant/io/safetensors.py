@@ -194,7 +194,7 @@ def checked_entry(key: str, entry: object, path: Path) -> tuple[TensorSpec, int,
 
 
 def _check_tiles(extents: list[tuple[int, int, str]], start: int, file: RandomFile) -> None:
-    """Check that (begin, end, key) tile the bytes from `start` to the end without gap or overlap."""
+    """Check that (begin, end, key) tile the bytes behind `start` without gap or overlap."""
     position = 0
     for begin, end, key in sorted(extents):
         if begin != position:

@@ -17,15 +17,13 @@ _INDEX = re.compile(r"\.(\d+)(?![^.])")
 class Named(dict[str, Shape]):
     """Shapes by key, with the lengths of all module lists, counted when first asked for."""
 
-    __slots__ = ("_lengths",)
+    _found: dict[str, int] | None = None
 
     def length(self, prefix: str) -> int:
         """Length of the module list at `prefix`, 0 when there is none."""
-        try:
-            lengths: dict[str, int] = self._lengths
-        except AttributeError:
-            lengths = self._lengths = _lengths(self)
-        return lengths.get(prefix, 0)
+        if self._found is None:
+            self._found = _lengths(self)
+        return self._found.get(prefix, 0)
 
 
 def _lengths(shapes: Shapes) -> dict[str, int]:
