@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -280,9 +283,13 @@ def test_one_broken_file_does_not_hide_the_others(command, tmp_path, unet, gguf_
     for flags in ([], ["-q"]):
         ran = command("inspect", *flags, gone, unet, evil, gguf_file)
         assert ran.code == 5  # the worst
-        assert str(unet) in ran.out
-        assert str(gguf_file) in ran.out
-        assert str(gone) not in ran.out
+        kinds = [line.split() for line in ran.out.splitlines()[2:6]]
+        assert [("unreadable" in row, "model" in row) for row in kinds] == [
+            (True, False),
+            (False, True),
+            (True, False),
+            (False, True),
+        ]
         lines = ran.err.splitlines()
         assert len(lines) == 2  # quiet or not: errors are errors
         assert str(gone) in lines[0]
@@ -353,3 +360,31 @@ def test_escape_sequences_in_a_file_do_not_reach_the_terminal(command, tmp_path)
     ran = command("inspect", path)
     assert ran.code == 1
     assert ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_lines_and_pages_keep_to_the_width(command, examples, tmp_path, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    folders = sorted(one for one in examples.iterdir() if (one / "model_index.json").exists())
+    for ran in (command("inspect", *folders), command("inspect", folders[0])):
+        assert ran.code == 0
+        assert all(len(line) <= columns for line in ran.out.splitlines())
+    assert ("container" in command("inspect", *folders).out) is (columns == 140)
+
+
+def test_many_files_are_told_apart_by_what_their_paths_differ_in(command, examples):
+    ran = command("inspect", *sorted(examples.glob("*/vae")))
+    assert "sd15-shapes/vae " in ran.out
+    assert ran.out.splitlines()[-1].startswith("4 files · ")
+    assert ran.out.splitlines()[-1].endswith("examples")
+
+
+def test_bars_are_ascii_where_stdout_is(examples):
+    ran = subprocess.run(
+        [sys.executable, "-m", "diffquant", "inspect", str(examples / "sd15-shapes")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "80"},
+        capture_output=True,
+        check=True,
+    )
+    assert b"####" in ran.stdout
+    assert b"|- " in ran.stdout or b"|-" in ran.stdout

@@ -5,6 +5,7 @@ A page: what it is, what the header cannot tell, a tree of its parts, bars of it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
@@ -46,7 +47,8 @@ _METADATA_SHOWN = 40
 
 def render_lines(reports: Sequence[FileReport | Unreadable]) -> None:
     """Print a line for each file, and what they come to."""
-    rows = [_row(one) for one in reports]
+    place, names = _places([one.path for one in reports])
+    rows = [[name, *_row(one)] for name, one in zip(names, reports, strict=True)]
     ending = _common_ending([row[0] for row in rows])
     headers = ["file" + (f" (*{ending})" if ending else ""), *_HEADERS]
     rows = [[row[0].removesuffix(ending), *row[1:]] for row in rows]
@@ -59,7 +61,16 @@ def render_lines(reports: Sequence[FileReport | Unreadable]) -> None:
     widths[0] = max(min(widths[0], width() - others), 12)
     shown = [[clip(row[i], widths[i]) for i in columns] for row in (headers, *rows)]
     table(shown[0], shown[1:], right=(4, 5) if wide else (4,))
-    styled((_total(reports), DIM))
+    styled((_total(reports) + (f" · in {place}" if place else ""), DIM))
+
+
+def _places(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """The folder that all paths share, and each path below it."""
+    split = [path.replace(os.sep, "/").split("/") for path in paths]
+    same = 0
+    while all(len(one) > same + 1 and one[same] == split[0][same] for one in split):
+        same += 1
+    return "/".join(split[0][:same]), ["/".join(one[same:]) for one in split]
 
 
 def _common_ending(names: Sequence[str]) -> str:
@@ -70,12 +81,10 @@ def _common_ending(names: Sequence[str]) -> str:
 
 
 def _row(one: FileReport | Unreadable) -> list[str]:
-    name = PurePath(one.path).name or one.path
     if isinstance(one, Unreadable):
-        return [name, "unreadable", "-", "-", "-", "-", "-", "-"]
+        return ["unreadable", "-", "-", "-", "-", "-", "-"]
     slug = "-" if one.kind == "imatrix" else f"{one.architecture} {one.variant}".strip()
     return [
-        name,
         _KINDS.get(one.kind, one.kind),
         slug,
         _stored(one),

@@ -113,7 +113,7 @@ def detect_part(
     part = _part(found, files, {}, warnings)
     names = "llama.cpp's" if found.layout == "gguf" else found.layout
     member = next((one for one in row.variants if one.matches(found.facts, found.shapes)), None)
-    evidence = [f"{names} names of a {row.title}", *([member.evidence] if member else [])]
+    evidence = [f"{names} names: {row.title}", *([member.evidence] if member else [])]
     variant = member.name if member else ""
     left = _leftovers(shapes, [found])
     return Match(part.kind, variant, "single", (part,), tuple(evidence), left, tuple(warnings))
@@ -179,7 +179,7 @@ def _match(
         found += [one for one in hits if isinstance(one, Found)][:1]
     marks = {**shapes, **denoiser.shapes}
     variant, told = _variant(architecture, denoiser.facts, marks, files)
-    evidence = [f"{denoiser.layout} names of a {architecture.title} denoiser", *told]
+    evidence = [f"{denoiser.layout} names: denoiser of {architecture.title}", *told]
     warnings: list[str] = []
     slug = architecture.slug
     parts = tuple(
