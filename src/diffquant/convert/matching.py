@@ -42,12 +42,13 @@ class Near(NamedTuple):
 
 
 class Below:
-    """The keys of a source below a prefix, without it; each prefix is picked once."""
+    """The keys of a source below a prefix, without it; what is worked out, is so once."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         self._shapes = Named(shapes)
         self._heads = {_head(key) for key in shapes}
         self._found: dict[str, Named] = {"": self._shapes}
+        self._facts: dict[tuple[object, ...], Facts] = {}
         self._ends = (min(shapes), max(shapes)) if shapes else ("", "")
 
     def __getitem__(self, prefix: str) -> Named:
@@ -58,6 +59,14 @@ class Below:
                 (key[cut:], self._shapes[key]) for key in keys if key.startswith(prefix)
             )
         return self._found[prefix]
+
+    def facts(self, component: Component, layout: Layout, prefix: str, kept: Named) -> Facts:
+        """What the names say; relatives that read them alike share the answer."""
+        reading = (component.links, component.facts, component.same_names, component.ignored)
+        key = (*reading, layout, prefix)
+        if key not in self._facts:
+            self._facts[key] = component.facts_of(kept, layout)
+        return self._facts[key]
 
     def has_all(self, prefix: str) -> bool:
         """Whether every key is below the prefix."""
@@ -83,7 +92,7 @@ def find(component: Component, below: Below, prefix: str) -> Found | Near | None
             if foreign := signature.foreign(local):
                 why = f"has {foreign[0]}"
             else:
-                found = _accept(component, layout, prefix, local)
+                found = _accept(component, layout, prefix, below)
                 if isinstance(found, Found):
                     return found
                 why = found
@@ -92,8 +101,9 @@ def find(component: Component, below: Below, prefix: str) -> Found | Near | None
     return near
 
 
-def _accept(component: Component, layout: Layout, prefix: str, local: Named) -> Found | str:
+def _accept(component: Component, layout: Layout, prefix: str, below: Below) -> Found | str:
     """Check the facts; a signature's own keys are never ignored."""
+    local = below[prefix]
     required = component.signatures[layout].required
     ignored = {
         key: reason
@@ -104,7 +114,7 @@ def _accept(component: Component, layout: Layout, prefix: str, local: Named) -> 
     kept = local
     if ignored:
         kept = Named((key, shape) for key, shape in local.items() if key not in ignored)
-    facts = component.facts_of(kept, layout)
+    facts = below.facts(component, layout, prefix, kept)
     for name, allowed in component.where.items():
         if facts.get(name) not in allowed:
             listed = " or ".join(map(str, allowed))

@@ -4,16 +4,10 @@ Headers are read without torch and numba; only `diff` decodes weights, and loads
 """
 
 from diffquant.inspect.audit import AuditReport, audit
-from diffquant.inspect.describe import (
-    FileReport,
-    PartReport,
-    StorageCount,
-    Unreadable,
-    describe,
-    describe_each,
-)
+from diffquant.inspect.describe import FileReport, PartReport, StorageCount, describe
 from diffquant.inspect.diff import DIFF_CLASSES, DiffReport, TensorDiff, diff
 from diffquant.inspect.encodings import Encoding
+from diffquant.inspect.many import Unreadable, describe_each
 from diffquant.inspect.subject import Subject, open_subject
 
 __all__ = [

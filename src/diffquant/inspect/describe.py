@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.generic import structure
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.match import Match
-from diffquant.core.errors import DiffquantError
 from diffquant.core.tensors import TensorSpec
 from diffquant.inspect.encodings import Encoding, encoding_warnings, encodings
 from diffquant.inspect.subject import Subject, subject_of
@@ -24,15 +23,7 @@ from diffquant.io.imatrix import (
     read_imatrix,
 )
 
-__all__ = [
-    "FileReport",
-    "PartReport",
-    "StorageCount",
-    "Unreadable",
-    "describe",
-    "describe_each",
-    "describe_subject",
-]
+__all__ = ["FileReport", "PartReport", "StorageCount", "describe", "describe_subject"]
 
 _METADATA_LIMIT = 200  # characters of a metadata value worth printing
 
@@ -95,15 +86,6 @@ class FileReport:
     title: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """A file that could not be described, among others that could: why, and its exit code."""
-
-    path: str
-    error: str
-    exit_code: int
-
-
 def describe(path: str | Path) -> FileReport:
     """Describe a file or folder from its header.
 
@@ -117,18 +99,6 @@ def describe(path: str | Path) -> FileReport:
         if source.container == "gguf" and is_gguf_imatrix(source):
             return _describe_matrix(path, read_gguf(source))
         return describe_subject(subject_of(source, str(path)))
-
-
-def describe_each(paths: Sequence[str | Path]) -> tuple[FileReport | Unreadable, ...]:
-    """Describe several files; one that cannot be read does not keep the others from it."""
-    return tuple(_described(str(path)) for path in paths)
-
-
-def _described(path: str) -> FileReport | Unreadable:
-    try:
-        return describe(path)
-    except DiffquantError as error:
-        return Unreadable(path, str(error), error.exit_code)
 
 
 def describe_subject(subject: Subject) -> FileReport:
