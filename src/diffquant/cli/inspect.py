@@ -10,7 +10,16 @@ import click
 from diffquant.cli.audit import render_audit
 from diffquant.cli.frame import Options, Outcome, common, echo, run
 from diffquant.cli.view_inspect import render_lines, render_page
-from diffquant.inspect import FileReport, Unreadable, audit, describe, describe_each
+from diffquant.cli.view_repository import render_repository
+from diffquant.core.errors import SeveralCheckpoints
+from diffquant.inspect import (
+    FileReport,
+    Unreadable,
+    audit,
+    describe,
+    describe_each,
+    list_repository,
+)
 
 __all__ = ["command"]
 
@@ -41,7 +50,10 @@ def command(
 
     def work() -> Outcome:
         if len(files) == 1:
-            report = describe(files[0])
+            try:
+                report = describe(files[0])
+            except SeveralCheckpoints:
+                return Outcome({"files": [], "repositories": [list_repository(files[0])]})
             return Outcome({"files": [report]}, [f"{report.path}: {t}" for t in report.warnings])
         found = describe_each(files)
         failed = [one for one in found if isinstance(one, Unreadable)]
@@ -54,6 +66,8 @@ def command(
 
     def render(result: dict[str, Any]) -> None:
         reports, failed = result["files"], result.get("unreadable", [])
+        for repository in result.get("repositories", []):
+            render_repository(repository)
         if len(files) == 1 or explain:
             for index, report in enumerate(reports):
                 if index:

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("diffquant.cli.generate", "Generate pictures with the bundled runtime."),
     "verify": ("diffquant.cli.verify", "Compare a file with its source: tensors, pictures."),
     "diff": ("diffquant.cli.diff", "Say what differs between two checkpoints."),
+    "download": ("diffquant.cli.download", "Download files of a repository, checked."),
     "formats": ("diffquant.cli.formats", "List types, formats and containers."),
     "completion": ("diffquant.cli.completion", "Print a shell completion script."),
 }

@@ -24,6 +24,7 @@ from diffquant.core.errors import UsageError
 from diffquant.core.report import to_json
 from diffquant.io.imatrix import merge_imatrices, read_imatrix
 from diffquant.io.inputs import open_inputs
+from diffquant.io.locations import locate
 from diffquant.quant.formats import format_named
 from diffquant.quant.policy import Rule
 from diffquant.quant.types import QuantType, type_named
@@ -294,6 +295,7 @@ def _default_output(source: Path, kind: QuantType, parts: tuple[str, ...]) -> Pa
     encoder's name in one file name (city96/ComfyUI-GGUF@795e451:loader.py:213-284).
     """
     container = next(iter(kind.dialects))
+    source = locate(source)
     stem = source.stem if source.is_file() else source.name
     if len(parts) == 1 and parts != ("denoiser",):
         stem += "-text_encoder-mmproj" if parts == (MMPROJ,) else f"-{parts[0]}"

@@ -37,6 +37,7 @@ from diffquant.core.tensors import TensorSource
 from diffquant.io import open_resumable, open_source
 from diffquant.io.atomic import FlatSink
 from diffquant.io.kept import Claim, journal_path, kept_path
+from diffquant.io.locations import is_remote
 
 __all__ = ["Resumed", "identity_of", "left_by_another_run", "refuse_folder", "run_resumable"]
 
@@ -160,9 +161,15 @@ def run_resumable(
         importance: as for run_plan.
 
     Raises:
-        UsageError: what was kept belongs to another request, or another process is at it.
+        UsageError: what was kept belongs to another request, another process is at it, or the
+            source is on a server.
         KeyboardInterrupt: interrupted; its text says what was kept.
     """
+    if is_remote(logical.source.path):
+        raise UsageError(
+            f"{logical.source.path}: --resume needs a source on this machine, whose time of change "
+            "it remembers: download it first (diffquant download)"
+        )
     identity = identity_of(plan, logical.source, metadata, check=check, importance=importance)
     with Claim(out) as claim:
         found, warnings = _usable(claim, plan, identity, force=force)

@@ -7,7 +7,9 @@
     │   ├── MalformedFile          bytes contradict the container's rules
     │   ├── TruncatedFile          the file ends before its header says
     │   ├── UnsafePickle           a pickle asks for code (exit 5)
-    │   └── UnsupportedContainer   not a container we read, or not one we write (exit 4)
+    │   ├── UnsupportedContainer   not a container we read, or not one we write (exit 4)
+    │   ├── RemoteError            a server that refuses, fails or changes its mind (exit 1)
+    │   └── SeveralCheckpoints     a repository of many; carries their names
     ├── ArchitectureError          what the tensors are (exit 4)
     │   ├── UnknownArchitecture    carries the nearest candidates and their missing keys
     │   └── AmbiguousArchitecture
@@ -44,7 +46,9 @@ __all__ = [
     "PlanMismatch",
     "PolicyError",
     "QuantError",
+    "RemoteError",
     "ResourceError",
+    "SeveralCheckpoints",
     "TruncatedFile",
     "UnknownArchitecture",
     "UnknownFormat",
@@ -96,6 +100,22 @@ class UnsupportedContainer(CheckpointError):
     """A file or extension we do not read, or do not write."""
 
     exit_code = 4
+
+
+class RemoteError(CheckpointError):
+    """A server refuses, fails, or changes a file while it is read; `status` is its last answer."""
+
+    def __init__(self, message: str, *, path: object = None, status: int | None = None) -> None:
+        self.status = status
+        super().__init__(message, path=path)
+
+
+class SeveralCheckpoints(CheckpointError):
+    """A repository or folder holds several checkpoints, `names`: one has to be named."""
+
+    def __init__(self, message: str, *, path: object = None, names: tuple[str, ...] = ()) -> None:
+        self.names = names
+        super().__init__(message, path=path)
 
 
 class ArchitectureError(DiffquantError):

@@ -8,6 +8,7 @@ from diffquant.inspect.describe import FileReport, PartReport, StorageCount, des
 from diffquant.inspect.diff import DIFF_CLASSES, DiffReport, TensorDiff, diff
 from diffquant.inspect.encodings import Encoding
 from diffquant.inspect.many import Unreadable, describe_each
+from diffquant.inspect.repository import RepositoryFile, RepositoryReport, list_repository
 from diffquant.inspect.subject import Subject, open_subject
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "Encoding",
     "FileReport",
     "PartReport",
+    "RepositoryFile",
+    "RepositoryReport",
     "StorageCount",
     "Subject",
     "TensorDiff",
@@ -25,5 +28,6 @@ __all__ = [
     "describe",
     "describe_each",
     "diff",
+    "list_repository",
     "open_subject",
 ]

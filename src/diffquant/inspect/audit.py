@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffquant.core.errors import CheckpointError, UnsupportedContainer
+from diffquant.core.errors import CheckpointError, UnsupportedContainer, UsageError
 from diffquant.inspect.audit_gguf import GGUF_RULES, GgufFile
 from diffquant.inspect.audit_rules import Finding, run_rules
 from diffquant.inspect.audit_safetensors import SAFETENSORS_RULES, SafetensorsFile
 from diffquant.io import gguf, safetensors
 from diffquant.io.reading import RandomFile
+from diffquant.io.remote_name import parse_remote
 
 __all__ = ["AuditReport", "audit", "audit_file"]
 
@@ -60,9 +61,14 @@ def audit(path: Path, *, full: bool = False) -> tuple[AuditReport, ...]:
     """Audit a file, or every weight file of a folder or shard index.
 
     Raises:
+        UsageError: a file on a server, whose blocks are not fetched to be looked at.
         CheckpointError: no such file, or a folder without weight files.
         UnsupportedContainer: a container without rules.
     """
+    if (name := parse_remote(path)) is not None:
+        raise UsageError(
+            f"{name}: an audit reads blocks all over a file: download it first (diffquant download)"
+        )
     return tuple(audit_file(one, full=full) for one in _files(path))
 
 

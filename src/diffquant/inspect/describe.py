@@ -22,6 +22,7 @@ from diffquant.io.imatrix import (
     read_gguf,
     read_imatrix,
 )
+from diffquant.io.locations import is_remote, locate
 
 __all__ = ["FileReport", "PartReport", "StorageCount", "describe", "describe_subject"]
 
@@ -92,13 +93,13 @@ def describe(path: str | Path) -> FileReport:
     Raises:
         CheckpointError: it cannot be read.
     """
-    path = Path(path)
-    if path.is_file() and is_legacy_imatrix(path):
-        return _describe_matrix(path, read_imatrix(path))
+    name, path = str(path), locate(path)
+    if not is_remote(path) and path.is_file() and is_legacy_imatrix(path):
+        return _describe_matrix(name, read_imatrix(path))
     with open_source(path) as source:
         if source.container == "gguf" and is_gguf_imatrix(source):
-            return _describe_matrix(path, read_gguf(source))
-        return describe_subject(subject_of(source, str(path)))
+            return _describe_matrix(name, read_gguf(source))
+        return describe_subject(subject_of(source, name))
 
 
 def describe_subject(subject: Subject) -> FileReport:
@@ -134,7 +135,7 @@ def describe_subject(subject: Subject) -> FileReport:
     )
 
 
-def _describe_matrix(path: Path, matrix: ImportanceMatrix) -> FileReport:
+def _describe_matrix(path: str, matrix: ImportanceMatrix) -> FileReport:
     """Describe an importance matrix: it has no architecture, and its tensors are no weights."""
     values = sum(entry.sums.size for entry in matrix.entries.values())
     measured = f"{len(matrix.entries)} weights measured in {matrix.chunk_count} chunks"
@@ -142,7 +143,7 @@ def _describe_matrix(path: Path, matrix: ImportanceMatrix) -> FileReport:
         measured += f" on {', '.join(matrix.datasets)}"
     nbytes = sum(4 * (one.sums.size + one.counts.size) for one in matrix.entries.values())
     return FileReport(
-        path=str(path),
+        path=path,
         container="dat" if matrix.legacy else "gguf",
         kind="imatrix",
         architecture="unknown",

@@ -30,6 +30,7 @@ from diffquant.io import (
 from diffquant.io.atomic import FlatSink
 from diffquant.io.gguf_values import GgufArray, GgufValue
 from diffquant.io.kept import Claim, KeptFile
+from diffquant.io.locations import held, locate
 
 __all__ = [
     "CONTAINERS",
@@ -107,16 +108,23 @@ _STRANGERS = (
 
 
 def open_source(path: str | Path) -> TensorSource:
-    """Open a checkpoint: a file of any container, or a folder.
+    """Open a checkpoint: a file of any container, or a folder, here or on a server.
 
     A folder is a Diffusers pipeline or component, or holds one shard index or one safetensors file.
+    `hf://owner/repo[/file][@rev]` and https links are read by range requests; see remote_name.
 
     Raises:
         CheckpointError: no such file, or a folder without a checkpoint.
+        RemoteError, SeveralCheckpoints: the server refuses, or the repository holds several.
         UnsupportedContainer: neither content nor extension is one of CONTAINERS.
         MalformedFile, TruncatedFile, UnsafePickle: the container's own rules are broken.
     """
-    path = Path(path)
+    path = locate(path)
+    with held(path):
+        return _open(path)
+
+
+def _open(path: Path) -> TensorSource:
     if path.is_dir():
         return _open_folder(path)
     if path.exists() and not path.is_file():

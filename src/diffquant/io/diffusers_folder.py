@@ -30,7 +30,7 @@ from typing import Any, Self
 from diffquant.core.errors import CheckpointError, MalformedFile, MissingKeys
 from diffquant.core.tensors import ByteArray, TensorSource, TensorSpec
 from diffquant.io import safetensors, sharded, torch_pickle
-from diffquant.io.reading import find_spec
+from diffquant.io.reading import expect_files, find_spec
 
 __all__ = ["INDEX_NAME", "FolderSource", "find_weights", "open_folder", "sniff"]
 
@@ -184,6 +184,7 @@ def _open_components(path: Path, names: list[str], configs: dict[str, Any]) -> F
     with contextlib.ExitStack() as stack:
         sources: dict[str, TensorSource] = {}
         files: list[str] = []
+        expect_files(path, _files_to_open(path, names))
         for name in names:
             folder = path / name
             weights = find_weights(folder)
@@ -198,6 +199,16 @@ def _open_components(path: Path, names: list[str], configs: dict[str, Any]) -> F
             ]
         stack.pop_all()
     return FolderSource(path, sources=sources, configs=configs, files=tuple(sorted(files)))
+
+
+def _files_to_open(path: Path, names: list[str]) -> Iterator[str]:
+    for folder in (path / name for name in names):
+        weights = find_weights(folder)
+        if weights is not None:
+            yield weights.relative_to(path).as_posix()
+        for entry in _small_files(folder):
+            if _CONFIG_NAME.fullmatch(entry.name):
+                yield entry.relative_to(path).as_posix()
 
 
 def _open_weights(path: Path) -> TensorSource:

@@ -44,7 +44,7 @@ from diffquant.io.gguf_values import (
     encode_string,
     encode_value,
 )
-from diffquant.io.reading import FlatSource, RandomFile, checked_shape
+from diffquant.io.reading import FlatSource, RandomFile, checked_shape, open_random
 
 __all__ = [
     "MAX_NAME_NBYTES",
@@ -92,7 +92,7 @@ def open_file(path: Path) -> GgufSource:
         UnsupportedContainer: version 1, a version from the future, or big-endian.
         UnsupportedDtype: a tensor type that ggml has retired.
     """
-    file = RandomFile(path)
+    file = open_random(path)
     try:
         header = read_header(file)
         typed = header.pairs

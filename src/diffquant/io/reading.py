@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -27,7 +28,16 @@ from diffquant.core.errors import (
 )
 from diffquant.core.tensors import ByteArray, TensorSpec
 
-__all__ = ["FlatSource", "RandomFile", "checked_shape", "find_spec", "row_extent"]
+__all__ = [
+    "FlatSource",
+    "RandomFile",
+    "RemotePlace",
+    "checked_shape",
+    "expect_files",
+    "find_spec",
+    "open_random",
+    "row_extent",
+]
 
 _MAX_DIMS = 32
 _MAX_ELEMENTS = 2**62
@@ -37,6 +47,7 @@ class RandomFile:
     """A file opened for reading at any offset, from any thread."""
 
     __slots__ = ("_file", "_lock", "path", "size")
+    remote = False  # whether a read is a request
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,11 +67,7 @@ class RandomFile:
             TruncatedFile: the file ends before offset + nbytes.
             CheckpointError: the file is closed, or the disk reports an error.
         """
-        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
-            raise TruncatedFile(
-                f"bytes {offset} to {offset + nbytes} asked for, the file has {self.size}",
-                path=self.path,
-            )
+        self.check_inside(offset, nbytes)
         array = np.empty(nbytes, np.uint8)
         view = array.data
         try:
@@ -80,6 +87,21 @@ class RandomFile:
         array.flags.writeable = False
         return array
 
+    def check_inside(self, offset: int, nbytes: int) -> None:
+        """Refuse bytes that the file does not have, before anything is allocated.
+
+        Raises:
+            TruncatedFile: the file ends before offset + nbytes.
+        """
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise TruncatedFile(
+                f"bytes {offset} to {offset + nbytes} asked for, the file has {self.size}",
+                path=self.path,
+            )
+
+    def expect(self, specs: Mapping[str, TensorSpec], offsets: Mapping[str, int]) -> None:
+        """Announce the tensors that will be read; a disk has no use for it."""
+
     def _read_into(self, view: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(self._file.fileno(), [view], offset)
@@ -90,6 +112,41 @@ class RandomFile:
     def close(self) -> None:
         """Close the file; harmless when closed."""
         self._file.close()
+
+
+@runtime_checkable
+class RemotePlace(Protocol):
+    """A path that lies elsewhere and knows how it is read: remote_path.RemotePath.
+
+    The readers of containers are told apart from it here, so that none of them loads a network.
+    """
+
+    def open_random(self) -> RandomFile:
+        """Open it for reading at any offset."""
+        ...
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep its connections while the context lasts."""
+        ...
+
+    def expect_files(self, names: Iterable[str]) -> None:
+        """Announce files in it that will be opened."""
+        ...
+
+
+def open_random(path: Path) -> RandomFile:
+    """Open a file for reading at any offset, wherever it lies.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    return path.open_random() if isinstance(path, RemotePlace) else RandomFile(path)
+
+
+def expect_files(folder: Path, names: Iterable[str]) -> None:
+    """Announce files of a folder that will be opened; a disk has no use for it."""
+    if isinstance(folder, RemotePlace):
+        folder.expect_files(names)
 
 
 def find_spec(specs: Mapping[str, TensorSpec], key: str, path: Path) -> TensorSpec:
@@ -158,6 +215,7 @@ class FlatSource:
         self.nbytes = file.size
         self.offsets = offsets
         self._file = file
+        file.expect(specs, offsets)
 
     def read(self, key: str, rows: tuple[int, int] | None = None) -> ByteArray:
         """Return the bytes of `rows` (half open; all when None) as a flat, read-only array."""

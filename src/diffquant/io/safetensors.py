@@ -32,7 +32,7 @@ from diffquant.core.errors import (
 )
 from diffquant.core.tensors import TensorSpec
 from diffquant.io.atomic import FlatSink, PartialFile, unique_specs
-from diffquant.io.reading import FlatSource, RandomFile, checked_shape
+from diffquant.io.reading import FlatSource, RandomFile, checked_shape, open_random
 
 __all__ = [
     "MAX_HEADER_NBYTES",
@@ -68,7 +68,7 @@ def open_file(path: Path) -> FlatSource:
         MalformedFile: the header breaks a rule of the format.
         UnsupportedDtype: a tensor has a dtype that STORAGE lacks.
     """
-    file = RandomFile(path)
+    file = open_random(path)
     try:
         start, header = read_header(file)
         metadata = _checked_metadata(header.pop(_METADATA, {}), path)

@@ -19,7 +19,7 @@ from typing import Any, Self
 from diffquant.core.errors import CheckpointError, MalformedFile, MissingKeys, shorten
 from diffquant.core.tensors import ByteArray, TensorSource, TensorSpec
 from diffquant.io import safetensors, torch_pickle
-from diffquant.io.reading import RandomFile, find_spec
+from diffquant.io.reading import expect_files, find_spec, open_random
 
 __all__ = ["ShardedSource", "open_index", "plain_name", "sniff"]
 
@@ -88,6 +88,7 @@ def open_index(path: Path) -> ShardedSource:
     weight_map, notes = _read_index(path)
     shards = tuple(dict.fromkeys(weight_map.values()))
     with contextlib.ExitStack() as stack:
+        expect_files(path.parent, shards)
         opened: dict[str, TensorSource] = {}
         for shard in shards:
             opened[shard] = stack.enter_context(_open_shard(path, shard))
@@ -119,7 +120,7 @@ def open_index(path: Path) -> ShardedSource:
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    file = RandomFile(path)
+    file = open_random(path)
     try:
         if file.size > _MAX_INDEX_NBYTES:
             raise MalformedFile(

@@ -31,7 +31,7 @@ from diffquant.core.dtypes import storage
 from diffquant.core.errors import MalformedFile, TruncatedFile, UnsupportedContainer
 from diffquant.core.tensors import ByteArray, TensorSpec
 from diffquant.io.pickle_scan import Scan
-from diffquant.io.reading import FlatSource, RandomFile, find_spec
+from diffquant.io.reading import FlatSource, RandomFile, find_spec, open_random
 from diffquant.io.torch_unpickle import StorageRef, TensorRef, checked_scan, load
 
 __all__ = ["TorchSource", "open_file", "sniff"]
@@ -100,7 +100,7 @@ def open_file(path: Path) -> TorchSource:
         UnsupportedContainer: TorchScript, big-endian, or no tensor at all.
         UnsupportedDtype: complex or quantized tensors.
     """
-    file = RandomFile(path)
+    file = open_random(path)
     try:
         if file.size >= 4 and file.read(0, 4).tobytes() == _ZIP:
             tree, places = _open_zip(file)
@@ -108,23 +108,67 @@ def open_file(path: Path) -> TorchSource:
             tree, places = _open_legacy(file)
         tensors, notes = _pick_tensors(tree, path)
         specs: dict[str, TensorSpec] = {}
-        offsets: dict[str, int] = {}
+        shifts: dict[str, tuple[str, int]] = {}
         views: dict[str, TensorRef] = {}
         for key, ref in tensors.items():
-            place = places.get(ref.storage.key)
-            if place is None:
+            if ref.storage.key not in places:
                 raise MalformedFile(f"storage {ref.storage.key!r} of {key!r} is missing", path=path)
             specs[key] = TensorSpec(key, ref.dtype, ref.shape)
             if _is_contiguous(ref):
-                offsets[key] = place + ref.offset * storage(ref.dtype).block_nbytes
+                shifts[key] = ref.storage.key, ref.offset * storage(ref.dtype).block_nbytes
             else:
-                offsets[key], views[key] = place, ref
+                shifts[key], views[key] = (ref.storage.key, 0), ref
     except BaseException:
         file.close()
         raise
+    offsets = _Offsets(places, shifts)
     source = TorchSource(file, "torch_pickle", specs=specs, offsets=offsets, metadata=notes)
     source.views = views
     return source
+
+
+class _Offsets(Mapping[str, int]):
+    """Where tensors begin: the place of a storage, and how far into it."""
+
+    def __init__(self, places: Mapping[str, int], shifts: Mapping[str, tuple[str, int]]) -> None:
+        self._places = places
+        self._shifts = shifts
+
+    def __getitem__(self, key: str) -> int:
+        name, shift = self._shifts[key]
+        return self._places[name] + shift
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shifts)
+
+    def __len__(self) -> int:
+        return len(self._shifts)
+
+
+class _ZipPlaces(Mapping[str, int]):
+    """Where the storages of an archive begin: behind headers of their own, read when asked for.
+
+    A header is 30 bytes at the head of each storage: at once on a disk, a request each on a server.
+    """
+
+    def __init__(self, file: RandomFile, entries: Mapping[str, zipfile.ZipInfo]) -> None:
+        self._file = file
+        self._entries = entries
+        self._known: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> int:
+        if name not in self._known:
+            self._known[name] = _zip_place(self._file, self._entries[name])
+        return self._known[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries  # without reading the header
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def _is_contiguous(ref: TensorRef) -> bool:
@@ -169,7 +213,7 @@ class _BoundedFile(io.RawIOBase):
         return raw
 
 
-def _open_zip(file: RandomFile) -> tuple[Any, dict[str, int]]:
+def _open_zip(file: RandomFile) -> tuple[Any, Mapping[str, int]]:
     """Return the unpickled objects and where each storage's bytes lie."""
     entries = _zip_entries(file)
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -186,7 +230,7 @@ def _open_zip(file: RandomFile) -> tuple[Any, dict[str, int]]:
     if order is not None and _zip_bytes(file, order, 16) != b"little":
         raise UnsupportedContainer("big-endian torch.save file", path=file.path)
     tree, refs = load(_zip_bytes(file, entries[pickles[0]], _MAX_PICKLE_NBYTES), file.path)
-    places: dict[str, int] = {}
+    stored: dict[str, zipfile.ZipInfo] = {}
     for ref in refs.values():
         entry = entries.get(f"{prefix}data/{ref.key}")
         if entry is None:
@@ -196,7 +240,11 @@ def _open_zip(file: RandomFile) -> tuple[Any, dict[str, int]]:
                 f"storage {ref.key!r} has {entry.file_size} bytes, {ref.nbytes} expected",
                 path=file.path,
             )
-        places[ref.key] = _zip_place(file, entry)
+        stored[ref.key] = entry
+    places = _ZipPlaces(file, stored)
+    if not file.remote:
+        for name in stored:
+            _ = places[name]  # checks it
     return tree, places
 
 

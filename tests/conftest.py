@@ -1,0 +1,3 @@
+"""What tests of several rooms share."""
+
+pytest_plugins = ("hub_server",)
