@@ -10,14 +10,19 @@ import click
 from diffquant.cli.audit import render_audit
 from diffquant.cli.frame import Options, Outcome, common, echo, run
 from diffquant.cli.view_inspect import render_lines, render_page
+from diffquant.cli.view_loaders import render_verdict
 from diffquant.cli.view_repository import render_repository
-from diffquant.core.errors import SeveralCheckpoints
+from diffquant.core.errors import DiffquantError, SeveralCheckpoints
 from diffquant.inspect import (
+    LOADERS,
     FileReport,
+    LoaderVerdict,
     Unreadable,
     audit,
+    check_loader,
     describe,
     describe_each,
+    judge,
     list_repository,
 )
 
@@ -34,15 +39,25 @@ __all__ = ["command"]
     help="Check the file against the specifications of its container and formats instead.",
 )
 @click.option("--full", is_flag=True, help="With --audit: look at every block, not at samples.")
+@click.option(
+    "--for",
+    "loader",
+    default="",
+    metavar="NAME",
+    help="Say whether this program can load each FILE, and why not: " + ", ".join(LOADERS) + ".",
+)
 @common
 def command(
-    files: tuple[str, ...], explain: bool, audited: bool, full: bool, options: Options
+    files: tuple[str, ...], explain: bool, audited: bool, full: bool, loader: str, options: Options
 ) -> None:
     """Say what each FILE (or folder) is: architecture, parts, storage, size.
 
     Reads headers only. Unknown files are not an error; unreadable ones are. With --audit: which
-    rules a file breaks; exit code 3 for a violation, warnings alone are 0.
+    rules a file breaks; exit code 3 for a violation, warnings alone are 0. With --for: exit code 3
+    when the program would not load one of them.
     """
+    if loader:
+        run("inspect", options, lambda: _judge(files, loader), render_verdict)
     if audited:
         run("inspect", options, lambda: _audit(files, full=full), render_audit)
     if full:
@@ -78,6 +93,35 @@ def command(
         render_lines([by_path[path] for path in files])
 
     run("inspect", options, work, render)
+
+
+def _judge(files: tuple[str, ...], loader: str) -> Outcome:
+    """One program's verdict on every file; a condition is a warning, a refusal exit code 3."""
+    check_loader(loader)
+    found: dict[str, LoaderVerdict] = {}
+    failures: list[DiffquantError] = []
+    for path in files:
+        try:
+            found[path] = next(one for one in judge(path) if one.loader == loader)
+        except DiffquantError as error:
+            if len(files) == 1:
+                raise
+            failures.append(error)
+    warnings = [
+        f"{path}: {reason.text}"
+        for path, one in found.items()
+        for reason in one.reasons
+        if reason.verdict in ("caveat", "unknown") and one.verdict != "refuses"
+    ]
+    warnings += [
+        f"{path}: nothing is known of such a file and {loader}"
+        for path, one in found.items()
+        if one.verdict == "unknown" and not one.reasons
+    ]
+    refused = any(one.verdict == "refuses" for one in found.values())
+    code = max([3 if refused else 0, *(error.exit_code for error in failures)])
+    errors = [str(error) for error in failures]
+    return Outcome({"for": loader, "files": found}, warnings, code, ok=not code, errors=errors)
 
 
 def _audit(files: tuple[str, ...], *, full: bool) -> Outcome:

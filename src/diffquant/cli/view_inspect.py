@@ -22,6 +22,7 @@ from diffquant.cli.screen import (
     width,
     wrap,
 )
+from diffquant.cli.view_loaders import render_loaders
 from diffquant.inspect import Encoding, FileReport, Unreadable
 
 __all__ = ["render_lines", "render_page"]
@@ -148,6 +149,8 @@ def render_page(report: FileReport, *, explain: bool = False) -> None:
         echo()
         _encodings(report.encodings)
     _nearest(report.candidates)
+    if report.loaders:
+        render_loaders(report.loaders)
     if explain:
         _explain(report)
 

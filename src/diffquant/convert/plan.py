@@ -26,7 +26,8 @@ from diffquant.convert.recipes import recipe_warnings
 from diffquant.convert.request import Request
 from diffquant.convert.roundings import round_steps, weighed_by_search
 from diffquant.convert.step import Step
-from diffquant.convert.steps import dialect_of, part_steps, stored_tensors
+from diffquant.convert.steps import dialect_of, part_steps
+from diffquant.convert.stored import stored_tensors
 from diffquant.convert.targets import TARGETS, Target, candidates
 from diffquant.core.errors import DuplicateTarget, PolicyError, UsageError, shorten
 from diffquant.core.tensors import TensorSpec

@@ -6,8 +6,7 @@ layout has them; a copy that the output cannot hold becomes a cast that says why
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from diffquant.convert.architectures.base import Architecture
@@ -22,7 +21,8 @@ from diffquant.convert.recipes import annotate, recipe_rules
 from diffquant.convert.request import Request
 from diffquant.convert.rules import Assignment, Shape
 from diffquant.convert.step import Step
-from diffquant.convert.targets import Stored, Target
+from diffquant.convert.stored import is_layer, tables_of
+from diffquant.convert.targets import Target
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import PolicyError, UnsupportedDtype
 from diffquant.core.tensors import TensorSpec
@@ -30,7 +30,7 @@ from diffquant.quant.formats import FORMATS
 from diffquant.quant.policy import Candidate, Decision, Policy, flat_shape, resolve
 from diffquant.quant.types import dialect_for
 
-__all__ = ["dialect_of", "part_steps", "stored_tensors"]
+__all__ = ["dialect_of", "part_steps"]
 
 _NO_RESHAPE = "that only ComfyUI-GGUF undoes"
 
@@ -58,9 +58,9 @@ class _Output:
 
     def plain(self, key: str, shape: Shape) -> str:
         """The dtype of weights that cannot stay packed, where BF16 is not always readable."""
-        if not self.gguf or (_is_layer(key, shape, self.tables) and len(shape) == 2):
+        if not self.gguf or (is_layer(key, shape, self.tables) and len(shape) == 2):
             return "bf16"
-        return "f16" if _is_layer(key, shape, self.tables) else "f32"
+        return "f16" if is_layer(key, shape, self.tables) else "f32"
 
 
 def dialect_of(request: Request) -> str:
@@ -80,7 +80,7 @@ def part_steps(
 ) -> list[Step]:
     """Steps of one part: rules, then decisions on canonical names, then the dialect."""
     specs = logical.source.specs
-    output = _Output(request, target, dialect_of(request), _tables(architecture), specs)
+    output = _Output(request, target, dialect_of(request), tables_of(architecture), specs)
     canonical = to_canonical(part)
     names = _canonical_names(canonical)
     folder = request.container == "folder"
@@ -188,30 +188,6 @@ def _source_format(tensors: Sequence[LogicalTensor]) -> str:
     if not first.is_float:
         return ""
     return first.format or first.foreign or first.dtype.lower()
-
-
-def _tables(architecture: Architecture) -> tuple[str, ...]:
-    return tuple(row.pattern for row in architecture.keep if row.table)
-
-
-def _is_layer(key: str, shape: Shape, tables: Sequence[str]) -> bool:
-    """Whether a weight is a layer's matrix or kernel: the only place loaders unpack."""
-    table = any(re.search(pattern, key) for pattern in tables)
-    return len(shape) > 1 and key.endswith(".weight") and not table
-
-
-def stored_tensors(architecture: Architecture, steps: Iterable[Step]) -> tuple[Stored, ...]:
-    """The outputs of steps as a target meets them."""
-    tables = _tables(architecture)
-    return tuple(
-        Stored(
-            step.target,
-            step.stored,
-            step.assignment.shape,
-            _is_layer(step.key, step.assignment.shape, tables),
-        )
-        for step in steps
-    )
 
 
 def _cast(one: Candidate, output: _Output) -> Decision:

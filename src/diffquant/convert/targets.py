@@ -25,7 +25,16 @@ from diffquant.core.errors import UnknownFormat, UsageError, shorten
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.policy import FALLBACKS, FALLBACKS_WITHOUT_IQ
 
-__all__ = ["DEFAULTS", "TARGETS", "Stored", "Target", "candidates", "target_named"]
+__all__ = [
+    "DEFAULTS",
+    "MAX_NAME_NBYTES",
+    "TARGETS",
+    "Stored",
+    "Target",
+    "candidates",
+    "mixed_bnb",
+    "target_named",
+]
 
 MAX_NAME_NBYTES = 127  # city96/ComfyUI-GGUF@795e451:tools/convert.py:12; ggml's 128 with its zero
 
@@ -82,28 +91,38 @@ class Target:
     def problems(self, container: str, tensors: Iterable[Stored]) -> tuple[str, ...]:
         """Say what of an output the target could not read; empty when it reads all of it."""
         tensors = tuple(tensors)
-        reads = self.reads[container]
-        unread: dict[str, list[str]] = {}
-        for one in tensors:
-            known = one.format in reads or one.format.upper() in _PLAIN
-            if not known:
-                unread.setdefault(one.format, []).append(one.key)
         found = [
             f"{len(keys)} tensors as {name} ({self.otherwise}): {shorten(keys, 2)}"
-            for name, keys in unread.items()
+            for name, keys in self.unread(container, tensors).items()
         ]
         if container == "folder":
-            found += _mixed_bnb(tensors)
+            found += mixed_bnb(tensors)
         if container != "gguf":
             return tuple(found)
-        if odd := [one.key for one in tensors if not self._may_sit(one)]:
+        if odd := self.misplaced(tensors):
             found.append(
-                f"{len(odd)} packed or BF16 tensors that are not {_WHERE[self.packs]}: "
-                f"{shorten(odd, 2)}"
+                f"{len(odd)} packed or BF16 tensors that are not {self.place}: {shorten(odd, 2)}"
             )
         if long := [one.key for one in tensors if len(one.key.encode()) > MAX_NAME_NBYTES]:
             found.append(f"names over {MAX_NAME_NBYTES} bytes: {', '.join(long)}")
         return tuple(found)
+
+    def unread(self, container: str, tensors: Iterable[Stored]) -> dict[str, list[str]]:
+        """Format the target does not read in such a container -> keys stored so."""
+        found: dict[str, list[str]] = {}
+        for one in tensors:
+            if one.format not in self.reads[container] and one.format.upper() not in _PLAIN:
+                found.setdefault(one.format, []).append(one.key)
+        return found
+
+    def misplaced(self, tensors: Iterable[Stored]) -> list[str]:
+        """Keys of a GGUF file that are packed, or BF16, where the target does not unpack."""
+        return [one.key for one in tensors if not self._may_sit(one)]
+
+    @property
+    def place(self) -> str:
+        """Where it unpacks, in words."""
+        return _WHERE[self.packs]
 
     def _may_sit(self, one: Stored) -> bool:
         if self.packs == "anything" or one.format in ("f32", "f16") or one.format == "f64":
@@ -113,12 +132,13 @@ class Target:
         return one.layer and len(one.shape) in ((2, 4) if self.packs == "layers" else (2,))
 
 
-def _mixed_bnb(tensors: Iterable[Stored]) -> list[str]:
-    """A component's config has room for one of bitsandbytes' formats."""
+def mixed_bnb(tensors: Iterable[Stored]) -> list[str]:
+    """Say where a folder mixes bitsandbytes' formats: a component's config has room for one."""
     kinds: dict[str, set[str]] = {}
     for one in tensors:
         if one.format in BNB_FORMATS:
-            kinds.setdefault(one.key.partition("/")[0], set()).add(one.format)
+            folder = one.key.partition("/")[0] if "/" in one.key else "the component"
+            kinds.setdefault(folder, set()).add(one.format)
     return [
         f"{' and '.join(sorted(names))} side by side in {folder} (its config.json names one)"
         for folder, names in kinds.items()

@@ -13,6 +13,7 @@ from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.match import Match
 from diffquant.core.tensors import TensorSpec
 from diffquant.inspect.encodings import Encoding, encoding_warnings, encodings
+from diffquant.inspect.loaders import LoaderVerdict, loader_report, matrix_report
 from diffquant.inspect.subject import Subject, subject_of
 from diffquant.io import open_source
 from diffquant.io.imatrix import (
@@ -65,6 +66,7 @@ class FileReport:
         evidence: what recognition rests on, and what the header cannot tell.
         candidates: for unknown files, the nearest architectures and the keys they miss.
         encodings: packed weights, grouped by how they are stored.
+        loaders: what each program that reads such files would do with this one.
     """
 
     path: str
@@ -85,6 +87,7 @@ class FileReport:
     warnings: tuple[str, ...]
     encodings: tuple[Encoding, ...] = ()
     title: str = ""
+    loaders: tuple[LoaderVerdict, ...] = ()
 
 
 def describe(path: str | Path) -> FileReport:
@@ -132,6 +135,7 @@ def describe_subject(subject: Subject) -> FileReport:
         ),
         encodings=encodings(logical, match),
         title=architecture_named(match.architecture).title if match else "",
+        loaders=loader_report(subject),
     )
 
 
@@ -163,6 +167,7 @@ def _describe_matrix(path: str, matrix: ImportanceMatrix) -> FileReport:
             "datasets": ", ".join(matrix.datasets),
         },
         warnings=(),
+        loaders=matrix_report(),
     )
 
 
