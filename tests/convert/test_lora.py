@@ -343,27 +343,39 @@ def test_factors_are_read_in_their_own_shape():
         factors(bind(source), parse_lora(source).layers[0])
 
 
-@pytest.mark.parametrize(
-    ("suffix", "what"),
-    [
-        ("dora_scale", "DoRA"),
-        ("lora_magnitude_vector.default.weight", "DoRA"),
-        ("hada_w1_a", "LoHa"),
-        ("lokr_w2_b", "LoKr"),
-        ("oft_blocks", "OFT"),
-        ("lora_mid.weight", "Tucker"),
-        ("diff_b", "a full difference"),
-        ("lora_B.default.bias", "LoRA with a bias"),
-        ("processor.qkv_lora1.down.weight", "XLabs"),
-    ],
-)
-def test_other_adapters_are_refused_by_name(suffix, what):
-    tensors = {**kohya("lora_unet_a", (8, 8)), f"lora_unet_a.{suffix}": ("F16", (8, 1))}
+HALVES = {"lora_down.weight": (2, 8), "lora_up.weight": (8, 2)}
+OTHERS = {
+    "DoRA": {**HALVES, "dora_scale": (8, 1)},
+    "LoHa": {
+        f"hada_w{n}_{side}": shape for n in "12" for side, shape in (("a", (8, 2)), ("b", (2, 8)))
+    },
+    "LoKr": {"lokr_w1": (2, 2), "lokr_w2": (4, 4)},
+    "OFT": {"oft_blocks": (4, 2, 2)},
+    "IA3": {"weight": (8,), "on_input": ()},
+    "Tucker": {
+        "lora_down.weight": (2, 8, 1, 1),
+        "lora_up.weight": (8, 2, 1, 1),
+        "lora_mid.weight": (2, 2, 3, 3),
+    },
+    "full difference": {"diff": (8, 8), "diff_b": (8,)},
+    "LoRA with a bias": {"lora_A.weight": (2, 8), "lora_B.weight": (8, 2), "lora_B.bias": (8,)},
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_adapters_are_refused_by_name(what):
+    tensors = {f"lora_unet_a.{end}": ("F16", shape) for end, shape in OTHERS[what].items()}
     with pytest.raises(ArchitectureError, match=f"is .*{what}.*; only LoRA is supported yet"):
         parse_lora(Source(tensors))
 
 
-def test_numbered_layers_are_refused_by_name():
+def test_two_kinds_in_one_layer_are_malformed():
+    tensors = {**kohya("lora_unet_a", (8, 8)), "lora_unet_a.lokr_w1": ("F16", (2, 2))}
+    with pytest.raises(MalformedFile, match="parts of LoRA and LoKr in one layer"):
+        parse_lora(Source(tensors))
+
+
+def test_numbered_layers_without_a_name_are_refused():
     with pytest.raises(ArchitectureError, match="numbered layers"):
         parse_lora(Source(pair("unet:0:down", "unet:0:up", (8, 8))))
 
@@ -383,7 +395,7 @@ def test_leftovers_are_listed():
     file = parse_lora(Source(tensors))
     assert [layer.name for layer in file.layers] == ["lora_unet_a"]
     assert dict(file.ignored) == {
-        "<s1>": "no factor of a LoRA by its name",
+        "<s1>": "a token's vectors, which are not loaded with a LoRA",
         "lora_unet_b.lora_down.weight": "the up factor of this layer is missing",
         "lora_unet_c.alpha": "alpha of a layer without factors",
     }
@@ -410,11 +422,18 @@ def test_contradictions_are_malformed(change):
 @pytest.mark.parametrize(
     ("tensors", "families"),
     [
-        (kohya("lora_unet_double_blocks_0_img_attn_qkv", (24, 8)), ("flux1",)),
-        (peft("transformer.single_transformer_blocks.0.attn.to_q", (8, 8)), ("flux1",)),
+        (kohya("lora_unet_double_blocks_0_img_mod_lin", (18432, 3072)), ("flux1", "hunyuan")),
+        (
+            kohya("lora_unet_double_blocks_0_img_mlp_0", (12288, 3072)),
+            ("flux1", "chroma", "hunyuan"),
+        ),
         (peft("transformer_blocks.0.img_mlp.net.2", (8, 8)), ("qwen_image",)),
-        (kohya("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", (8, 2048)), ("sdxl",)),
-        (peft("unet.down_blocks.0.attentions.0.attn2.to_v", (8, 768)), ("sd15",)),
+        (
+            kohya("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", (640, 2048)),
+            ("sdxl", "kolors"),
+        ),
+        (peft(f"unet.{DOWN.replace('attn1', 'attn2')}.to_v", (320, 768)), ("sd15",)),
+        (peft(f"unet.{DOWN}.to_v", (320, 320)), ("sd15", "sd2")),
         (kohya("lora_te_text_model_encoder_layers_0_mlp_fc1", (8, 8)), ()),
     ],
 )
@@ -447,6 +466,9 @@ REAL = {
     "lora.sd15-diffusers-peft-r4": ("sd15", 128, 0),
     "lora.lcm-sd15-r64": ("sd15", 278, 0),
     "lora.real.catundchat_sd15": ("sd15", 128, 0),
+    "lora.real.cloneofsimo_analog_svd_rank4": ("sd15", 144, 48),
+    "lora.real.cloneofsimo_lora_disney": ("sd15", 144, 48),
+    "lora.flux-xlabs-r16": ("flux1", 76, 0),
     "lora.flux-kohya-r16": ("flux1", 304, 72),
     "lora.flux-diffusers-peft-r16": ("flux1", 190, 0),
     "lora.sdxl-kohya-r16": ("sdxl", None, None),
@@ -469,7 +491,7 @@ def test_real_key_sets_match_their_base_in_full_and_no_other(base, lora):
     layers = parse_lora(Source(manifest["tensors"], manifest["metadata"])).layers
     found = match_lora(layers, ARCHITECTURES[BASES[base]], parts)
     family, unet, text = REAL[lora]
-    assert looks_like(layers) == (family,)
+    assert looks_like(layers)[0] == family
     fits = sum(layer.part != "text_encoder" for layer in {t.layer for t in found.targets})
     if family == BASES[base]:
         assert fits == unet

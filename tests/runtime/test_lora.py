@@ -387,7 +387,7 @@ def test_another_family_is_refused_in_one_line(sd15, flux1, tmp_path):
     save_file(_zeros("transformer.single_transformer_blocks.0.attn.to_q", (32, 32)), flux_file)
     attention = "attentions.0.transformer_blocks"
     names = [
-        f"unet.down_blocks.0.{attention}.0.attn2.to_k",
+        f"unet.down_blocks.1.{attention}.0.attn2.to_k",
         f"unet.mid_block.{attention}.1.attn1.to_q",
     ]
     save_file({k: v for n in names for k, v in _zeros(n, (32, 2048)).items()}, unet_file)

@@ -38,6 +38,9 @@ __all__ = ["command"]
     is_flag=True,
     help="Check the file against the specifications of its container and formats instead.",
 )
+@click.option(
+    "--deep", is_flag=True, help="Read the values of adapters too: NaN, infinity, all zero."
+)
 @click.option("--full", is_flag=True, help="With --audit: look at every block, not at samples.")
 @click.option(
     "--for",
@@ -48,7 +51,13 @@ __all__ = ["command"]
 )
 @common
 def command(
-    files: tuple[str, ...], explain: bool, audited: bool, full: bool, loader: str, options: Options
+    files: tuple[str, ...],
+    explain: bool,
+    audited: bool,
+    deep: bool,
+    full: bool,
+    loader: str,
+    options: Options,
 ) -> None:
     """Say what each FILE (or folder) is: architecture, parts, storage, size.
 
@@ -66,11 +75,11 @@ def command(
     def work() -> Outcome:
         if len(files) == 1:
             try:
-                report = describe(files[0])
+                report = describe(files[0], deep=deep)
             except SeveralCheckpoints:
                 return Outcome({"files": [], "repositories": [list_repository(files[0])]})
             return Outcome({"files": [report]}, [f"{report.path}: {t}" for t in report.warnings])
-        found = describe_each(files)
+        found = describe_each(files, deep=deep)
         failed = [one for one in found if isinstance(one, Unreadable)]
         reports = [one for one in found if isinstance(one, FileReport)]
         warnings = [f"{one.path}: {text}" for one in reports for text in one.warnings]

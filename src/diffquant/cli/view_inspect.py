@@ -23,6 +23,7 @@ from diffquant.cli.screen import (
     wrap,
 )
 from diffquant.cli.view_loaders import render_loaders
+from diffquant.cli.view_lora import render_inversion, render_lora
 from diffquant.inspect import Encoding, FileReport, Unreadable
 
 __all__ = ["render_lines", "render_page"]
@@ -92,8 +93,19 @@ def _row(one: FileReport | Unreadable) -> list[str]:
         human(one.nbytes),
         billions(one.parameters),
         _CONTAINERS.get(one.container, one.container),
-        ", ".join(_SHORT.get(part.name, part.name) for part in one.parts),
+        _inside(one),
     ]
+
+
+def _inside(one: FileReport) -> str:
+    """Parts of a model; kinds and rank of an adapter."""
+    if one.lora is None:
+        return ", ".join(_SHORT.get(part.name, part.name) for part in one.parts)
+    ranks = [rank for rank in one.lora.ranks if rank]
+    told = list(one.lora.kinds)
+    if ranks:
+        told.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks")
+    return ", ".join(told)
 
 
 def _stored(report: FileReport) -> str:
@@ -129,7 +141,7 @@ def render_page(report: FileReport, *, explain: bool = False) -> None:
         echo(f"  importance matrix · {report.container}, {report.evidence[0]}")
         return
     name = f"{report.architecture} {report.variant}".strip()
-    layout = f", {report.layout} layout" if report.layout else ""
+    layout = f", {report.layout} layout" if report.layout and report.lora is None else ""
     styled(f"  {report.kind} · ", (name, TITLE), f" · {report.container}{layout}")
     title = f"{report.title}: " if report.title else ""
     echo(
@@ -148,7 +160,14 @@ def render_page(report: FileReport, *, explain: bool = False) -> None:
     if report.encodings:
         echo()
         _encodings(report.encodings)
-    _nearest(report.candidates)
+    if report.lora is not None or report.inversion is not None:
+        echo()
+    if report.lora is not None:
+        render_lora(report.lora)
+    elif report.inversion is not None:
+        render_inversion(report.inversion)
+    else:
+        _nearest(report.candidates)
     if report.loaders:
         render_loaders(report.loaders)
     if explain:

@@ -6,18 +6,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from diffquant.convert.lora.roles import adapter_share
 from diffquant.core.tensors import TensorSpec
 
 __all__ = ["is_lora", "kind_of"]
 
-# Endings of adapter tensors: Comfy-Org/ComfyUI@17358c8:comfy/lora.py, load_lora;
-# lllyasviel/stable-diffusion-webui-forge@dfdcbab:
-# packages_3rdparty/comfyui_lora_collection/lora.py:55-175
-_ADAPTER = re.compile(
-    r"(\blora_(down|up|mid|A|B)\b|_lora\d?\.(down|up)\b|\.lora\.(down|up)\b|lora_linear_layer"
-    r"|\.hada_w[12]_[ab]$|\.hada_t[12]$|\.lokr_(w[12](_[ab])?|t2)$|\.dora_scale$"
-    r"|\.oft_(blocks|diag)$|\.(a1|a2|b1|b2)\.weight$|\.diff(_b)?$|:(up|down)$)"
-)
 _INVERSION = re.compile(r"^(emb_params|string_to_param(\.\*)?|clip_[lg]|t5xxl|<[^>]+>|\*)$")
 _CONTROLNET = re.compile(
     r"^(control_model\.|controlnet_cond_embedding\.|controlnet_blocks\.|controlnet_x_embedder\."
@@ -56,9 +49,8 @@ def _any(pattern: re.Pattern[str], specs: Mapping[str, TensorSpec]) -> bool:
 
 
 def is_lora(specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether most tensors are an adapter's (alpha scalars aside)."""
-    others = {key: spec for key, spec in specs.items() if not key.endswith((".alpha", ".scale"))}
-    return bool(others) and _share(_ADAPTER, others) > 0.5
+    """Whether most tensors are an adapter's (alphas and scales aside)."""
+    return adapter_share(specs) > 0.5
 
 
 def _is_inversion(specs: Mapping[str, TensorSpec]) -> bool:

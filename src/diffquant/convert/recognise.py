@@ -17,7 +17,7 @@ from diffquant.convert.match import Match
 from diffquant.core.errors import ArchitectureError, UnknownArchitecture, UnknownFormat
 from diffquant.core.tensors import TensorSpec
 
-__all__ = ["ARCHITECTURE_NAMES", "claims", "recognise"]
+__all__ = ["ARCHITECTURE_NAMES", "claims", "modelspec_architectures", "recognise"]
 
 ARCHITECTURE_NAMES = (*ARCHITECTURES, GENERIC.slug)
 
@@ -95,12 +95,17 @@ def _another(
     )
 
 
+def modelspec_architectures(text: str) -> tuple[str, ...]:
+    """Architectures that a `modelspec.architecture` may stand for; empty for an unknown one."""
+    return next((names for begin, names in _MODELSPEC if text.lower().startswith(begin)), ())
+
+
 def claims(match: Match, metadata: Mapping[str, object]) -> tuple[str, ...]:
     """What a header says of the architecture that the tensors deny."""
     found = []
     spec = str(metadata.get("modelspec.architecture", ""))
-    meant = next((names for begin, names in _MODELSPEC if spec.lower().startswith(begin)), None)
-    if meant is not None and match.architecture not in meant:
+    meant = modelspec_architectures(spec)
+    if meant and match.architecture not in meant:
         found.append(("modelspec.architecture", spec))
     general = str(metadata.get("general.architecture", ""))
     row = ARCHITECTURES.get(match.architecture)

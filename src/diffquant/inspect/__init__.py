@@ -7,6 +7,7 @@ from diffquant.inspect.audit import AuditReport, audit
 from diffquant.inspect.describe import FileReport, PartReport, StorageCount, describe
 from diffquant.inspect.diff import DIFF_CLASSES, DiffReport, TensorDiff, diff
 from diffquant.inspect.encodings import Encoding
+from diffquant.inspect.inversion import InversionReport, TokenVectors, describe_inversion
 from diffquant.inspect.loaders import (
     LOADERS,
     LoaderVerdict,
@@ -15,6 +16,9 @@ from diffquant.inspect.loaders import (
     judge,
     loader_report,
 )
+from diffquant.inspect.lora import LoraHint, LoraReport, describe_lora
+from diffquant.inspect.lora_parts import LoraBlocks, LoraPart
+from diffquant.inspect.lora_training import Training
 from diffquant.inspect.many import Unreadable, describe_each
 from diffquant.inspect.repository import RepositoryFile, RepositoryReport, list_repository
 from diffquant.inspect.subject import Subject, open_subject
@@ -26,7 +30,12 @@ __all__ = [
     "DiffReport",
     "Encoding",
     "FileReport",
+    "InversionReport",
     "LoaderVerdict",
+    "LoraBlocks",
+    "LoraHint",
+    "LoraPart",
+    "LoraReport",
     "PartReport",
     "Reason",
     "RepositoryFile",
@@ -34,11 +43,15 @@ __all__ = [
     "StorageCount",
     "Subject",
     "TensorDiff",
+    "TokenVectors",
+    "Training",
     "Unreadable",
     "audit",
     "check_loader",
     "describe",
     "describe_each",
+    "describe_inversion",
+    "describe_lora",
     "diff",
     "judge",
     "list_repository",

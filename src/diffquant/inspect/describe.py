@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.match import Match
 from diffquant.core.tensors import TensorSpec
 from diffquant.inspect.encodings import Encoding, encoding_warnings, encodings
+from diffquant.inspect.inversion import InversionReport, describe_inversion
 from diffquant.inspect.loaders import LoaderVerdict, loader_report, matrix_report
+from diffquant.inspect.lora import LoraReport, describe_lora
 from diffquant.inspect.subject import Subject, subject_of
 from diffquant.io import open_source
 from diffquant.io.imatrix import (
@@ -59,14 +61,16 @@ class FileReport:
         title: the architecture's or part's name for people, "" where it is unknown.
         kind: checkpoint, diffusion_model, lora, vae, text_encoder, textual_inversion, controlnet,
             imatrix or unknown.
-        architecture: slug, or "unknown".
-        layout: "single" or "diffusers".
+        architecture: slug, or "unknown"; of LoRAs and textual inversions, the base model's.
+        layout: "single" or "diffusers"; of LoRAs, whose names they have.
         nbytes: bytes of all tensors.
         storage: dtype on disk -> count.
         evidence: what recognition rests on, and what the header cannot tell.
         candidates: for unknown files, the nearest architectures and the keys they miss.
         encodings: packed weights, grouped by how they are stored.
         loaders: what each program that reads such files would do with this one.
+        lora: for LoRAs and other adapters.
+        inversion: for textual inversions.
     """
 
     path: str
@@ -88,10 +92,12 @@ class FileReport:
     encodings: tuple[Encoding, ...] = ()
     title: str = ""
     loaders: tuple[LoaderVerdict, ...] = ()
+    lora: LoraReport | None = None
+    inversion: InversionReport | None = None
 
 
-def describe(path: str | Path) -> FileReport:
-    """Describe a file or folder from its header.
+def describe(path: str | Path, *, deep: bool = False) -> FileReport:
+    """Describe a file or folder from its header; `deep` reads the values of adapters too.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -102,11 +108,37 @@ def describe(path: str | Path) -> FileReport:
     with open_source(path) as source:
         if source.container == "gguf" and is_gguf_imatrix(source):
             return _describe_matrix(name, read_gguf(source))
-        return describe_subject(subject_of(source, name))
+        return describe_subject(subject_of(source, name), deep=deep)
 
 
-def describe_subject(subject: Subject) -> FileReport:
+def describe_subject(subject: Subject, *, deep: bool = False) -> FileReport:
     """Describe an opened file."""
+    report = _describe_file(subject)
+    if subject.kind == "lora" and (lora := describe_lora(subject, deep=deep)) is not None:
+        return replace(
+            report,
+            architecture=lora.base,
+            variant=lora.variant,
+            layout=lora.naming,
+            evidence=lora.evidence,
+            candidates=lora.candidates,
+            warnings=(*report.warnings, *lora.warnings),
+            lora=lora,
+        )
+    if subject.kind == "textual_inversion":
+        found = describe_inversion(subject)
+        return replace(
+            report,
+            architecture=found.base,
+            evidence=found.evidence,
+            candidates={},
+            warnings=(*report.warnings, *found.warnings),
+            inversion=found,
+        )
+    return report
+
+
+def _describe_file(subject: Subject) -> FileReport:
     source, logical, match = subject.source, subject.logical, subject.match
     stored: dict[str, list[int]] = {}
     for spec in source.specs.values():

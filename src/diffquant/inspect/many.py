@@ -7,6 +7,7 @@ are read one after the other.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -36,22 +37,25 @@ class Unreadable:
     exit_code: int
 
 
-def describe_each(paths: Sequence[str | Path]) -> tuple[FileReport | Unreadable, ...]:
+def describe_each(
+    paths: Sequence[str | Path], *, deep: bool = False
+) -> tuple[FileReport | Unreadable, ...]:
     """Describe several files; one that cannot be read does not keep the others from it.
 
     Raises:
         ResourceError: a reading process was killed, for want of memory most likely.
     """
     names = [str(path) for path in paths]
+    one = functools.partial(_described, deep=deep)
     processes = min(_processors(), _MOST, len(names) // (_ENOUGH // 2))
     if processes < 2 or sys.platform != "linux":
-        return tuple(map(_described, names))
+        return tuple(map(one, names))
     pool = ProcessPoolExecutor(processes, get_context("fork"), initializer=_leave_interrupts)
     try:
         with warnings.catch_warnings():
             # Python 3.12 warns of forks beside threads; those of numpy's BLAS hold no lock of ours.
             warnings.simplefilter("ignore", DeprecationWarning)
-            return tuple(pool.map(_described, names, chunksize=2))
+            return tuple(pool.map(one, names, chunksize=2))
     except BrokenProcessPool:
         raise ResourceError(
             "a process that read headers was killed: name fewer files at once, or free memory"
@@ -60,9 +64,9 @@ def describe_each(paths: Sequence[str | Path]) -> tuple[FileReport | Unreadable,
         pool.shutdown(cancel_futures=True)
 
 
-def _described(path: str) -> FileReport | Unreadable:
+def _described(path: str, *, deep: bool) -> FileReport | Unreadable:
     try:
-        return describe(path)
+        return describe(path, deep=deep)
     except DiffquantError as error:
         return Unreadable(path, str(error), error.exit_code)
 

@@ -16,6 +16,7 @@ from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.generic import GENERIC
 from diffquant.convert.binding import bind
 from diffquant.convert.detect import detect_part, kind_of
+from diffquant.convert.kinds import is_lora
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.match import Match
 from diffquant.convert.recognise import recognise
@@ -65,13 +66,16 @@ def subject_of(source: TensorSource, path: str = "") -> Subject:
     """Recognise an opened source."""
     logical = bind(source)
     specs = logical.specs()
-    match, candidates = _recognise(specs, source.metadata, source.configs)
+    adapter = is_lora(specs)
+    match, candidates = (
+        (None, {}) if adapter else _recognise(specs, source.metadata, source.configs)
+    )
     return Subject(
         path=path or str(source.path),
         source=source,
         logical=logical,
         specs=specs,
-        kind=_kind(specs, match),
+        kind="lora" if adapter else _kind(specs, match),
         match=match,
         candidates=candidates,
     )

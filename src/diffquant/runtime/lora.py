@@ -171,7 +171,7 @@ def _check_family(path: Path, architecture: str, file: LoraFile, match: LoraMatc
     if 2 * fitting >= len(counted) and not (foreign and match.shape_mismatch):
         return
     how_many = f"only {fitting} of {len(counted)}" if fitting else "none"
-    named = f"it looks like {' or '.join(guess)}, " if foreign else ""
+    named = f"it looks like {guess[0]}, " if foreign else ""
     name, why = next(iter((*match.shape_mismatch, *match.unmatched)))
     raise ArchitectureError(
         f"{path}: this LoRA fits {how_many} of the model's layers: {named}the model is "

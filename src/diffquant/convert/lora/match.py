@@ -9,13 +9,13 @@ both again with underscores for dots. A LoRA of Diffusers' `to_q` so reaches row
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from diffquant.convert.architectures.base import Architecture, Component
 from diffquant.convert.architectures.links import backward
+from diffquant.convert.lora.base import UNKNOWN, guess_base
 from diffquant.convert.lora.parse import LoraLayer, Naming
 from diffquant.convert.rules import Piece, Rule, Shape, Shapes
 
@@ -186,34 +186,7 @@ def _targets(
         start = stop
 
 
-# Names that few families have, underscores or dots between the words; the first match wins.
-_MARKS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("flux2",), r"to_qkv_mlp_proj|ff.linear_in\b|(double|single)_stream_modulation"),
-    (("flux1",), r"double_blocks.\d+.(img|txt)_|single_blocks.\d+.linear[12]"),
-    (("flux1",), r"single_transformer_blocks"),
-    (("sd3",), r"joint_blocks"),
-    (("qwen_image",), r"img_mlp.net|img_mod"),
-    (("flux1", "qwen_image", "sd3"), r"attn.add_[qkv]_proj"),
-    (("wan",), r"blocks.\d+.(self_attn|cross_attn|ffn)"),
-    (("hidream",), r"double_stream_blocks"),
-    (("z_image",), r"(^|[._])layers.\d+.(attention|feed_forward)"),
-)
-_UNET = re.compile(r"(input|output|down|up)_blocks.\d+|mid(dle)?_block")
-# Width of the text that a UNet's attn2.to_k reads: invoke-ai/InvokeAI@01d6f09:
-# invokeai/backend/model_manager/configs/lora.py
-_TEXT_WIDTHS = {768: "sd15", 1024: "sd2", 1280: "sdxl_refiner", 2048: "sdxl"}
-
-
 def looks_like(layers: Sequence[LoraLayer]) -> tuple[str, ...]:
-    """Architectures that a LoRA seems made for, by names and shapes; empty when nothing tells."""
-    denoiser = [layer for layer in layers if layer.part in ("", "denoiser")]
-    for slugs, pattern in _MARKS:
-        if any(re.search(pattern, layer.module) for layer in denoiser):
-            return slugs
-    if not any(_UNET.search(layer.module) for layer in denoiser):
-        return ()
-    widths = {
-        layer.down_shape[1] for layer in denoiser if re.search(r"attn2.to_[kv]$", layer.module)
-    }
-    known = sorted({_TEXT_WIDTHS[width] for width in widths if width in _TEXT_WIDTHS})
-    return tuple(known) if len(known) == 1 else tuple(_TEXT_WIDTHS.values())
+    """Architectures that a LoRA seems made for, the likeliest first; empty when nothing tells."""
+    guess = guess_base([layer.adapter for layer in layers])
+    return () if guess.architecture == UNKNOWN else (guess.architecture, *guess.also)
