@@ -105,8 +105,8 @@ MORE = {
     "wan21-vace-1.3b.transformer.original": ("wan", "vace_1.3b", "canonical"),
     "wan21-vace-14b.transformer.diffusers": ("wan", "vace_14b", "diffusers"),
     "wan21-vace-14b.transformer.original": ("wan", "vace_14b", "canonical"),
-    "wan22-i2v-a14b.transformer.diffusers": ("wan", "i2v_14b", "diffusers"),
-    "wan22-i2v-a14b.transformer.original": ("wan", "i2v_14b", "canonical"),
+    "wan22-i2v-a14b.transformer.diffusers": ("wan", "i2v_a14b", "diffusers"),
+    "wan22-i2v-a14b.transformer.original": ("wan", "i2v_a14b", "canonical"),
     "wan22-ti2v-5b.transformer.diffusers": ("wan", "ti2v_5b", "diffusers"),
     "wan22-ti2v-5b.transformer.original": ("wan", "ti2v_5b", "canonical"),
     "z-image-omni.transformer.diffusers": ("z_image", "omni", "diffusers"),
@@ -407,6 +407,9 @@ ENCODERS = {  # transformers model types that are what the part says
     "qwen2_vl_text": ("qwen2_5_vl",),
     "qwen3_text": ("qwen3",),
     "gemma2_text": ("gemma2",),
+    "clip_vision": ("clip_vision_model",),
+    "siglip_vision": ("siglip_vision_model", "siglip2_vision_model"),
+    "clip_towers": ("clip",),
 }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from diffquant.core.errors import DiffquantError, UnknownArchitecture, shorten
+from diffquant.core.errors import DiffquantError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.core.report import SCHEMA_VERSION, envelope
 
@@ -123,13 +123,7 @@ def run(
 
 def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, DiffquantError):
-        message = str(error)
-        if isinstance(error, UnknownArchitecture) and error.candidates:
-            near = "; ".join(
-                f"{slug} lacks {shorten(keys, 3)}" for slug, keys in error.candidates[:3]
-            )
-            message = f"{message} (nearest: {near})"
-        return error.exit_code, message
+        return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, str(error) or "interrupted; nothing was left behind"
     if isinstance(error, MemoryError):

@@ -72,6 +72,8 @@ def _places(paths: Sequence[str]) -> tuple[str, list[str]]:
     same = 0
     while all(len(one) > same + 1 and one[same] == split[0][same] for one in split):
         same += 1
+    if not any(split[0][:same]):  # nothing but the root
+        same = 0
     return "/".join(split[0][:same]), ["/".join(one[same:]) for one in split]
 
 

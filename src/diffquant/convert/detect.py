@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from diffquant.convert.architectures import ARCHITECTURES
-from diffquant.convert.architectures.base import Architecture, Facts
+from diffquant.convert.architectures.base import WRAPPERS, Architecture, Facts
 from diffquant.convert.architectures.parts import PART_ORDER, PARTS, TITLES
 from diffquant.convert.hyper import Configs, Hyper, configs_of, flat_config, merge
 from diffquant.convert.kinds import kind_of
@@ -45,6 +45,7 @@ _LEFTOVERS = (
     ),
     (r"^(edm_mean|edm_std|v_pred|ztsnr|edm_vpred\.\w+)$", "marker read at detection"),
     (r"(^|[./])position_ids$", "0, 1, 2 ...: the model builds it itself"),
+    (r"^transformer_2/", "second expert, a model of its own: convert its folder by itself"),
     (r"^safety_checker/", "safety checker, not part of the model"),
     (r"", "belongs to no part of this architecture"),
 )
@@ -156,7 +157,7 @@ def _denoisers(below: Below, *, folder: bool, only: str = "") -> Iterator[tuple[
         if only not in ("", slug):
             continue
         for component in architecture.denoisers:
-            prefixes = (f"{component.folder}/",) if folder else (*component.prefixes, "")
+            prefixes = (f"{component.folder}/",) if folder else (*component.prefixes, "", *WRAPPERS)
             for prefix in prefixes:
                 found = find(component, below, prefix)
                 if found is not None:

@@ -15,6 +15,7 @@ from diffquant.convert.architectures.names import Named
 from diffquant.convert.generic import structure
 from diffquant.convert.kinds import is_lora
 from diffquant.convert.rules import Shape
+from diffquant.convert.strangers import packing, stranger
 from diffquant.core.errors import UnknownArchitecture, shorten
 from diffquant.core.tensors import TensorSpec
 
@@ -132,13 +133,18 @@ def unknown(specs: Mapping[str, TensorSpec], near: Sequence[Near]) -> UnknownArc
         if one.slug not in best or one.share > best[one.slug].share:
             best[one.slug] = one
     ranked = sorted(best.values(), key=lambda one: -one.share)[:3]
-    if is_lora(specs):
+    shapes = {key: spec.shape for key, spec in specs.items()}
+    if told := stranger(shapes):
+        head, ranked = f"this is {told}, no diffusion model", []
+    elif told := packing(shapes):
+        head, ranked = f"these tensors are {told}", []
+    elif is_lora(specs):
         head = "this is an adapter (LoRA), not a model: give it with --lora"
     elif not specs:
         head = "there are no tensors in it"
     else:
         head = f"no known architecture has these {len(specs)} tensors"
-        if structure({key: spec.shape for key, spec in specs.items()}):
+        if structure(shapes):
             head += " (--arch generic packs a transformer's blocks all the same)"
     nearest = "; ".join(f"{one.slug} has {one.share:.0%} of its marks, {one.why}" for one in ranked)
     message = f"{head}; nearest: {nearest}" if nearest else head

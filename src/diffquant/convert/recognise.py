@@ -11,7 +11,9 @@ from dataclasses import replace
 
 from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.generic import GENERIC
-from diffquant.convert.detect import detect, detect_encoder
+from diffquant.convert.architectures.parts import PARTS
+from diffquant.convert.controls import detect_control
+from diffquant.convert.detect import detect, detect_encoder, detect_part
 from diffquant.convert.generic import generic_match
 from diffquant.convert.match import Match
 from diffquant.core.errors import ArchitectureError, UnknownArchitecture, UnknownFormat
@@ -72,9 +74,29 @@ def recognise(
             return encoder
         if metadata.get("diffquant.architecture") == GENERIC.slug:
             return generic_match(specs)
-        raise error
+        raise _other(specs, metadata, configs, error) from None
     told = claims(match, metadata)
     return replace(match, warnings=(*match.warnings, *told)) if told else match
+
+
+def _other(
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, object],
+    configs: Mapping[str, object] | None,
+    error: UnknownArchitecture,
+) -> UnknownArchitecture:
+    """The error of what is recognised and no model: a part alone, or what steers a model."""
+    part = detect_part(specs, metadata, configs)
+    if part is not None:
+        what = f"this is a part of a model, {PARTS[part.architecture].title}, in a file of its own"
+    elif (control := detect_control(specs)) is not None:
+        what = f"this is {control.evidence[0]}"
+    else:
+        return error
+    return UnknownArchitecture(
+        f"{what}: it is recognised, and nothing here converts it (known: "
+        f"{', '.join(ARCHITECTURES)})"
+    )
 
 
 def _another(

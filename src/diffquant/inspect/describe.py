@@ -11,6 +11,7 @@ from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.generic import structure
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.match import Match
+from diffquant.convert.strangers import packing, stranger
 from diffquant.core.tensors import TensorSpec
 from diffquant.inspect.encodings import Encoding, encoding_warnings, encodings
 from diffquant.inspect.inversion import InversionReport, describe_inversion
@@ -207,8 +208,11 @@ def _unknown(kind: str, specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
     """What can be said of a model nobody here knows."""
     if kind not in ("diffusion_model", "unknown"):
         return ()
-    told = structure({key: spec.shape for key, spec in specs.items()})
-    return (*told, "quantize --arch generic packs its blocks") if told else ()
+    shapes = {key: spec.shape for key, spec in specs.items()}
+    if told := stranger(shapes) or packing(shapes):
+        return (told,)
+    found = structure(shapes)
+    return (*found, "quantize --arch generic packs its blocks") if found else ()
 
 
 def _parts(logical: LogicalSource, match: Match | None) -> tuple[PartReport, ...]:

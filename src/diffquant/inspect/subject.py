@@ -15,16 +15,20 @@ from typing import Any
 from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.generic import GENERIC
 from diffquant.convert.binding import bind
+from diffquant.convert.controls import detect_control
 from diffquant.convert.detect import detect_part, kind_of
 from diffquant.convert.kinds import is_lora
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.match import Match
 from diffquant.convert.recognise import recognise
+from diffquant.convert.strangers import stranger
 from diffquant.core.errors import ArchitectureError, UnknownArchitecture
 from diffquant.core.tensors import TensorSource, TensorSpec
 from diffquant.io import open_source
 
 __all__ = ["Subject", "open_subject", "subject_of"]
+
+_PART_KINDS = {"vae": "vae", "image_encoder": "clip_vision"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,8 @@ class Subject:
         source: physical tensors.
         logical: weights with their companions folded in.
         specs: the logical specs.
-        kind: checkpoint, diffusion_model, lora, vae, text_encoder, textual_inversion, controlnet or
-            unknown.
+        kind: checkpoint, diffusion_model, lora, vae, text_encoder, clip_vision (an encoder of
+            images), textual_inversion, controlnet or unknown.
         match: what it is, None where nothing here knows it.
         candidates: for unknown files, the nearest architectures and the keys they miss.
     """
@@ -82,11 +86,16 @@ def subject_of(source: TensorSource, path: str = "") -> Subject:
 
 
 def _kind(specs: Mapping[str, TensorSpec], match: Match | None) -> str:
-    if match is None or match.architecture == GENERIC.slug:
+    if match is None:
+        shapes = {key: spec.shape for key, spec in specs.items()}
+        return "unknown" if stranger(shapes) else kind_of(specs)
+    if match.architecture == GENERIC.slug:
         return kind_of(specs)
+    if match.parts[0].name == "controlnet":
+        return "controlnet"
     if match.architecture in ARCHITECTURES:
         return "checkpoint" if len(match.parts) > 1 else "diffusion_model"
-    return "vae" if match.parts[0].name == "vae" else "text_encoder"
+    return _PART_KINDS.get(match.parts[0].name, "text_encoder")
 
 
 def _recognise(
@@ -95,7 +104,7 @@ def _recognise(
     try:
         return recognise(specs, metadata, configs), {}
     except UnknownArchitecture as error:
-        part = detect_part(specs, metadata, configs)
+        part = detect_part(specs, metadata, configs) or detect_control(specs)
         return part, {} if part else dict(error.candidates)
     except ArchitectureError:
         return None, {}

@@ -94,7 +94,7 @@ ANIMA = Architecture(
             "simple",
             1024,
             1024,
-            "makers' advice (30 to 50 steps, 4 to 5), from memory",
+            "circlestone-labs/Anima model card (30 to 50 steps, scale 4 to 5)",
         )
     },
     hyper_defaults={

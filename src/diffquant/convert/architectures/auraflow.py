@@ -83,7 +83,7 @@ def _facts(shapes: Shapes) -> Facts:
         "num_single_dit_layers": count(shapes, "single_transformer_blocks"),
         "joint_attention_dim": width(shapes, "context_embedder.weight", 1),
         "caption_projection_dim": width(shapes, "context_embedder.weight", 0),
-        "pos_embed_max_size": width(shapes, "pos_embed.pos_embed", 1),
+        "pos_embed_max_size": width(shapes, "pos_embed.pos_embed", -2),
     }
 
 

@@ -17,6 +17,7 @@ from diffquant.core.errors import NotInvertible
 
 __all__ = [
     "PREFIXES",
+    "WRAPPERS",
     "Architecture",
     "Component",
     "Defaults",
@@ -32,6 +33,12 @@ __all__ = [
 
 # Where a bare denoiser may sit in a single file, the one that is written first.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "model.")
+
+# What training and other tools leave before the names of a whole model: read, never written.
+# huggingface/diffusers@58eb52c: pipelines hold a `transformer` or a `unet`; torch's DataParallel
+# says `module.`, torch.compile `_orig_mod.`; `model.model.` is among ComfyUI's own
+# (Comfy-Org/ComfyUI@0b61ce5:comfy/model_detection.py, unet_prefix_from_state_dict).
+WRAPPERS = ("model.model.", "transformer.", "unet.", "module.", "_orig_mod.")
 
 Layout: TypeAlias = Literal["canonical", "diffusers", "alternate", "gguf"]
 Facts: TypeAlias = dict[str, object]

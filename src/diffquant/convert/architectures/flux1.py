@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from diffquant.convert.architectures import clip_text, t5_encoder, vae_kl
 from diffquant.convert.architectures.base import (
+    PREFIXES,
     Architecture,
     Component,
     Facts,
@@ -73,7 +74,7 @@ _DENOISER = Component(
     name="denoiser",
     kind="flux",
     folder="transformer",
-    prefixes=("model.diffusion_model.", "diffusion_model.", "net.", "model."),
+    prefixes=PREFIXES,
     signatures={
         "canonical": Signature(
             (

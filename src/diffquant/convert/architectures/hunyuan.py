@@ -25,7 +25,9 @@ from diffquant.convert.architectures.base import (
     Variant,
 )
 from diffquant.convert.architectures.links import Link, rename_table
-from diffquant.convert.architectures.names import count, width
+from diffquant.convert.architectures.names import channels_read, count, width
+from diffquant.convert.architectures.recognised_vaes import HUNYUAN as HUNYUAN_VAE
+from diffquant.convert.architectures.recognised_vaes import HUNYUAN_15
 from diffquant.convert.rules import Shapes
 
 __all__ = ["HUNYUAN"]
@@ -108,10 +110,10 @@ def _linear1_rows(shapes: Shapes, block: str) -> tuple[int, ...]:
 
 
 def _facts(shapes: Shapes) -> Facts:
-    hidden = width(shapes, "x_embedder.proj.weight", 0)
+    hidden = width(shapes, "proj_out.weight", 1)
     head_dim = width(shapes, "transformer_blocks.0.attn.norm_q.weight", 0)
     return {
-        "in_channels": width(shapes, "x_embedder.proj.weight", 1),
+        "in_channels": channels_read(shapes, "x_embedder.proj.weight", hidden),
         "num_layers": count(shapes, "transformer_blocks"),
         "num_single_layers": count(shapes, "single_transformer_blocks"),
         "num_refiner_layers": count(shapes, f"{_TEXT}token_refiner.refiner_blocks"),
@@ -233,6 +235,8 @@ HUNYUAN = Architecture(
             links=None,
             facts=_dit_facts,
         ),
+        HUNYUAN_VAE.component(("vae.", "first_stage_model.")),
+        HUNYUAN_15.component(("vae.", "first_stage_model.")),
         clip_text.component(
             ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
             name="text_encoder_2",
@@ -257,6 +261,12 @@ HUNYUAN = Architecture(
             "video_skyreels",
             {"_kind": "video", "in_channels": 32},
             "32 input channels: SkyReels image to video",
+        ),
+        Variant(
+            "framepack",
+            {"_kind": "video"},
+            "an embedder of clean latents: FramePack",
+            starts="clean_x_embedder.",
         ),
         Variant("video", {"_kind": "video"}, "refiner of text tokens, pooled text: HunyuanVideo"),
         Variant("", {}, "an unlisted member of the family"),
@@ -305,6 +315,7 @@ HUNYUAN = Architecture(
             "rope_theta": 256.0,
             "rope_axes_dim": (16, 56, 56),
         },
+        "vae": {"_class_name": "AutoencoderKLHunyuanVideo", "scaling_factor": 0.476986},
         "text_encoder_2": clip_text.CLIP_L_DEFAULTS,
         "scheduler": {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -316,6 +327,9 @@ HUNYUAN = Architecture(
         "dit": {"denoiser": {"_class_name": "HunyuanDiT2DModel"}},
         "dit_v1.1": {"denoiser": {"_class_name": "HunyuanDiT2DModel"}},
         "image": {"denoiser": {"_class_name": "HunyuanImageTransformer2DModel"}},
-        "video_1.5": {"denoiser": {"_class_name": "HunyuanVideo15Transformer3DModel"}},
+        "video_1.5": {
+            "denoiser": {"_class_name": "HunyuanVideo15Transformer3DModel"},
+            "vae": {"_class_name": "AutoencoderKLHunyuanVideo15", "scaling_factor": 1.03682},
+        },
     },
 )

@@ -25,6 +25,7 @@ from diffquant.convert.architectures.base import (
 )
 from diffquant.convert.architectures.links import Link
 from diffquant.convert.architectures.names import count, width
+from diffquant.convert.architectures.recognised_vaes import LTX as LTX_VAE
 from diffquant.convert.rules import Shapes
 
 __all__ = ["LTX"]
@@ -126,6 +127,7 @@ LTX = Architecture(
             links=_links,
             facts=_facts,
         ),
+        LTX_VAE.component(("vae.", "first_stage_model.")),
         t5_encoder.component(
             ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."), folder="text_encoder"
         ),
@@ -165,6 +167,7 @@ LTX = Architecture(
             "qk_norm": "rms_norm_across_heads",
             "norm_eps": 1e-6,
         },
+        "vae": {"_class_name": "AutoencoderKLLTXVideo"},
         "text_encoder": t5_encoder.DEFAULTS,
         "scheduler": {
             "_class_name": "FlowMatchEulerDiscreteScheduler",

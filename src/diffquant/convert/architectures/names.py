@@ -9,7 +9,7 @@ import re
 
 from diffquant.convert.rules import Shape, Shapes
 
-__all__ = ["Named", "count", "width"]
+__all__ = ["Named", "channels_read", "count", "width"]
 
 _INDEX = re.compile(r"\.(\d+)(?![^.])")
 
@@ -47,6 +47,18 @@ def count(shapes: Shapes, prefix: str) -> int:
 
 
 def width(shapes: Shapes, key: str, axis: int) -> int | None:
-    """Size of one axis of `key`; None when the key or the axis is not there."""
+    """Size of one axis of `key`, negative ones from the end; None where there is no such axis."""
     shape = shapes.get(key, ())
-    return shape[axis] if len(shape) > axis else None
+    return shape[axis] if -len(shape) <= axis < len(shape) else None
+
+
+def channels_read(shapes: Shapes, key: str, made: int | None) -> int | None:
+    """Input channels of a convolution over frames that makes `made` channels.
+
+    GGUF files of stable-diffusion.cpp, which has four axes at most, hold (out * in, ...)
+    (leejet/stable-diffusion.cpp@97d2990:src/safetensors_io.cpp:277-283).
+    """
+    shape = shapes.get(key, ())
+    if len(shape) == 4 and made and shape[0] % made == 0:
+        return shape[0] // made
+    return shape[1] if len(shape) > 1 else None

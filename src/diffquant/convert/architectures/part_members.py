@@ -28,11 +28,34 @@ MEMBERS: Mapping[str, tuple[Variant, ...]] = {
             {"_bias_per_layer": True, "d_model": 4096},
             "position bias in every layer, 4096 wide: UMT5-XXL",
         ),
+        Variant(
+            "pile_t5_xl",
+            {"_bias_per_layer": True, "d_model": 2048},
+            "position bias in every layer, 2048 wide: Pile-T5-XL, which AuraFlow reads",
+        ),
         Variant("umt5", {"_bias_per_layer": True}, "position bias in every layer: UMT5"),
         Variant("t5_xxl", {"d_model": 4096}, "position bias in the first layer, 4096 wide: XXL"),
+        Variant(
+            "byt5_small",
+            {"d_model": 1472},
+            "1472 wide: byT5 small, of characters, which Glyph and HunyuanImage read",
+        ),
+        Variant(
+            "mt5_xl",
+            {"d_model": 2048, "vocab_size": 250112},
+            "2048 wide, 250112 tokens: mT5-XL, which HunyuanDiT reads",
+        ),
+        Variant("t5_xl", {"d_model": 2048}, "2048 wide: XL"),
+        Variant("t5_large", {"d_model": 1024}, "1024 wide: large"),
+        Variant("t5_base", {"d_model": 768}, "768 wide: base, which Stable Audio reads"),
+        Variant("t5_small", {"d_model": 512}, "512 wide: small"),
         Variant("", {}, "position bias in the first layer alone: T5"),
     ),
-    "qwen2_vl_text": (Variant("7b", {"hidden_size": 3584}, "3584 wide: 7B"),),
+    "qwen2_vl_text": (
+        Variant("7b", {"hidden_size": 3584}, "3584 wide: 7B"),
+        Variant("3b", {"hidden_size": 2048}, "2048 wide: 3B"),
+        Variant("", {}, "of Qwen 2's structure, in a size that no Qwen2.5-VL has"),
+    ),
     "qwen3_text": (
         Variant("0.6b", {"hidden_size": 1024}, "1024 wide: 0.6B"),
         Variant("1.7b", {"hidden_size": 2048}, "2048 wide: 1.7B"),
@@ -46,10 +69,27 @@ MEMBERS: Mapping[str, tuple[Variant, ...]] = {
     "mistral_text": (Variant("24b", {"hidden_size": 5120}, "5120 wide: 24B"),),
     "vae_kl": (
         Variant(
+            "asymmetric",
+            {},
+            "an encoder of the masked image beside a larger decoder: the asymmetric autoencoder",
+            starts="decoder.condition_encoder.",
+        ),
+        Variant(
             "4_channels",
-            {"latent_channels": 4},
+            {"latent_channels": 4, "block_out_channels": (128, 256, 512, 512)},
             "4 latent channels: SD 1.x and 2.x, SDXL, PixArt or AuraFlow, which names and shapes "
             "do not tell apart",
+        ),
+        Variant(
+            "4_channels_f4",
+            {"latent_channels": 4, "block_out_channels": (128, 256, 512)},
+            "4 latent channels, three levels: SD's x4 upscaler",
+        ),
+        Variant("4_channels", {"latent_channels": 4}, "4 latent channels, in a width of its own"),
+        Variant(
+            "hunyuan_image",
+            {"latent_channels": 64},
+            "64 latent channels: HunyuanImage 2.1",
         ),
         Variant(
             "16_channels",

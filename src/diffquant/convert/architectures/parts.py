@@ -16,9 +16,13 @@ from diffquant.convert.architectures import (
 from diffquant.convert.architectures.base import Architecture, Component, Latent
 from diffquant.convert.architectures.generic import GENERIC
 from diffquant.convert.architectures.part_members import MEMBERS
+from diffquant.convert.architectures.recognised_encoders import KNOWN_ENCODERS
+from diffquant.convert.architectures.recognised_vaes import KNOWN_VAES
 
 __all__ = ["PARTS", "PART_ORDER", "TITLES", "VAE_TITLES", "architecture_named"]
 
+_KNOWN = (*KNOWN_VAES, *KNOWN_ENCODERS)
+# Encoders that are read, written and quantized as models of their own.
 TITLES = {
     "clip_text": "CLIP text encoder",
     "openclip_text": "OpenCLIP text encoder",
@@ -54,15 +58,20 @@ PART_ORDER = (
     "vae_tiny",
     "vae_tiny_encoder",
     "vae_tiny_decoder",
+    *(row.kind for row in _KNOWN),
 )
+
+
+_ALL_TITLES = {**TITLES, **VAE_TITLES, **{row.kind: row.title for row in _KNOWN}}
+_MEMBERS = {**MEMBERS, **{row.kind: row.members for row in _KNOWN}}
 
 
 def _alone(component: Component) -> Architecture:
     return Architecture(
         slug=component.kind,
-        title={**TITLES, **VAE_TITLES}.get(component.kind, component.kind),
+        title=_ALL_TITLES.get(component.kind, component.kind),
         components=(component,),
-        variants=MEMBERS.get(component.kind, ()),
+        variants=_MEMBERS.get(component.kind, ()),
         keep=(),
         families=(),
         gguf_architecture="",
@@ -77,6 +86,7 @@ def _parts() -> dict[str, Architecture]:
     components = [one for row in ARCHITECTURES.values() for one in row.components]
     components += [qwen2_vl_vision.component(), qwen3_text.component()]
     components += [vae_tiny.whole(), vae_tiny.encoder(), vae_tiny.decoder()]
+    components += [row.component() for row in _KNOWN]
     found: dict[str, Architecture] = {}
     for component in components:
         found.setdefault(component.kind, _alone(component))

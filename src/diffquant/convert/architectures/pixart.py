@@ -76,9 +76,10 @@ def _links(shapes: Shapes, layout: Layout) -> list[Link]:
 def _facts(shapes: Shapes) -> Facts:
     patch = width(shapes, "pos_embed.proj.weight", 2)
     made = width(shapes, "proj_out.weight", 0)
+    channels = width(shapes, "pos_embed.proj.weight", 1)
     sized = f"{_EMB}resolution_embedder.linear_1.weight" in shapes
     return {
-        "in_channels": width(shapes, "pos_embed.proj.weight", 1),
+        "in_channels": channels,
         "out_channels": made // patch**2 if made and patch else None,
         "patch_size": patch,
         "num_layers": count(shapes, "transformer_blocks"),
@@ -86,6 +87,7 @@ def _facts(shapes: Shapes) -> Facts:
         "cross_attention_dim": width(shapes, "transformer_blocks.0.attn2.to_k.weight", 1),
         "use_additional_conditions": sized,
         "_sized": sized,
+        "_variance": bool(made and patch and made // patch**2 == 2 * (channels or 0)),
     }
 
 
@@ -134,6 +136,7 @@ PIXART = Architecture(
             },
             links=_links,
             facts=_facts,
+            where={"_variance": (True,)},  # Allegro has the names of PixArt, and predicts none
         ),
         vae_kl.component(("vae.", "first_stage_model.")),
         t5_encoder.component(

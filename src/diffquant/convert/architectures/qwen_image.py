@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffquant.convert.architectures import qwen2_vl_text, vae_qwen
 from diffquant.convert.architectures.base import (
+    PREFIXES,
     Architecture,
     Component,
     Facts,
@@ -72,7 +73,7 @@ QWEN_IMAGE = Architecture(
             name="denoiser",
             kind="qwen_image",
             folder="transformer",
-            prefixes=("model.diffusion_model.", "diffusion_model.", "net.", "model."),
+            prefixes=PREFIXES,
             signatures={"canonical": _SIGNATURE},
             links=_links,
             facts=_facts,

@@ -37,6 +37,12 @@ SD15 = Architecture(
     ),
     variants=(
         Variant("inpainting", {"in_channels": 9}, "9 input channels: inpainting"),
+        Variant(
+            "zero123",
+            {"in_channels": 8},
+            "8 input channels and cc_projection: Zero123, views of an object",
+            keys=("cc_projection.weight",),
+        ),
         Variant("ip2p", {"in_channels": 8}, "8 input channels: instruction editing"),
         Variant(
             "sdxs",
@@ -55,7 +61,17 @@ SD15 = Architecture(
             {"layers_per_block": 1},
             "one resnet per level: BK-SDM-Base, which small-sd has the structure of",
         ),
-        Variant("base", {"in_channels": 4}, "4 input channels, full depth"),
+        Variant(
+            "base",
+            {"in_channels": 4, "_depths": (1, 1, 1, 0), "layers_per_block": 2, "_middle": 2},
+            "4 input channels, full depth",
+        ),
+        Variant(
+            "",
+            {"in_channels": 4, "_width": 320},
+            "320 wide, and not as deep as the base: pruned, or an unlisted member of the family",
+        ),
+        Variant("base", {"in_channels": 4}, "4 input channels, of a width nobody has published"),
         Variant("", {}, "an unlisted member of the family"),
     ),
     keep=unet.KEEP,

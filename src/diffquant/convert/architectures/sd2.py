@@ -17,6 +17,13 @@ SD2 = Architecture(
     title="Stable Diffusion 2.x",
     components=(
         unet.component({"_generation": (2,), "_added": (False,)}),
+        unet.component(
+            {
+                "cross_attention_dim": (1024,),
+                "projection_class_embeddings_input_dim": (1536, 2048),
+            },
+            image_class=True,
+        ),
         vae_kl.component(("first_stage_model.", "vae.")),
         openclip_text.component(
             ("cond_stage_model.model.", "text_encoders.clip_h.transformer."),
@@ -27,6 +34,21 @@ SD2 = Architecture(
     ),
     variants=(
         Variant("inpainting", {"in_channels": 9}, "9 input channels: inpainting"),
+        Variant(
+            "unclip_l",
+            {"projection_class_embeddings_input_dim": 1536},
+            "embedding of an image, 2 x 768: SD 2.1 unCLIP for CLIP-L; " + _PREDICTION,
+        ),
+        Variant(
+            "unclip_h",
+            {"projection_class_embeddings_input_dim": 2048},
+            "embedding of an image, 2 x 1024: SD 2.1 unCLIP for OpenCLIP-H; " + _PREDICTION,
+        ),
+        Variant(
+            "marigold",
+            {"in_channels": 8},
+            "8 input channels: an image beside the noise, as in Marigold's depth and normals",
+        ),
         Variant("depth", {"in_channels": 5}, "5 input channels: depth to image"),
         Variant(
             "sdxs",
@@ -40,6 +62,17 @@ SD2 = Architecture(
         ),
         Variant("bk_sdm_small", {"_middle": 0}, "no middle block: BK-SDM-v2-Small"),
         Variant("bk_sdm_base", {"layers_per_block": 1}, "one resnet per level: BK-SDM-v2-Base"),
+        Variant(
+            "base",
+            {"in_channels": 4, "_depths": (1, 1, 1, 0), "layers_per_block": 2, "_middle": 2},
+            _PREDICTION,
+        ),
+        Variant(
+            "",
+            {"in_channels": 4, "_width": 320},
+            "320 wide, and not as deep as the base: pruned, or an unlisted member of the family; "
+            + _PREDICTION,
+        ),
         Variant("base", {"in_channels": 4}, _PREDICTION),
         Variant("", {}, "an unlisted member of the family"),
     ),

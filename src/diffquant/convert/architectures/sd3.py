@@ -81,7 +81,7 @@ def _links(shapes: Shapes, layout: Layout) -> list[Link]:
 
 def _facts(shapes: Shapes) -> Facts:
     hidden = width(shapes, "pos_embed.proj.weight", 0)
-    positions = width(shapes, "pos_embed.pos_embed", 1)
+    positions = width(shapes, "pos_embed.pos_embed", -2)
     patch = width(shapes, "pos_embed.proj.weight", 2)
     made = width(shapes, "proj_out.weight", 0)
     layers = count(shapes, "transformer_blocks")

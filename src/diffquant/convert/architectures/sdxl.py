@@ -29,6 +29,14 @@ SCHEDULER: Mapping[str, object] = {
     "use_karras_sigmas": False,
 }
 
+_KOALA: Mapping[str, object] = {"layers_per_block": 1}
+_FULL: Mapping[str, object] = {
+    "in_channels": 4,
+    "_depths": (0, 2, 10),
+    "_middle_depth": 10,
+    "layers_per_block": 2,
+}
+
 SDXL = Architecture(
     slug="sdxl",
     title="Stable Diffusion XL",
@@ -63,14 +71,24 @@ SDXL = Architecture(
         Variant("lcm", {"_guided": True}, "an embedding of the guidance scale: a full LCM"),
         Variant("ssd_1b", {"_depths": (0, 2, 4)}, "transformer depths 0, 2, 4: SSD-1B"),
         Variant("vega", {"_depths": (0, 1, 2)}, "transformer depths 0, 1, 2: Segmind Vega"),
-        Variant("koala_700m", {"_depths": (0, 2, 5)}, "transformer depths 0, 2, 5: KOALA-700M"),
-        Variant("koala_1b", {"_depths": (0, 2, 6)}, "transformer depths 0, 2, 6: KOALA-1B"),
+        Variant(
+            "koala_700m", {**_KOALA, "_depths": (0, 2, 5)}, "transformer depths 0, 2, 5: KOALA-700M"
+        ),
+        Variant(
+            "koala_1b", {**_KOALA, "_depths": (0, 2, 6)}, "transformer depths 0, 2, 6: KOALA-1B"
+        ),
         Variant(
             "base",
-            {"in_channels": 4},
+            _FULL,
             "4 input channels, full depth: base; Turbo, Lightning, Playground v2 and v-prediction "
             "fine-tunes have the same names and shapes and cannot be told from it",
         ),
+        Variant(
+            "",
+            {"in_channels": 4, "_width": 320},
+            "320 wide, and not as deep as the base: pruned, or an unlisted member of the family",
+        ),
+        Variant("base", {"in_channels": 4}, "4 input channels, of a width nobody has published"),
         Variant("", {}, "an unlisted member of the family"),
     ),
     keep=unet.KEEP,

@@ -15,9 +15,17 @@ convert_ldm_unet_checkpoint; Comfy-Org/ComfyUI@0b61ce5:comfy/model_detection.py,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
-from diffquant.convert.architectures.base import Component, Facts, Keep, Layout, Signature
+from diffquant.convert.architectures.base import (
+    PREFIXES,
+    Component,
+    Facts,
+    Keep,
+    Layout,
+    Signature,
+)
 from diffquant.convert.architectures.links import Link, rename_table
 from diffquant.convert.architectures.names import count, width
 from diffquant.convert.rules import Shapes
@@ -54,12 +62,34 @@ _TOP = {
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
     "mid_block.attentions.0": "middle_block.1",
     "time_embedding.cond_proj": "time_embed.cond_proj",  # latent consistency models
     "encoder_hid_proj": "encoder_hid_proj",  # Kolors
 }
+_ADDED = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+_IMAGE_CLASS = {
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
+}
+# Relatives that are other models: upscalers by noise level (a class table), motion and video
+# (temporal layers, a transformer at the input), sound (several attentions per resnet).
+_FOREIGN_LDM = (
+    "input_hint_block.",
+    "zero_convs.",
+    "label_emb.weight",
+    "input_blocks.0.1.",
+    "input_blocks.1.0.time_",
+)
+_DEEPER = ("input_blocks.4.1.transformer_blocks.1.", "input_blocks.7.1.transformer_blocks.1.")
+_FOREIGN = (
+    "controlnet_",
+    "transformer_in.",
+    "down_blocks.0.temp_convs.",
+    "down_blocks.0.motion_modules.",
+    "down_blocks.1.motion_modules.",
+    "down_blocks.0.attentions.2.",
+    "down_blocks.1.attentions.2.",
+)
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -80,8 +110,8 @@ class _Layer(NamedTuple):
     resample: str = ""  # LDM name below the block
 
 
-def _links(shapes: Shapes, layout: Layout) -> list[Link]:
-    links = rename_table(_TOP)
+def _links(shapes: Shapes, layout: Layout, *, image_class: bool = False) -> list[Link]:
+    links = rename_table({**_TOP, **(_IMAGE_CLASS if image_class else _ADDED)})
     for theirs, ours in _MIDDLE.items():
         links += rename_table(_RESNET, f"{theirs}.", f"{ours}.")
     walk = _walk_ldm if layout == "canonical" else _walk_diffusers
@@ -168,9 +198,13 @@ def _facts(shapes: Shapes) -> Facts:
         "_generation": _generation(shapes, f"{attention}.transformer_blocks.0", projection),
         "_self_attention": f"{attention}.transformer_blocks.0.attn1.to_q.weight" in shapes,
         "_guided": "time_embedding.cond_proj.weight" in shapes,
+        "_width": width(shapes, "conv_in.weight", 0),
     }
     if facts["_guided"]:
         facts["time_cond_proj_dim"] = width(shapes, "time_embedding.cond_proj.weight", 1)
+    if image := width(shapes, "class_embedding.linear_1.weight", 1):
+        facts["class_embed_type"] = "projection"
+        facts["projection_class_embeddings_input_dim"] = image
     if "encoder_hid_proj.weight" in shapes:
         facts["encoder_hid_dim"] = width(shapes, "encoder_hid_proj.weight", 1)
     if added is not None:
@@ -180,13 +214,14 @@ def _facts(shapes: Shapes) -> Facts:
 
 
 def _generation(shapes: Shapes, block: str, projection: tuple[int, ...]) -> int:
-    """1 or 2, by the width of the text context: CLIP-L's or OpenCLIP-H's.
+    """1 or 2, by the width of the text context: CLIP-L's or OpenCLIP-H's; 0 for other models.
 
-    Other widths are no published model's; there the kind of projection decides.
+    Without a text context it is no text to image model, and 1280 is Bert's in the older latent
+    diffusion. Other widths are no published model's; there the kind of projection decides.
     """
     context = width(shapes, f"{block}.attn2.to_k.weight", 1)
-    known = {768: 1, 1024: 2}
-    return known.get(context or 0, 2 if len(projection) == 2 else 1)
+    known = {None: 0, 768: 1, 1024: 2, 1280: 0}
+    return known.get(context, 2 if len(projection) == 2 else 1)
 
 
 def _depth(shapes: Shapes, block: str) -> int:
@@ -195,21 +230,26 @@ def _depth(shapes: Shapes, block: str) -> int:
 
 
 def component(
-    where: Mapping[str, tuple[object, ...]], *, text_projection: bool = False
+    where: Mapping[str, tuple[object, ...]],
+    *,
+    text_projection: bool = False,
+    image_class: bool = False,
 ) -> Component:
     """The denoiser component, for the members of the family whose facts fit `where`.
 
     Args:
         where: facts that part it from its relatives.
         text_projection: whether text passes a projection of its own first (Kolors).
+        image_class: whether the embedding of an image is added to the timestep's (SD2 unCLIP).
     """
+    image = ("class_embedding.linear_1.weight",) if image_class else ()
     projection = ("encoder_hid_proj.weight",) if text_projection else ()
     foreign = () if text_projection else ("encoder_hid_proj.",)
     return Component(
         name="denoiser",
-        kind="unet_ldm",
+        kind="unet_unclip" if image_class else "unet_ldm",
         folder="unet",
-        prefixes=("model.diffusion_model.", "diffusion_model.", "net.", "model."),
+        prefixes=PREFIXES,
         signatures={
             "canonical": Signature(
                 (
@@ -221,8 +261,9 @@ def component(
                     "out.0.weight",
                     "out.2.weight",
                     *projection,
+                    *(("label_emb.0.0.weight",) if image_class else ()),
                 ),
-                (*foreign, "input_hint_block.", "zero_convs.", "label_emb.weight"),
+                (*foreign, *_FOREIGN_LDM, *(_DEEPER if image_class else ())),
             ),
             "diffusers": Signature(
                 (
@@ -231,20 +272,16 @@ def component(
                     "conv_norm_out.weight",
                     "time_embedding.linear_1.weight",
                     "time_embedding.linear_2.weight",
+                    "down_blocks.0.resnets.0.conv1.weight",
                     "down_blocks.0.resnets.0.time_emb_proj.weight",
                     "up_blocks.0.resnets.0.time_emb_proj.weight",
                     *projection,
+                    *image,
                 ),
-                (
-                    *foreign,
-                    "controlnet_",
-                    "class_embedding.",
-                    "down_blocks.0.motion_modules.",
-                    "down_blocks.1.motion_modules.",
-                ),
+                (*foreign, *_FOREIGN, *(() if image_class else ("class_embedding.",))),
             ),
         },
-        links=_links,
+        links=partial(_links, image_class=image_class),
         facts=_facts,
         where=where,
     )

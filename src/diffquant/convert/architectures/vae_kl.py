@@ -87,7 +87,13 @@ def _facts(shapes: Shapes) -> Facts:
 def component(prefixes: tuple[str, ...]) -> Component:
     """The vae component, at these prefixes in single files."""
     both = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
-    foreign = ("bn.", "quantize.", "decoder.time_conv_out.", "decoder.mid.attn_1.norm.gamma")
+    foreign = (
+        "bn.",
+        "quantize.",
+        "encoder.temp_conv_in.",  # Allegro's, of videos
+        "decoder.time_conv_out.",
+        "decoder.mid.attn_1.norm.gamma",
+    )
     return Component(
         name="vae",
         kind="vae_kl",

@@ -75,17 +75,18 @@ def _links(shapes: Shapes, layout: Layout) -> list[Link]:
 
 
 def _facts(shapes: Shapes) -> Facts:
-    base = width(shapes, "encoder.conv_in.weight", 0)
+    base = width(shapes, "encoder.conv_in.bias", 0)
     levels = count(shapes, "decoder.up_blocks")
     widths = [
-        width(shapes, f"decoder.up_blocks.{i}.resnets.0.conv1.weight", 0) for i in range(levels)
+        width(shapes, f"decoder.up_blocks.{i}.resnets.0.conv1.bias", 0) for i in range(levels)
     ]
     resamples = [f"decoder.up_blocks.{i}.upsamplers.0" for i in range(levels - 1)]
     temporal = tuple(f"{one}.time_conv.weight" in shapes for one in reversed(resamples))
     return {
         "base_dim": base,
-        "z_dim": width(shapes, "decoder.conv_in.weight", 1),
-        "input_channels": width(shapes, "encoder.conv_in.weight", 1),
+        # By biases: stable-diffusion.cpp's GGUF files merge the first two axes of weights.
+        "z_dim": width(shapes, "post_quant_conv.bias", 0),
+        "input_channels": width(shapes, "decoder.conv_out.bias", 0),
         "dim_mult": tuple(one // base for one in reversed(widths) if one and base),
         "temperal_downsample": temporal,  # the config's own spelling
     }
@@ -107,7 +108,8 @@ def component(prefixes: tuple[str, ...]) -> Component:
                     "decoder.mid_block.attentions.0.to_qkv.weight",
                     "decoder.up_blocks.0.resnets.0.norm1.gamma",
                     "post_quant_conv.weight",
-                )
+                ),
+                ("encoder.down_blocks.0.resnets.",),  # Wan 2.2's
             ),
             "alternate": Signature(
                 (

@@ -25,7 +25,8 @@ from diffquant.convert.architectures.base import (
     Variant,
 )
 from diffquant.convert.architectures.links import Link, rename_table
-from diffquant.convert.architectures.names import count, width
+from diffquant.convert.architectures.names import channels_read, count, width
+from diffquant.convert.architectures.recognised_vaes import WAN_22
 from diffquant.convert.rules import Shapes
 
 __all__ = ["WAN"]
@@ -79,12 +80,12 @@ def _links(shapes: Shapes, layout: Layout) -> list[Link]:
 
 
 def _facts(shapes: Shapes) -> Facts:
-    hidden = width(shapes, "patch_embedding.weight", 0)
-    patch = shapes.get("patch_embedding.weight", ())[2:]
+    hidden = width(shapes, "scale_shift_table", -1)
+    patch = shapes.get("patch_embedding.weight", ())[-3:]
     made = width(shapes, "proj_out.weight", 0)
     volume = patch[0] * patch[1] * patch[2] if len(patch) == 3 else 0
     return {
-        "in_channels": width(shapes, "patch_embedding.weight", 1),
+        "in_channels": channels_read(shapes, "patch_embedding.weight", hidden),
         "out_channels": made // volume if made and volume else None,
         "patch_size": tuple(patch),
         "num_layers": count(shapes, "blocks"),
@@ -96,6 +97,8 @@ def _facts(shapes: Shapes) -> Facts:
         "image_dim": width(shapes, f"{_IMAGE}norm1.weight", 0),
         "vace_layers": count(shapes, "vace_blocks") or None,
         "_width": hidden,
+        "_image": f"{_IMAGE}norm1.weight" in shapes,
+        "_frames": f"{_IMAGE}pos_embed" in shapes,
         "_vace": "vace_patch_embedding.weight" in shapes,
     }
 
@@ -148,6 +151,7 @@ WAN = Architecture(
             facts=_facts,
         ),
         vae_qwen.component(("vae.", "first_stage_model.")),
+        WAN_22.component(("vae.", "first_stage_model.")),
         t5_encoder.component(
             ("text_encoders.umt5xxl.transformer.", "text_encoders.umt5xxl."),
             folder="text_encoder",
@@ -157,6 +161,12 @@ WAN = Architecture(
         Variant("animate", {}, "a face adapter: Animate", starts="face_adapter."),
         Variant("s2v", {}, "an encoder of sound: S2V", starts="casual_audio_encoder."),
         Variant("camera", {}, "a control adapter: Fun Camera", starts="control_adapter."),
+        Variant(
+            "anyflow",
+            {},
+            "an embedder of the length of a step: AnyFlow",
+            starts="condition_embedder.delta_embedder.",
+        ),
         Variant("vace_14b", {"_vace": True, "_width": 5120}, "VACE blocks, 5120 wide: VACE 14B"),
         Variant("vace_1.3b", {"_vace": True, "_width": 1536}, "VACE blocks, 1536 wide: VACE 1.3B"),
         Variant(
@@ -165,14 +175,32 @@ WAN = Architecture(
             "3072 wide, 48 latent channels: Wan 2.2 TI2V 5B; its VAE is not Wan 2.1's",
         ),
         Variant(
+            "flf2v_14b",
+            {"_width": 5120, "in_channels": 36, "_frames": True},
+            "36 input channels, positions of two images: first and last frame to video, 14B",
+        ),
+        Variant(
             "i2v_14b",
+            {"_width": 5120, "in_channels": 36, "_image": True},
+            "36 input channels and image features, 5120 wide: Wan 2.1 image to video or "
+            "inpainting, 14B",
+        ),
+        Variant(
+            "i2v_a14b",
             {"_width": 5120, "in_channels": 36},
-            "36 input channels, 5120 wide: image to video, 14B" + _SIBLINGS,
+            "36 input channels and no image features, 5120 wide: Wan 2.2 A14B image to video or "
+            "inpainting; its two halves (high and low noise) cannot be told apart",
         ),
         Variant(
             "i2v_1.3b",
             {"_width": 1536, "in_channels": 36},
             "36 input channels, 1536 wide: image to video or inpainting, 1.3B",
+        ),
+        Variant(
+            "t2v_a14b",
+            {"_width": 5120, "in_channels": 16},
+            "5120 wide, transformer_2 beside it: Wan 2.2 A14B, this one for high noise",
+            starts="transformer_2/",
         ),
         Variant("t2v_14b", {"_width": 5120, "in_channels": 16}, "5120 wide: 14B" + _SIBLINGS),
         Variant("t2v_1.3b", {"_width": 1536, "in_channels": 16}, "1536 wide: 1.3B"),
@@ -227,7 +255,11 @@ WAN = Architecture(
         },
     },
     variant_defaults={
-        name: {"denoiser": {"_class_name": "WanVACETransformer3DModel"}}
-        for name in ("vace_14b", "vace_1.3b")
+        **{
+            name: {"denoiser": {"_class_name": "WanVACETransformer3DModel"}}
+            for name in ("vace_14b", "vace_1.3b")
+        },
+        # Wan 2.1's means do not fit 48 channels.
+        "ti2v_5b": {"vae": {"latents_mean": None, "latents_std": None}},
     },
 )
