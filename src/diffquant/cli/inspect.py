@@ -79,7 +79,7 @@ def command(
             except SeveralCheckpoints:
                 return Outcome({"files": [], "repositories": [list_repository(files[0])]})
             return Outcome({"files": [report]}, [f"{report.path}: {t}" for t in report.warnings])
-        found = describe_each(files, deep=deep)
+        found = describe_each(files, deep=deep, judged=explain or options.as_json)
         failed = [one for one in found if isinstance(one, Unreadable)]
         reports = [one for one in found if isinstance(one, FileReport)]
         warnings = [f"{one.path}: {text}" for one in reports for text in one.warnings]

@@ -69,7 +69,7 @@ class FileReport:
         evidence: what recognition rests on, and what the header cannot tell.
         candidates: for unknown files, the nearest architectures and the keys they miss.
         encodings: packed weights, grouped by how they are stored.
-        loaders: what each program that reads such files would do with this one.
+        loaders: what each program that reads such files would do with this one, where asked for.
         lora: for LoRAs and other adapters.
         inversion: for textual inversions.
     """
@@ -97,8 +97,13 @@ class FileReport:
     inversion: InversionReport | None = None
 
 
-def describe(path: str | Path, *, deep: bool = False) -> FileReport:
-    """Describe a file or folder from its header; `deep` reads the values of adapters too.
+def describe(path: str | Path, *, deep: bool = False, judged: bool = True) -> FileReport:
+    """Describe a file or folder from its header.
+
+    Args:
+        path: local or remote.
+        deep: read the values of adapters too.
+        judged: say which programs can load it.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -109,12 +114,14 @@ def describe(path: str | Path, *, deep: bool = False) -> FileReport:
     with open_source(path) as source:
         if source.container == "gguf" and is_gguf_imatrix(source):
             return _describe_matrix(name, read_gguf(source))
-        return describe_subject(subject_of(source, name), deep=deep)
+        return describe_subject(subject_of(source, name), deep=deep, judged=judged)
 
 
-def describe_subject(subject: Subject, *, deep: bool = False) -> FileReport:
-    """Describe an opened file."""
+def describe_subject(subject: Subject, *, deep: bool = False, judged: bool = True) -> FileReport:
+    """Describe an opened file; see `describe`."""
     report = _describe_file(subject)
+    if judged:
+        report = replace(report, loaders=loader_report(subject))
     if subject.kind == "lora" and (lora := describe_lora(subject, deep=deep)) is not None:
         return replace(
             report,
@@ -168,7 +175,6 @@ def _describe_file(subject: Subject) -> FileReport:
         ),
         encodings=encodings(logical, match),
         title=architecture_named(match.architecture).title if match else "",
-        loaders=loader_report(subject),
     )
 
 

@@ -38,15 +38,17 @@ class Unreadable:
 
 
 def describe_each(
-    paths: Sequence[str | Path], *, deep: bool = False
+    paths: Sequence[str | Path], *, deep: bool = False, judged: bool = True
 ) -> tuple[FileReport | Unreadable, ...]:
     """Describe several files; one that cannot be read does not keep the others from it.
+
+    `deep` and `judged` as `describe` takes them.
 
     Raises:
         ResourceError: a reading process was killed, for want of memory most likely.
     """
     names = [str(path) for path in paths]
-    one = functools.partial(_described, deep=deep)
+    one = functools.partial(_described, deep=deep, judged=judged)
     processes = min(_processors(), _MOST, len(names) // (_ENOUGH // 2))
     if processes < 2 or sys.platform != "linux":
         return tuple(map(one, names))
@@ -64,9 +66,9 @@ def describe_each(
         pool.shutdown(cancel_futures=True)
 
 
-def _described(path: str, *, deep: bool) -> FileReport | Unreadable:
+def _described(path: str, *, deep: bool, judged: bool) -> FileReport | Unreadable:
     try:
-        return describe(path, deep=deep)
+        return describe(path, deep=deep, judged=judged)
     except DiffquantError as error:
         return Unreadable(path, str(error), error.exit_code)
 

@@ -11,6 +11,7 @@ from diffquant.convert.rules import Shape, Shapes
 
 __all__ = ["Named", "channels_read", "count", "width"]
 
+_HEAD = re.compile(r".*\.\d+(?![^.])")  # up to the last index: far fewer than keys
 _INDEX = re.compile(r"\.(\d+)(?![^.])")
 
 
@@ -28,7 +29,8 @@ class Named(dict[str, Shape]):
 
 def _lengths(shapes: Shapes) -> dict[str, int]:
     found: dict[str, int] = {}
-    for key in shapes:
+    heads = {head[0] for key in shapes if (head := _HEAD.match(key)) is not None}
+    for key in heads:
         for index in _INDEX.finditer(key):
             prefix, size = key[: index.start()], int(index[1]) + 1
             if found.get(prefix, 0) < size:

@@ -229,6 +229,9 @@ def _depth(shapes: Shapes, block: str) -> int:
     return count(shapes, f"{block}.attentions.0.transformer_blocks")
 
 
+_links_of_unclip = partial(_links, image_class=True)
+
+
 def component(
     where: Mapping[str, tuple[object, ...]],
     *,
@@ -281,7 +284,7 @@ def component(
                 (*foreign, *_FOREIGN, *(() if image_class else ("class_embedding.",))),
             ),
         },
-        links=partial(_links, image_class=image_class),
+        links=_links_of_unclip if image_class else _links,  # one object: answers are shared
         facts=_facts,
         where=where,
     )

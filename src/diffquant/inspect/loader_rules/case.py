@@ -116,11 +116,11 @@ class Case:
 
     def packed(self, *dialects: str) -> list[str]:
         """Keys of packed weights in these dialects; of all packed weights where none is given."""
-        return [
-            key
-            for key, one in self.tensors.items()
-            if one.is_quantized and (not dialects or one.dialect in dialects)
-        ]
+        return [key for key, dialect in self._packed if not dialects or dialect in dialects]
+
+    @functools.cached_property
+    def _packed(self) -> tuple[tuple[str, str], ...]:
+        return tuple((key, one.dialect) for key, one in self.tensors.items() if one.is_quantized)
 
     @functools.cached_property
     def markers(self) -> Mapping[str, Marker]:
