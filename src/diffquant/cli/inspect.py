@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import click
 
+from diffquant.cli.ask_fit import FitAsked, each_fit, each_latents, fit_options, fits, pairs
 from diffquant.cli.audit import render_audit
 from diffquant.cli.frame import Options, Outcome, common, echo, run
 from diffquant.cli.view_inspect import render_lines, render_page
@@ -49,6 +51,7 @@ __all__ = ["command"]
     metavar="NAME",
     help="Say whether this program can load each FILE, and why not: " + ", ".join(LOADERS) + ".",
 )
+@fit_options
 @common
 def command(
     files: tuple[str, ...],
@@ -57,14 +60,27 @@ def command(
     deep: bool,
     full: bool,
     loader: str,
+    asked: FitAsked,
     options: Options,
 ) -> None:
     """Say what each FILE (or folder) is: architecture, parts, storage, size.
 
     Reads headers only. Unknown files are not an error; unreadable ones are. With --audit: which
     rules a file breaks; exit code 3 for a violation, warnings alone are 0. With --for: exit code 3
-    when the program would not load one of them.
+    when the program would not load one of them. With --vram or --size: what making a picture takes
+    and how it fits; a file that does not fit is no error. With --with: whether two files share
+    their latents.
     """
+    if sum((bool(asked.others), asked.is_fit, bool(loader), audited)) > 1:
+        raise click.UsageError(
+            "--with, --for, --audit and the fit of a picture (--vram, --size, --batch, --dtype) "
+            "are different questions: ask one at a time"
+        )
+    if asked.others:
+        run("inspect", options, lambda: pairs(files, asked), each_latents)
+    if asked.is_fit:
+        show = functools.partial(each_fit, explain=explain)
+        run("inspect", options, lambda: fits(files, asked), show)
     if loader:
         run("inspect", options, lambda: _judge(files, loader), render_verdict)
     if audited:

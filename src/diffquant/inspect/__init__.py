@@ -7,7 +7,9 @@ from diffquant.inspect.audit import AuditReport, audit
 from diffquant.inspect.describe import FileReport, PartReport, StorageCount, describe
 from diffquant.inspect.diff import DIFF_CLASSES, DiffReport, TensorDiff, diff
 from diffquant.inspect.encodings import Encoding
+from diffquant.inspect.fit import FitReport, fit
 from diffquant.inspect.inversion import InversionReport, TokenVectors, describe_inversion
+from diffquant.inspect.latents import LatentReport, latents
 from diffquant.inspect.loaders import (
     LOADERS,
     LoaderVerdict,
@@ -30,7 +32,9 @@ __all__ = [
     "DiffReport",
     "Encoding",
     "FileReport",
+    "FitReport",
     "InversionReport",
+    "LatentReport",
     "LoaderVerdict",
     "LoraBlocks",
     "LoraHint",
@@ -53,7 +57,9 @@ __all__ = [
     "describe_inversion",
     "describe_lora",
     "diff",
+    "fit",
     "judge",
+    "latents",
     "list_repository",
     "loader_report",
     "open_subject",

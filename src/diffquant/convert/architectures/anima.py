@@ -84,7 +84,7 @@ ANIMA = Architecture(
     ),
     gguf_architecture="cosmos",
     gguf_prefix="",
-    latent=Latent(16, 8, None, patch=2),
+    latent=Latent(16, 8, None, patch=2, space="wan21"),
     sampling={
         "": Sampling(
             32,

@@ -155,7 +155,7 @@ AURAFLOW = Architecture(
     families=(Family("v", r"\.attn\.w[12]v\.weight$"),),
     gguf_architecture="aura",
     gguf_prefix="",
-    latent=Latent(4, 8, 0.13025, patch=2),
+    latent=Latent(4, 8, 0.13025, patch=2, space="sdxl"),
     sampling={
         "": Sampling(
             50, 3.5, None, "euler", "simple", 1024, 1024, "AuraFlowPipeline, diffusers 0.42.1"

@@ -206,13 +206,17 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """The latent space: channels, pixels per latent pixel, and decoded = latent / scale + shift."""
+    """The latent space: channels, pixels per latent pixel, and decoded = latent / scale + shift.
+
+    `patch` latent pixels along a side make a token; `space` is a key of SPACES, "" where unknown.
+    """
 
     channels: int
     downscale: int
     scaling_factor: float | None
     shift_factor: float | None = None
     patch: int = 1
+    space: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +260,8 @@ class Architecture:
         gguf_note: said with a GGUF file that not every reader of GGUF knows.
         gguf_prefix: prefix of keys in GGUF files.
         latent: the latent space.
+        variant_spaces: variant -> key of SPACES, for those whose space is another; "" where it
+            works on pixels or nobody here knows.
         sampling: generation defaults by variant; "" is the default.
         hyper_defaults: component name or "scheduler" -> config.json field -> value.
         variant_defaults: variant -> overrides of `hyper_defaults`.
@@ -285,6 +291,11 @@ class Architecture:
     tuned_families: tuple[Family, ...] = ()
     gguf_names: Mapping[str, str] = field(default_factory=dict)
     gguf_note: str = ""
+    variant_spaces: Mapping[str, str] = field(default_factory=dict)
+
+    def space_for(self, variant: str = "") -> str:
+        """Key of SPACES for a variant; "" where nobody here knows."""
+        return self.variant_spaces.get(variant, self.latent.space)
 
     def gguf_architecture_for(self, variant: str = "") -> str:
         """`general.architecture` of a variant."""

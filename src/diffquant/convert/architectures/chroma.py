@@ -166,7 +166,8 @@ CHROMA = Architecture(
     families=(Family("qkv", r"attn\.qkv\.weight$"),),
     gguf_architecture="flux",
     gguf_prefix="",
-    latent=Latent(16, 8, 0.3611, 0.1159, patch=2),
+    latent=Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1"),
+    variant_spaces={"radiance": ""},
     sampling={
         "": Sampling(
             35, 5.0, None, "euler", "simple", 1024, 1024, "ChromaPipeline, diffusers 0.42.1"

@@ -166,7 +166,7 @@ FLUX1 = Architecture(
     tuned_families=(Family("ffn_down", r"((img|txt)_mlp\.2|linear2)\.weight$"),),
     gguf_architecture="flux",
     gguf_prefix="",
-    latent=Latent(16, 8, 0.3611, 0.1159, patch=2),
+    latent=Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1"),
     sampling={
         "": Sampling(
             28, 1.0, 3.5, "euler", "simple", 1024, 1024, "FLUX.1-dev model card, FluxPipeline"

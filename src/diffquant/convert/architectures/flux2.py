@@ -188,7 +188,7 @@ FLUX2 = Architecture(
     families=(Family("qkv", r"attn\.qkv\.weight$"),),
     gguf_architecture="flux",
     gguf_prefix="",
-    latent=Latent(32, 8, None, patch=2),
+    latent=Latent(32, 8, None, patch=2, space="flux2"),
     sampling={
         "": Sampling(
             50, 1.0, 4.0, "euler", "simple", 1024, 1024, "Flux2Pipeline, diffusers 0.42.1"

@@ -147,7 +147,8 @@ HIDREAM = Architecture(
     gguf_architecture="hidream",
     gguf_prefix="",
     gguf_names={"o1": "hidream_o1"},
-    latent=Latent(16, 8, 0.3611, 0.1159, patch=2),
+    latent=Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1"),
+    variant_spaces={"o1": ""},
     sampling={
         "": Sampling(
             50, 5.0, None, "unipc", "simple", 1024, 1024, "HiDreamImagePipeline, diffusers 0.42.1"

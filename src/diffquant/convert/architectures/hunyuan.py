@@ -296,7 +296,13 @@ HUNYUAN = Architecture(
     gguf_architecture="hyvid",
     gguf_prefix="",
     gguf_names={"dit": "hydit", "dit_v1.1": "hydit"},
-    latent=Latent(16, 8, 0.476986, patch=2),
+    latent=Latent(16, 8, 0.476986, patch=2, space="hunyuan_video"),
+    variant_spaces={
+        "dit": "",  # not stated here
+        "dit_v1.1": "",
+        "image": "hunyuan_image",
+        "video_1.5": "hunyuan_video_1.5",
+    },
     sampling={
         "": Sampling(
             50, 1.0, 6.0, "euler", "simple", 1280, 720, "HunyuanVideoPipeline, diffusers 0.42.1"

@@ -131,7 +131,7 @@ IDEOGRAM4 = Architecture(
         "of the loaders of GGUF files, stable-diffusion.cpp and calcuis/gguf know ideogram4, "
         "ComfyUI-GGUF does not"
     ),
-    latent=Latent(32, 8, None, patch=2),
+    latent=Latent(32, 8, None, patch=2, space="flux2"),
     sampling={
         "": Sampling(
             48, 7.0, None, "euler", "simple", 1024, 1024, "Ideogram4Pipeline, diffusers 0.42.1"

@@ -47,7 +47,7 @@ KOLORS = Architecture(
         "GGUF readers know Kolors as sdxl at most: none of them reads encoder_hid_proj or ChatGLM3"
     ),
     reshapes=True,
-    latent=Latent(4, 8, 0.13025),
+    latent=Latent(4, 8, 0.13025, space="sdxl"),
     sampling={
         "": Sampling(
             50, 5.0, None, "euler", "normal", 1024, 1024, "KolorsPipeline, diffusers 0.42.1"

@@ -102,7 +102,7 @@ KREA2 = Architecture(
     gguf_architecture="krea2",
     gguf_prefix="",
     gguf_note="of the loaders of GGUF files, calcuis/gguf alone knows general.architecture krea2",
-    latent=Latent(16, 8, None, patch=2),
+    latent=Latent(16, 8, None, patch=2, space="wan21"),
     sampling={
         "": Sampling(
             28, 4.5, None, "euler", "simple", 1024, 1024, "Krea2Pipeline, diffusers 0.42.1"

@@ -153,7 +153,8 @@ LTX = Architecture(
     ),
     gguf_architecture="ltxv",
     gguf_prefix="",
-    latent=Latent(128, 32, None),
+    latent=Latent(128, 32, None, space="ltx"),
+    variant_spaces={"2": "ltx2"},
     sampling={
         "": Sampling(50, 3.0, None, "euler", "simple", 704, 480, "LTXPipeline, diffusers 0.42.1")
     },

@@ -149,7 +149,7 @@ LUMINA2 = Architecture(
     ),
     gguf_architecture="lumina2",
     gguf_prefix="",
-    latent=Latent(16, 8, 0.3611, 0.1159, patch=2),
+    latent=Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1"),
     sampling={
         "": Sampling(
             30, 4.0, None, "euler", "simple", 1024, 1024, "Lumina2Pipeline, diffusers 0.42.1"

@@ -93,7 +93,7 @@ OMNIGEN2 = Architecture(
     gguf_architecture="omnigen2",
     gguf_prefix="",
     gguf_note="no published loader of GGUF files knows general.architecture omnigen2",
-    latent=Latent(16, 8, 0.3611, 0.1159, patch=2),
+    latent=Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1"),
     sampling={
         "": Sampling(50, 5.0, None, "euler", "simple", 1024, 1024, "OmniGen2 model card (steps)")
     },

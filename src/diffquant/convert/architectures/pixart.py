@@ -172,7 +172,8 @@ PIXART = Architecture(
     gguf_architecture="pixart",
     gguf_prefix="",
     gguf_note="of the loaders of GGUF files, calcuis/gguf alone knows general.architecture pixart",
-    latent=Latent(4, 8, 0.13025, patch=2),
+    latent=Latent(4, 8, 0.13025, patch=2, space="sdxl"),
+    variant_spaces={"alpha": "sd"},  # PixArt-alpha/PixArt-XL-2-1024-MS: vae/config.json
     sampling={
         "": Sampling(
             20, 4.5, None, "dpmpp_2m", "normal", 1024, 1024, "PixArtSigmaPipeline, diffusers 0.42.1"

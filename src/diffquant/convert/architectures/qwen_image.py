@@ -132,7 +132,7 @@ QWEN_IMAGE = Architecture(
     ),
     gguf_architecture="qwen_image",
     gguf_prefix="",
-    latent=Latent(16, 8, None, patch=2),
+    latent=Latent(16, 8, None, patch=2, space="wan21"),
     sampling={"": Sampling(50, 4.0, None, "euler", "simple", 1328, 1328, "Qwen-Image model card")},
     hyper_defaults={
         # huggingface/diffusers@58eb52c:src/diffusers/models/transformers/transformer_qwenimage.py

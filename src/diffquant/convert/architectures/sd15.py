@@ -79,7 +79,7 @@ SD15 = Architecture(
     gguf_architecture="sd1",
     gguf_prefix="model.diffusion_model.",
     reshapes=True,
-    latent=Latent(4, 8, 0.18215),
+    latent=Latent(4, 8, 0.18215, space="sd"),
     sampling={
         "": Sampling(
             25,

@@ -81,7 +81,7 @@ SD2 = Architecture(
     gguf_architecture="sd1",
     gguf_prefix="model.diffusion_model.",
     reshapes=True,
-    latent=Latent(4, 8, 0.18215),
+    latent=Latent(4, 8, 0.18215, space="sd"),
     sampling={
         "": Sampling(
             25, 7.5, None, "dpmpp_2m", "karras", 768, 768, "stable-diffusion-2-1 model card"

@@ -182,7 +182,7 @@ SD3 = Architecture(
     families=(Family("qkv", r"\.attn2?\.qkv\.weight$"),),
     gguf_architecture="sd3",
     gguf_prefix="",
-    latent=Latent(16, 8, 1.5305, 0.0609, patch=2),
+    latent=Latent(16, 8, 1.5305, 0.0609, patch=2, space="sd3"),
     sampling={
         "": Sampling(
             28, 7.0, None, "euler", "simple", 1024, 1024, "SD3-medium model card (steps, scale)"

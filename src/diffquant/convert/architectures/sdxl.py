@@ -96,7 +96,8 @@ SDXL = Architecture(
     gguf_architecture="sdxl",
     gguf_prefix="model.diffusion_model.",
     reshapes=True,
-    latent=Latent(4, 8, 0.13025),
+    latent=Latent(4, 8, 0.13025, space="sdxl"),
+    variant_spaces={"playground_v2.5": "playground_v2.5"},
     sampling={
         "": Sampling(
             30,

@@ -32,7 +32,7 @@ SDXL_REFINER = Architecture(
     gguf_architecture="sdxl",
     gguf_prefix="model.diffusion_model.",
     reshapes=True,
-    latent=Latent(4, 8, 0.13025),
+    latent=Latent(4, 8, 0.13025, space="sdxl"),
     sampling={
         "": Sampling(
             25, 5.0, None, "dpmpp_2m", "karras", 1024, 1024, "StableDiffusionXLImg2ImgPipeline"

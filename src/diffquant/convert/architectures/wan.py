@@ -227,7 +227,8 @@ WAN = Architecture(
     ),
     gguf_architecture="wan",
     gguf_prefix="",
-    latent=Latent(16, 8, None, patch=2),
+    latent=Latent(16, 8, None, patch=2, space="wan21"),
+    variant_spaces={"ti2v_5b": "wan22"},
     sampling={
         "": Sampling(50, 5.0, None, "unipc", "simple", 832, 480, "WanPipeline, diffusers 0.42.1")
     },

@@ -152,7 +152,7 @@ Z_IMAGE = Architecture(
     ),
     gguf_architecture="lumina2",
     gguf_prefix="",
-    latent=Latent(16, 8, 0.3611, 0.1159, patch=2),
+    latent=Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1"),
     sampling={
         "": Sampling(
             9, 1.0, None, "euler", "simple", 1024, 1024, "Z-Image-Turbo, diffusers documentation"
