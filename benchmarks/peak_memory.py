@@ -127,6 +127,13 @@ def run(job: dict[str, Any], script: str) -> dict[str, Any]:
     }
 
 
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def environment() -> dict[str, object]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
@@ -138,7 +145,7 @@ def environment() -> dict[str, object]:
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
     }
 
 
