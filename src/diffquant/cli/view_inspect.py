@@ -32,6 +32,7 @@ _KINDS = {
     "diffusion_model": "model",
     "text_encoder": "text encoder",
     "textual_inversion": "embedding",
+    "clip_vision": "clip vision",
     "imatrix": "importance",
 }
 _CONTAINERS = {"diffusers_folder": "folder", "torch_pickle": "pickle", "sharded": "shards"}
@@ -88,6 +89,7 @@ def _row(one: FileReport | Unreadable) -> list[str]:
     if isinstance(one, Unreadable):
         return ["unreadable", "-", "-", "-", "-", "-", "-"]
     slug = "-" if one.kind == "imatrix" else f"{one.architecture} {one.variant}".strip()
+    slug = slug.replace("_channels", "ch")
     return [
         _KINDS.get(one.kind, one.kind),
         slug,
@@ -150,7 +152,8 @@ def render_page(report: FileReport, *, explain: bool = False) -> None:
         f"  {title}{count(report.tensors, 'tensor')}, {billions(report.parameters)} weights, "
         f"{human(report.nbytes)} ({report.nbytes / 1e9:.2f} GB)"
     )
-    for line in report.evidence[1 if report.title else 0 :]:
+    told = [line for line in report.evidence if " names: " not in line]  # said above, in short
+    for line in told:
         for text in wrap(line):
             styled((text, DIM))
     if report.parts:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from diffquant.convert.architectures.base import Architecture
-from diffquant.convert.architectures.parts import architecture_named
+from diffquant.convert.architectures.parts import find_architecture
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.match import Match
 from diffquant.convert.step import Step
@@ -54,7 +54,8 @@ def stored_in(logical: LogicalSource, match: Match | None) -> tuple[Stored, ...]
     prefixes: dict[str, str] = {}
     tables: tuple[str, ...] = ()
     if match is not None:
-        tables = tables_of(architecture_named(match.architecture))
+        row = find_architecture(match.architecture)
+        tables = tables_of(row) if row is not None else ()
         prefixes = {part.prefix + key: part.prefix for part in match.parts for key in part.shapes}
     return tuple(
         Stored(

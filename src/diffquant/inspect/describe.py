@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffquant.convert.architectures.parts import architecture_named
+from diffquant.convert.architectures.parts import find_architecture
 from diffquant.convert.generic import structure
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.match import Match
@@ -151,6 +151,7 @@ def _describe_file(subject: Subject) -> FileReport:
     stored: dict[str, list[int]] = {}
     for spec in source.specs.values():
         stored.setdefault(spec.dtype, []).append(spec.nbytes)
+    known = find_architecture(match.architecture) if match else None
     storage = {dtype: StorageCount(len(sizes), sum(sizes)) for dtype, sizes in stored.items()}
     return FileReport(
         path=subject.path,
@@ -174,7 +175,7 @@ def _describe_file(subject: Subject) -> FileReport:
             *(match.warnings if match else ()),
         ),
         encodings=encodings(logical, match),
-        title=architecture_named(match.architecture).title if match else "",
+        title=known.title if known else "",
     )
 
 

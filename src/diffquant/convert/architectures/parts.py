@@ -19,7 +19,7 @@ from diffquant.convert.architectures.part_members import MEMBERS
 from diffquant.convert.architectures.recognised_encoders import KNOWN_ENCODERS
 from diffquant.convert.architectures.recognised_vaes import KNOWN_VAES
 
-__all__ = ["PARTS", "PART_ORDER", "TITLES", "VAE_TITLES", "architecture_named"]
+__all__ = ["PARTS", "PART_ORDER", "TITLES", "VAE_TITLES", "architecture_named", "find_architecture"]
 
 _KNOWN = (*KNOWN_VAES, *KNOWN_ENCODERS)
 # Encoders that are read, written and quantized as models of their own.
@@ -98,6 +98,12 @@ PARTS: dict[str, Architecture] = _parts()
 
 def architecture_named(slug: str) -> Architecture:
     """The architecture of that slug, or the part that stands for one; KeyError without either."""
-    if slug == GENERIC.slug:
-        return GENERIC
-    return ARCHITECTURES.get(slug) or PARTS[slug]
+    found = find_architecture(slug)
+    if found is None:
+        raise KeyError(slug)
+    return found
+
+
+def find_architecture(slug: str) -> Architecture | None:
+    """As `architecture_named`; None for a slug that stands for nothing, such as "unknown"."""
+    return GENERIC if slug == GENERIC.slug else ARCHITECTURES.get(slug) or PARTS.get(slug)

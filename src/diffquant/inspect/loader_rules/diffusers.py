@@ -205,6 +205,7 @@ ROWS = (
         f"{_SINGLE_MODEL} SINGLE_FILE_LOADABLE_CLASSES",
         kinds=frozenset({"controlnet"}),
         containers=FILES,
+        architectures=frozenset({"sd15", "sd2", "sdxl"}),
     ),
     LoaderRule(
         "diffusers.lora",

@@ -105,6 +105,7 @@ ROWS = (
         f"{_FO}:extensions-builtin/sd_forge_controlnet",
         kinds=frozenset({"controlnet"}),
         containers=FILES,
+        architectures=frozenset({"sd15", "sd2", "sdxl"}),
     ),
     LoaderRule(
         "forge.engine",

@@ -153,6 +153,7 @@ ROWS = (
         f"{_SD}/control.hpp",
         kinds=frozenset({"controlnet"}),
         containers=_SINGLE,
+        architectures=frozenset({"sd15"}),
     ),
     LoaderRule(
         "sdcpp.folder",
