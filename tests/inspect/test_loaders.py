@@ -288,7 +288,11 @@ def matrix():
 
 
 EMBEDDING = {"emb_params": ("F32", (4, 768))}
-CONTROL = {"control_model.time_embed.0.weight": ("F16", (1280, 320))}
+FURTHER = Path(__file__).parents[1] / "data" / "further_manifests.json.xz"
+CONTROL = {
+    key: ("F16", tuple(shape))
+    for key, shape in json.loads(lzma.decompress(FURTHER.read_bytes()))["sd15.controlnet"].items()
+}
 INDEXED = {"unet:0:up": ("F32", (4, 320)), "unet:0:down": ("F32", (320, 4))}
 DEEP = {"deep.weight": ("F16", (2, 2, 2, 2, 2))}
 BF16_CONV = "input_blocks.0.0.weight"
