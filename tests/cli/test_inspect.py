@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +30,16 @@ FIELDS = {
     "storage": dict,
     "parts": list,
 }
+ALL_FIELDS = {
+    *FIELDS,
+    *("title", "evidence", "leftovers", "candidates", "metadata", "warnings"),
+    *("encodings", "loaders", "lora", "inversion"),
+}
+ALL_OF_PART = {"name", "kind", "layout", "tensors", "parameters", "nbytes", "formats"}
+ALL_OF_ENCODING = {
+    *("part", "format", "dialect", "called", "marker", "scale", "readable"),
+    *("weights", "parameters", "example"),
+}
 PART = {"name": str, "tensors": int, "parameters": int, "nbytes": int}
 
 
@@ -38,11 +50,17 @@ def check_contract(body):
     for file in body["result"]["files"]:
         for name, kind in FIELDS.items():
             assert type(file[name]) is kind, name
+        assert set(file) == ALL_FIELDS  # docs/inspect.md says that fields are only ever added
+        for row in file["encodings"]:
+            assert set(row) == ALL_OF_ENCODING
+        for row in file["loaders"]:
+            assert set(row) == {"loader", "verdict", "reasons"}
         for row in file["storage"].values():
             assert set(row) == {"tensors", "nbytes"}
         assert sum(row["tensors"] for row in file["storage"].values()) == file["tensors"]
         assert sum(row["nbytes"] for row in file["storage"].values()) == file["nbytes"]
         for part in file["parts"]:
+            assert set(part) == ALL_OF_PART
             for name, kind in PART.items():
                 assert type(part[name]) is kind, name
 
@@ -377,6 +395,12 @@ def test_many_files_are_told_apart_by_what_their_paths_differ_in(command, exampl
     assert "sd15-shapes/vae " in ran.out
     assert ran.out.splitlines()[-1].startswith("4 files · ")
     assert ran.out.splitlines()[-1].endswith("examples")
+
+
+def test_the_page_of_the_documentation_lists_every_field():
+    text = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", text))
+    assert named >= ALL_FIELDS | ALL_OF_PART | ALL_OF_ENCODING
 
 
 def test_bars_are_ascii_where_stdout_is(examples):
