@@ -82,6 +82,12 @@ def test_sdxl_decodes_through_three_maps_of_256_channels():
     assert found.weights.nbytes == 2 * 83_653_863
 
 
+def test_convolutions_that_copy_hold_their_input_and_output_twice():
+    found = stage(estimate("sdxl-base.checkpoint.ldm", copied=True), "decode").activations
+    assert found.where == "decoder.up.1.upsample: doubling"
+    assert found.nbytes == 256 * (512 * 512 + 4 * 1024 * 1024) * 2
+
+
 def test_weights_count_as_they_are_stored():
     for dtype, each in (("F32", 4), ("BF16", 2), ("F8_E4M3", 1)):
         found = stage(estimate("flux-dev.transformer.original", dtype=dtype), "denoise")

@@ -93,6 +93,13 @@ def test_blocks_that_stay_are_counted_for_a_budget():
     assert 0 < level.blocks < 57
 
 
+def test_a_denoiser_of_single_blocks_has_none_to_stream(examples):
+    with open_subject(examples / "flux1-shapes") as one:
+        report = fit(one, vram=1)
+    assert report.level == ""
+    assert next(stage for stage in report.stages if stage.name == "denoise").blocks == 0
+
+
 def test_a_text_encoder_that_decides_is_named():
     report = fit(subject("sd3-medium.transformer.original"), vram=6 * GIB)
     assert any("T5-XXL encoder keeps level model" in note for note in report.notes)

@@ -187,7 +187,8 @@ def _differences(a: LatentSide, b: LatentSide) -> tuple[str, ...]:
         found.append(f"{one.channels} latent channels against {two.channels}")
     if one.downscale != two.downscale:
         found.append(f"{one.downscale} pixels per latent against {two.downscale}")
-    if one.scaling != two.scaling:
+    certain = len(a.spaces) == len(b.spaces) == 1
+    if certain and one.scaling != two.scaling:
         found.append(f"{one.title}: {one.scaling}; {two.title}: {two.scaling}")
     if one.channels == two.channels:
         found.append("equal channels, but another encoder made them: the numbers mean other things")

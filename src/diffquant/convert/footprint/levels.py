@@ -97,6 +97,6 @@ def block_count(stage: Stage, budget: int) -> int:
     spare = budget - weights.rest - stage.activations.nbytes - stage.scratch
     if spare >= sum(weights.blocks):
         return len(weights.blocks)
-    spare -= _IN_FLIGHT * max(weights.blocks)
+    spare -= _IN_FLIGHT * max(weights.blocks, default=0)
     sums = itertools.accumulate(sorted(weights.blocks))
     return sum(total <= spare for total in sums)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Buffer", "Moment", "largest_buffer", "peak"]
+__all__ = ["Buffer", "Moment", "laid_out_again", "largest_buffer", "peak"]
 
 _MIB = 1 << 20
 
@@ -48,8 +48,11 @@ class Moment:
 
     @property
     def derivation(self) -> str:
-        """The sum in one line, largest first, in MiB."""
-        parts = sorted((one for one in self.buffers if one.nbytes), key=lambda one: -one.nbytes)
+        """The sum in one line, largest first, in MiB; a thousandth of it and less is left out."""
+        least = self.nbytes // 1000
+        parts = sorted(
+            (one for one in self.buffers if one.nbytes > least), key=lambda one: -one.nbytes
+        )
         told = " + ".join(f"{one.label} {one.nbytes / _MIB:.1f}" for one in parts)
         return f"{self.where}: {told} MiB" if told else f"{self.where}: nothing"
 
@@ -63,3 +66,11 @@ def largest_buffer(moments: Iterable[Moment]) -> Buffer:
     """The largest single tensor of any moment."""
     found = (buffer for moment in moments for buffer in moment.buffers)
     return max(found, key=lambda one: one.each, default=Buffer("nothing", 0))
+
+
+def laid_out_again(nbytes: int, *, copied: bool) -> Buffer:
+    """Input and output of a convolution once more, where a library copies them.
+
+    oneDNN does on a CPU: it works on blocks of channels.
+    """
+    return Buffer("both as the library lays them out", nbytes if copied else 0, 2)

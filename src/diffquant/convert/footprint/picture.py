@@ -7,6 +7,7 @@ moment. Parts that the file lacks are estimated from what the architecture runs 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -47,12 +48,15 @@ class Picture:
         width, height: in pixels.
         batch: pictures at once; guidance doubles it where both predictions run together.
         compute: STORAGE name of the dtype computed in.
+        copied: whether convolutions copy their input and output into a layout of their own, as
+            oneDNN does on a CPU.
     """
 
     width: int
     height: int
     batch: int = 1
     compute: str = "BF16"
+    copied: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -231,7 +235,12 @@ def _denoiser_moments(run: _Run, part: PartMatch) -> Iterator[Moment]:
         joined = True
         samples = picture.batch * (2 if run.guided else 1)
         found = unet_moments(
-            shapes, height=height, width=width, batch=samples, itemsize=picture.itemsize
+            shapes,
+            height=height,
+            width=width,
+            batch=samples,
+            itemsize=picture.itemsize,
+            copied=picture.copied,
         )
     else:
         rule = row_for(part.kind, shapes)
@@ -297,15 +306,9 @@ def _decoder(run: _Run) -> Iterator[Stage]:
         title, source = f"autoencoder of {space.title}", space.source
     height, width = run.picture.over(downscale_of(shapes))
     each = STORAGE[compute].block_nbytes
-    moments = _walked(
-        run, decode_moments(kind, shapes, height=height, width=width, itemsize=each), title
-    )
-    small = (min(TILE, height), min(TILE, width))
-    tile = peak(
-        _walked(
-            run, decode_moments(kind, shapes, height=small[0], width=small[1], itemsize=each), title
-        )
-    )
+    walk = functools.partial(decode_moments, kind, shapes, itemsize=each, copied=run.picture.copied)
+    moments = _walked(run, walk(height=height, width=width), title)
+    tile = peak(_walked(run, walk(height=min(TILE, height), width=min(TILE, width)), title))
     canvas = 2 * _RGB * run.picture.height * run.picture.width * _FLOAT32
     yield Stage(
         "decode",

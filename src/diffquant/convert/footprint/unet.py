@@ -8,7 +8,8 @@ the way up with one fewer. In each level three steps compete:
     the doubling of the resolution               the map, four times as large, before and after
 
 Attention never holds a matrix of scores: scaled_dot_product_attention is tiled. Convolutions count
-without the unfolded copy (im2col) that some libraries make.
+without the unfolded copy (im2col) that some libraries make; the copies in another layout that
+oneDNN makes on a CPU count when asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffquant.convert.architectures.names import count
-from diffquant.convert.footprint.moments import Buffer, Moment
+from diffquant.convert.footprint.moments import Buffer, Moment, laid_out_again
 from diffquant.convert.rules import Shapes
 
 __all__ = ["unet_moments"]
@@ -30,14 +31,19 @@ class _Run:
     shapes: Shapes
     batch: int
     itemsize: int
+    copied: bool
 
     def map(self, channels: int, height: int, width: int) -> int:
         """Bytes of a (B, channels, height, width) feature map."""
         return self.batch * channels * height * width * self.itemsize
 
+    def again(self, nbytes: int) -> Buffer:
+        """A convolution's input and output laid out again, where they are."""
+        return laid_out_again(nbytes, copied=self.copied)
+
 
 def unet_moments(
-    shapes: Shapes, *, height: int, width: int, batch: int, itemsize: int
+    shapes: Shapes, *, height: int, width: int, batch: int, itemsize: int, copied: bool = False
 ) -> Iterator[Moment]:
     """Walk one call.
 
@@ -47,8 +53,9 @@ def unet_moments(
         width: of the latents.
         batch: samples in the call, guidance counted.
         itemsize: bytes of a number of the compute dtype.
+        copied: whether convolutions copy their input and output, as on a CPU.
     """
-    run = _Run(shapes, batch, itemsize)
+    run = _Run(shapes, batch, itemsize, copied)
     skips: list[tuple[int, int, int]] = []  # (channels, height, width) of each input block's output
     channels = shapes["input_blocks.0.0.weight"][0]
     skips.append((channels, height, width))
@@ -82,7 +89,8 @@ def _layers(shapes: Shapes, block: str) -> list[str]:
 
 
 def _skips(run: _Run, skips: list[tuple[int, int, int]]) -> tuple[Buffer, ...]:
-    return (Buffer(f"{len(skips)} skips", sum(run.map(*one) for one in skips)),)
+    label = "1 skip" if len(skips) == 1 else f"{len(skips)} skips"
+    return (Buffer(label, sum(run.map(*one) for one in skips), max(len(skips), 1)),)
 
 
 def _after(
@@ -121,7 +129,11 @@ def _layer(
         yield from _transformer(run, name, size, (*held, *own))
     elif f"{name}.conv.weight" in shapes:
         wide = run.map(channels, 2 * size[0], 2 * size[1])
-        buffers = (Buffer("the doubled map", wide), Buffer("its convolution", wide))
+        buffers = (
+            Buffer("the doubled map", wide),
+            Buffer("its convolution", wide),
+            run.again(2 * wide),
+        )
         yield Moment(f"{name}: doubling", (*held, *own, *buffers))
 
 
@@ -130,18 +142,24 @@ def _residual(
 ) -> Iterator[Moment]:
     after, before = run.shapes[f"{name}.in_layers.2.weight"][:2]
     old, new = run.map(before, *size), run.map(after, *size)
+    yield Moment(f"{name}: first norm", (*held, Buffer("group norm and SiLU", 2 * old, 2)))
     yield Moment(
         f"{name}: first convolution",
-        (*held, Buffer("group norm and SiLU", 2 * old, 2)),
-    )
-    yield Moment(
-        f"{name}: first convolution's output",
-        (*held, Buffer("SiLU", old), Buffer("convolution", new)),
+        (*held, Buffer("SiLU", old), Buffer("convolution", new), run.again(old + new)),
     )
     skip = new if f"{name}.skip_connection.weight" in run.shapes else 0
     yield Moment(
-        f"{name}: second convolution",
+        f"{name}: second norm",
         (*held, Buffer("shortcut", skip), Buffer("conv1, norm, SiLU", 3 * new, 3)),
+    )
+    yield Moment(
+        f"{name}: second convolution",
+        (
+            *held,
+            Buffer("shortcut", skip),
+            Buffer("SiLU and convolution", 2 * new, 2),
+            run.again(2 * new),
+        ),
     )
 
 

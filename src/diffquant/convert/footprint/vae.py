@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from diffquant.convert.architectures.names import count
-from diffquant.convert.footprint.moments import Buffer, Moment
+from diffquant.convert.footprint.moments import Buffer, Moment, laid_out_again
 from diffquant.convert.rules import Shapes
 
 __all__ = ["TILE", "decode_moments", "downscale_of"]
@@ -24,7 +24,7 @@ _DOUBLINGS = (".upsample.conv.weight", ".upsamplers.0.resample.1.weight")
 
 
 def decode_moments(
-    kind: str, shapes: Shapes, *, height: int, width: int, itemsize: int
+    kind: str, shapes: Shapes, *, height: int, width: int, itemsize: int, copied: bool = False
 ) -> Iterator[Moment]:
     """Walk the decoding of one picture.
 
@@ -34,8 +34,9 @@ def decode_moments(
         height: of the latents.
         width: of the latents.
         itemsize: bytes of a number of the compute dtype.
+        copied: whether convolutions copy their input and output, as on a CPU.
     """
-    return _WALKS[kind](_Run(shapes, itemsize), height, width)
+    return _WALKS[kind](_Run(shapes, itemsize, copied), height, width)
 
 
 def downscale_of(shapes: Shapes) -> int:
@@ -54,11 +55,16 @@ class _Run:
 
     shapes: Shapes
     itemsize: int
+    copied: bool
     frames: list[int] = field(default_factory=list)
 
     def map(self, channels: int, height: int, width: int) -> int:
         """Bytes of one feature map."""
         return channels * height * width * self.itemsize
+
+    def again(self, nbytes: int) -> Buffer:
+        """A convolution's input and output laid out again, where they are."""
+        return laid_out_again(nbytes, copied=self.copied)
 
     def out(self, key: str) -> int:
         """Output channels of a convolution."""
@@ -92,6 +98,7 @@ def _kl(run: _Run, height: int, width: int) -> Iterator[Moment]:
                     Buffer("the map", small),
                     Buffer("doubled", wide),
                     Buffer("its convolution", wide),
+                    run.again(2 * wide),
                 ),
             )
     one = run.map(channels, height, width)
@@ -103,8 +110,15 @@ def _resnet(run: _Run, name: str, before: int, height: int, width: int) -> Itera
     old, new = run.map(before, height, width), run.map(after, height, width)
     x = Buffer(f"the map ({before}x{height}x{width})", old)
     yield Moment(f"{name}: first norm", (x, Buffer("group norm", old), Buffer("SiLU", old)))
-    yield Moment(f"{name}: first convolution", (x, Buffer("SiLU", old), Buffer("conv1", new)))
+    yield Moment(
+        f"{name}: first convolution",
+        (x, Buffer("SiLU", old), Buffer("conv1", new), run.again(old + new)),
+    )
     yield Moment(f"{name}: second norm", (x, Buffer("conv1, norm, SiLU", 3 * new, 3)))
+    yield Moment(
+        f"{name}: second convolution",
+        (x, Buffer("SiLU and conv2", 2 * new, 2), run.again(2 * new)),
+    )
     if f"{name}.nin_shortcut.weight" in run.shapes:
         yield Moment(f"{name}: sum", (x, Buffer("conv2, shortcut, sum", 3 * new, 3)))
 
