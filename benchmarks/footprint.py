@@ -138,7 +138,7 @@ COMPUTE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 CASTS = ("bf16", "f16", "f32")
 
 
-def estimate(case: Case, device: str) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
+def estimate(case: Case) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
     """The stage under test, and key -> (format, shape) of its weights."""
     from diffquant.convert.binding import bind
     from diffquant.convert.detect import detect, detect_part
@@ -151,9 +151,7 @@ def estimate(case: Case, device: str) -> tuple[Any, dict[str, tuple[str, tuple[i
     logical = bind(source)
     specs = logical.specs()
     match = detect_part(specs) if case.part == "vae" else detect(specs)
-    picture = Picture(
-        case.pixels, case.pixels, compute=COMPUTE[case.compute], copied=device == "cpu"
-    )
+    picture = Picture(case.pixels, case.pixels, compute=COMPUTE[case.compute])
     found = footprint(logical, match, picture)
     weights = {key: (case.stored, spec.shape) for key, spec in specs.items()}
     if case.stored not in CASTS:
@@ -295,7 +293,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     if case is None:
         time.sleep(0.1)
         return {}
-    stage, weights = estimate(case, device)
+    stage, weights = estimate(case)
     call = {"ours": ours, "diffusers": theirs}[case.engine](case, weights, device)
     cuda = device.startswith("cuda")
     if cuda:

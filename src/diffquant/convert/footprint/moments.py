@@ -71,6 +71,6 @@ def largest_buffer(moments: Iterable[Moment]) -> Buffer:
 def laid_out_again(nbytes: int, *, copied: bool) -> Buffer:
     """Input and output of a convolution once more, where a library copies them.
 
-    oneDNN does on a CPU: it works on blocks of channels.
+    oneDNN does on a CPU, where it works on blocks of channels, and cuDNN on a GPU, channels last.
     """
     return Buffer("both as the library lays them out", nbytes if copied else 0, 2)

@@ -49,14 +49,14 @@ class Picture:
         batch: pictures at once; guidance doubles it where both predictions run together.
         compute: STORAGE name of the dtype computed in.
         copied: whether convolutions copy their input and output into a layout of their own, as
-            oneDNN does on a CPU.
+            oneDNN does on a CPU and cuDNN on a GPU (measured: docs/lab-log.md).
     """
 
     width: int
     height: int
     batch: int = 1
     compute: str = "BF16"
-    copied: bool = False
+    copied: bool = True
 
     @property
     def itemsize(self) -> int:

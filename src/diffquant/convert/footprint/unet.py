@@ -9,7 +9,7 @@ the way up with one fewer. In each level three steps compete:
 
 Attention never holds a matrix of scores: scaled_dot_product_attention is tiled. Convolutions count
 without the unfolded copy (im2col) that some libraries make; the copies in another layout that
-oneDNN makes on a CPU count when asked for.
+oneDNN and cuDNN make count when asked for.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def unet_moments(
         width: of the latents.
         batch: samples in the call, guidance counted.
         itemsize: bytes of a number of the compute dtype.
-        copied: whether convolutions copy their input and output, as on a CPU.
+        copied: whether convolutions copy their input and output, as libraries do.
     """
     run = _Run(shapes, batch, itemsize, copied)
     skips: list[tuple[int, int, int]] = []  # (channels, height, width) of each input block's output

@@ -34,7 +34,7 @@ def decode_moments(
         height: of the latents.
         width: of the latents.
         itemsize: bytes of a number of the compute dtype.
-        copied: whether convolutions copy their input and output, as on a CPU.
+        copied: whether convolutions copy their input and output, as libraries do.
     """
     return _WALKS[kind](_Run(shapes, itemsize, copied), height, width)
 
