@@ -13,6 +13,7 @@ __all__ = [
     "bytes_from",
     "check_device",
     "check_free",
+    "header_pairs",
     "lora_pairs",
     "prompts_from",
     "seeds_from",
@@ -48,6 +49,23 @@ def write_text(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def header_pairs(texts: Iterable[str]) -> dict[str, str]:
+    """Read KEY=VALUE pairs for a header.
+
+    Raises:
+        UsageError: no key, or one that diffquant writes itself.
+    """
+    pairs = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise UsageError(f"--metadata {text}: expected KEY=VALUE (KEY= removes a pair)")
+        if key.startswith("diffquant.") or key == "__metadata__":
+            raise UsageError(f"--metadata {key}: diffquant writes this key itself; choose another")
+        pairs[key] = value
+    return pairs
+
+
 def size_from(text: str | None) -> tuple[int, int] | None:
     """Read WIDTHxHEIGHT, or one number for a square.
 
@@ -74,7 +92,7 @@ _UNITS |= {one: 1024**power for power, one in enumerate("kmgt", 1)}
 
 
 def bytes_from(text: str, option: str) -> int:
-    """Read an amount of memory: 8GiB, 8GB, 8g, 512MiB; a bare number is bytes.
+    """Read an amount of bytes: 8GiB, 8GB, 8g, 512MiB; a bare number is bytes.
 
     GiB counts in 1024, GB in 1000, and a letter alone in 1024.
 
@@ -84,7 +102,7 @@ def bytes_from(text: str, option: str) -> int:
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([a-z]*)", text.strip().lower())
     unit = _UNITS.get(found[2]) if found else None
     if found is None or unit is None or float(found[1]) * unit < 1:
-        raise UsageError(f"{option} {text}: expected an amount of memory, such as 8GiB or 512MiB")
+        raise UsageError(f"{option} {text}: expected an amount such as 8GiB or 512MB")
     return int(float(found[1]) * unit)
 
 

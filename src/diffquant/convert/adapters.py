@@ -26,8 +26,15 @@ class Adapter(Protocol):
         reach: ROWS when any row range can be computed alone, else WHOLE.
     """
 
-    name: str
-    reach: str
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def reach(self) -> str:
+        """ROWS or WHOLE."""
+        ...
 
     def apply(self, weight: NDArray[np.float32], rows: tuple[int, int]) -> NDArray[np.float32]:
         """Return the adapted rows.

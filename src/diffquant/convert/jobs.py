@@ -7,13 +7,14 @@ return frozen reports; the command line only renders them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffquant.convert.binding import bind
 from diffquant.convert.carried import carried
+from diffquant.convert.composed import AddedPart, ComposedSource, composed
 from diffquant.convert.encoders.header import EncoderHeader, encoder_header
 from diffquant.convert.engine import peak_nbytes, run_plan
 from diffquant.convert.job_report import JobReport, job_report
@@ -23,7 +24,7 @@ from diffquant.convert.lora.error_plan import check_lora_target, plan_error_lora
 from diffquant.convert.match import Match
 from diffquant.convert.output import configs_of, file_metadata, fingerprint, folder_configs
 from diffquant.convert.plan import Plan, Request, make_plan
-from diffquant.convert.recognise import recognise
+from diffquant.convert.recognise import recognise, recognise_part
 from diffquant.convert.remember import remember
 from diffquant.convert.reread import verify_output
 from diffquant.convert.resume import Resumed, left_by_another_run, refuse_folder, run_resumable
@@ -59,14 +60,33 @@ def container_for(output: Path) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: Path, *, arch: str = "") -> Iterator[tuple[TensorSource, LogicalSource, Match]]:
-    """Open, bind and recognise a source; `arch` as `recognise` takes it."""
-    with open_source(path) as source:
+def opened(
+    path: Path,
+    *,
+    arch: str = "",
+    parts: Sequence[AddedPart] = (),
+    ema: bool = False,
+    alone: bool = False,
+) -> Iterator[tuple[TensorSource, LogicalSource, Match]]:
+    """Open, bind and recognise a source.
+
+    Args:
+        path: the source.
+        arch: as `recognise` takes it.
+        parts: as `composed` takes them.
+        ema: as `composed` takes it.
+        alone: whether an autoencoder in a file of its own will do.
+    """
+    find = recognise_part if alone else recognise
+    with (
+        open_source(path) as base,
+        composed(base, parts=parts, ema=ema, arch=arch) as source,
+    ):
         logical = bind(source)
         yield (
             source,
             logical,
-            recognise(logical.specs(), source.metadata, source.configs, arch=arch),
+            find(logical.specs(), source.metadata, source.configs, arch=arch),
         )
 
 
@@ -115,12 +135,25 @@ def run_job(
         raise UsageError(f"{out} exists; use --force to replace it")
     if resume and request.container == "folder":
         refuse_folder(out)
+    if resume and request.shard_nbytes:
+        raise UsageError("--resume writes single files: leave out --max-shard-size")
+    for one in request.added:
+        _refuse_own_source(one.path, out, None)
     if error_lora is not None:
         check_lora_target(error_lora, (src, out, base), force=force or dry_run)
     count = workers or default_workers()
     check = verify == "tensors"
-    with opened(src, arch=request.arch) as (source, logical, match):
+    sources = opened(
+        src,
+        arch=request.arch,
+        parts=request.added,
+        ema=request.use_ema,
+        alone=request.type is None,
+    )
+    with sources as (source, logical, match):
         plan = make_plan(logical, match, request, matrix=matrix, inputs=inputs)
+        if isinstance(source, ComposedSource):
+            plan = replace(plan, notes=(*source.notes, *plan.notes))
         lora = None
         if error_lora is not None:
             lora = plan_error_lora(plan, match, error_lora, matrix=matrix, inputs=inputs)
@@ -144,11 +177,18 @@ def run_job(
                 with (
                     _told_of_resume(request),
                     open_sink(
-                        out, plan.specs, metadata, force=force, configs=configs, files=files
+                        out,
+                        plan.specs,
+                        metadata,
+                        force=force,
+                        configs=configs,
+                        files=files,
+                        shard_nbytes=request.shard_nbytes,
                     ) as sink,
                 ):
                     results = run_plan(logical, plan, sink, hashes=check, **common)
                     sink.commit()
+                    out = sink.path
                 done = Resumed(results, 0, left_by_another_run(out))
             remember(fingerprint(source), src)
     if done.results and verify != "none":
@@ -206,8 +246,15 @@ def _metadata(
     if plan.request.container == "gguf":
         from diffquant.convert.gguf_metadata import gguf_metadata
 
-        return gguf_metadata(plan, match, source, ours, header.pairs)
-    return {**carried(source, plan.request.container).pairs, **ours}
+        pairs = gguf_metadata(plan, match, source, ours, header.pairs)
+    else:
+        pairs = {**carried(source, plan.request.container).pairs, **ours}
+    for key, value in plan.request.pairs.items():
+        if value:
+            pairs[key] = value
+        else:
+            pairs.pop(key, None)
+    return pairs
 
 
 def _surroundings(

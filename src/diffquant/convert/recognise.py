@@ -19,7 +19,13 @@ from diffquant.convert.match import Match
 from diffquant.core.errors import ArchitectureError, UnknownArchitecture, UnknownFormat
 from diffquant.core.tensors import TensorSpec
 
-__all__ = ["ARCHITECTURE_NAMES", "claims", "modelspec_architectures", "recognise"]
+__all__ = [
+    "ARCHITECTURE_NAMES",
+    "claims",
+    "modelspec_architectures",
+    "recognise",
+    "recognise_part",
+]
 
 ARCHITECTURE_NAMES = (*ARCHITECTURES, GENERIC.slug)
 
@@ -77,6 +83,27 @@ def recognise(
         raise _other(specs, metadata, configs, error) from None
     told = claims(match, metadata)
     return replace(match, warnings=(*match.warnings, *told)) if told else match
+
+
+def recognise_part(
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, object] | None = None,
+    configs: Mapping[str, object] | None = None,
+    *,
+    arch: str = "",
+) -> Match:
+    """As `recognise`, and an autoencoder in a file of its own too.
+
+    Raises:
+        ArchitectureError: see `recognise`.
+    """
+    try:
+        return recognise(specs, metadata, configs, arch=arch)
+    except UnknownArchitecture as error:
+        alone = None if arch else detect_part(specs, metadata, configs)
+        if alone is None:
+            raise error
+        return alone
 
 
 def _other(

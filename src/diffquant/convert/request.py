@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from diffquant.convert.adapters import Adapter
+from diffquant.convert.composed import AddedPart
 from diffquant.convert.recipes import Recipe
 from diffquant.quant.policy import Rule
 from diffquant.quant.types import QuantType
@@ -35,6 +38,11 @@ class Request:
         rounding: one of ROUNDINGS.
         bias_correction: shift biases by what rounding takes from the mean of a layer's output.
         lora_rank: rank of a LoRA of the quantization error that is written beside; 0 for none.
+        use_ema: write the denoiser's moving averages in place of its weights.
+        added: parts taken from other files.
+        pairs: header pairs to write besides those of the source; "" removes one.
+        changes: part name -> canonical key -> what is done to the weight before it is stored.
+        shard_nbytes: bytes of tensors that a file may hold before it is split; 0 for one file.
         arch: the architecture to take the source for, "generic" for any transformer; "" finds out.
     """
 
@@ -53,3 +61,8 @@ class Request:
     bias_correction: bool = False
     lora_rank: int = 0
     arch: str = ""
+    use_ema: bool = False
+    added: tuple[AddedPart, ...] = ()
+    pairs: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, tuple[Adapter, ...]]] = field(default_factory=dict)
+    shard_nbytes: int = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from diffquant.convert.adapters import Adapter
 from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.detect import PartMatch, to_canonical, to_layout
 from diffquant.convert.dialects import Packed, own_dialect, pack
@@ -121,7 +122,12 @@ def part_steps(
         (part.name, key, prefix + a.target, a, decision, tensors)
         for key, a, decision, tensors in zip(keys, assignments, decisions, inputs, strict=True)
     ]
-    steps = [_step(*row, output) for row in rows]
+    changes = request.changes.get(part.name, {})
+    rows = [(*row[:4], _changed(row[4], row[5], changes.get(row[1], ())), row[5]) for row in rows]
+    steps = [
+        replace(_step(*row, output, changed=row[1] in changes), adapters=changes.get(row[1], ()))
+        for row in rows
+    ]
     if not folder:
         return steps
     forced = _bnb_forced(steps)
@@ -131,6 +137,18 @@ def part_steps(
         else step
         for row, step in zip(rows, steps, strict=True)
     ]
+
+
+def _changed(
+    decision: Decision, tensors: Sequence[LogicalTensor], adapters: Sequence[Adapter]
+) -> Decision:
+    """A weight that is changed cannot be copied: it is stored anew, in the source's own cast."""
+    if not adapters:
+        return decision
+    why = f"{decision.reason}; {', '.join(dict.fromkeys(one.name for one in adapters))}"
+    source = _source_format(tensors)
+    plain = source if source in FORMATS and FORMATS[source].is_cast else "bf16"
+    return replace(decision, format=decision.format or plain, reason=why)
 
 
 def _bnb_forced(steps: Sequence[Step]) -> dict[str, Decision]:
@@ -169,7 +187,9 @@ def _prefix(architecture: Architecture, part: PartMatch, request: Request, parts
     component = architecture.component(part.name, part.kind)
     if request.container == "folder":
         return f"{component.folder}/"
-    if part.layout == "canonical" and "/" not in part.prefix:
+    if parts == 1 and part.name != "denoiser":
+        return ""  # how VAEs and text encoders go about alone
+    if part.layout == "canonical" and "/" not in part.prefix and (parts == 1 or part.prefix):
         return part.prefix  # a single file keeps the names it came with
     return component.prefixes[0] if parts > 1 else architecture.gguf_prefix
 
@@ -213,6 +233,8 @@ def _step(
     decision: Decision,
     tensors: tuple[LogicalTensor, ...],
     output: _Output,
+    *,
+    changed: bool = False,
 ) -> Step:
     """Turn a decision into what is written; a copy that cannot be one becomes a stated cast."""
     source = _source_format(tensors)
@@ -225,7 +247,7 @@ def _step(
                 "error of the first rounding; use an unquantized source or --allow-requantize"
             )
         decision = replace(decision, reason=f"{decision.reason}; requantized from {source}")
-    if wanted and wanted == source and _is_whole(assignment, tensors):
+    if wanted and wanted == source and not changed and _is_whole(assignment, tensors):
         decision = replace(decision, format="", reason=f"{decision.reason}; already {source}")
     if not decision.format and quantized:
         decision = _keep_packed(key, decision, assignment, tensors, output)

@@ -24,6 +24,7 @@ from diffquant.io import (
     folder_sink,
     gguf,
     safetensors,
+    shard_sink,
     sharded,
     torch_pickle,
 )
@@ -173,6 +174,7 @@ def open_sink(
     force: bool = False,
     configs: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
+    shard_nbytes: int = 0,
 ) -> TensorSink:
     """Open an output: `.safetensors`, `.gguf`, or a Diffusers folder where there is no extension.
 
@@ -183,6 +185,8 @@ def open_sink(
         force: whether an existing target may be replaced.
         configs: relative path -> JSON object; folders only.
         files: relative path -> bytes; folders only.
+        shard_nbytes: bytes of tensors that a safetensors file may hold; what is more is cut into
+            shards with an index beside them. 0 for files of any size.
 
     Raises:
         UsageError: unknown extension, the target exists, or side files for a single file.
@@ -193,10 +197,23 @@ def open_sink(
     if row.create is None:
         raise UsageError(f"{target}: {row.name} is only read, write .safetensors or .gguf")
     if row.name == "diffusers_folder":
-        return row.create(target, specs, metadata, force=force, configs=configs, files=files)
+        return row.create(
+            target,
+            specs,
+            metadata,
+            force=force,
+            configs=configs,
+            files=files,
+            shard_nbytes=shard_nbytes,
+        )
     if configs or files:
         raise UsageError(f"{target}: a single file takes no configs or side files")
-    return row.create(target, specs, metadata, force=force)
+    planned = tuple(specs)
+    if 0 < shard_nbytes < sum(spec.nbytes for spec in planned):
+        if row.name != "safetensors":
+            raise UsageError(f"{target}: only safetensors files are cut into shards here")
+        return shard_sink.create(target, planned, metadata, limit=shard_nbytes, force=force)
+    return row.create(target, planned, metadata, force=force)
 
 
 def open_resumable(

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from diffquant.core.errors import CheckpointError, PlanMismatch, UsageError
 from diffquant.core.tensors import ByteArray, TensorSpec
-from diffquant.io import safetensors
+from diffquant.io import safetensors, shard_sink
 from diffquant.io.atomic import (
     FlatSink,
     check_disk,
@@ -56,6 +56,7 @@ def create(
     force: bool = False,
     configs: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
+    shard_nbytes: int = 0,
 ) -> FolderSink:
     """Open a folder for writing.
 
@@ -66,6 +67,7 @@ def create(
         force: whether an existing folder may be replaced, whole.
         configs: relative path -> JSON object.
         files: relative path -> bytes.
+        shard_nbytes: bytes of tensors that a component's file may hold before it is cut; 0 for any.
 
     Raises:
         UsageError: the target exists, or is no Diffusers folder that may be replaced.
@@ -83,7 +85,7 @@ def create(
             raise PlanMismatch(f"{path}: side file {name!r} does not stay inside the folder")
     groups = _by_component(path, planned)
     check_disk(path, sum(spec.nbytes for spec in planned) + sum(map(len, sides.values())))
-    return FolderSink(path, groups, {"format": "pt", **metadata}, sides)
+    return FolderSink(path, groups, {"format": "pt", **metadata}, sides, shard_nbytes)
 
 
 def _as_json(item: object) -> bytes:
@@ -125,22 +127,28 @@ class FolderSink:
         groups: Mapping[str, list[TensorSpec]],
         metadata: Mapping[str, Any],
         sides: Mapping[str, bytes],
+        shard_nbytes: int,
     ) -> None:
         self.path = path
         self._folder = partial_path(path)
-        self._sinks: dict[str, FlatSink] = {}
-        self._names = (*map(component_file, groups), *sides)
+        self._sinks: dict[str, FlatSink | shard_sink.ShardSink] = {}
+        self._names = tuple(sides)
         self._state = "open"
         try:
             with disk_errors(path, sum(map(len, sides.values()))):
                 self._folder.mkdir()
-                for name in self._names:
+                for name in (*map(component_file, groups), *sides):
                     (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
                 for name, content in sides.items():
                     _write_synced(self._folder / name, content)
             for component, specs in groups.items():
                 file = self._folder / component_file(component)
-                self._sinks[component] = safetensors.create(file, specs, metadata)
+                if 0 < shard_nbytes < sum(spec.nbytes for spec in specs):
+                    self._sinks[component] = shard_sink.create(
+                        file, specs, metadata, limit=shard_nbytes
+                    )
+                else:
+                    self._sinks[component] = safetensors.create(file, specs, metadata)
         except BaseException:
             self.abort()
             raise
@@ -163,8 +171,9 @@ class FolderSink:
         """Check and sync every file, then swap the folder in; return its files."""
         if self._state != "open":
             raise PlanMismatch(f"{self.path}: used after it was {self._state}")
-        for sink in self._sinks.values():
-            sink.commit()
+        made = [file for sink in self._sinks.values() for file in sink.commit()]
+        names = [file.relative_to(self._folder).as_posix() for file in made]
+        self._names = (*names, *self._names)
         for folder in {(self._folder / name).parent for name in self._names} | {self._folder}:
             sync_folder(folder)
         try:
