@@ -10,7 +10,8 @@ import pytest
 from diffquant.convert.binding import bind
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import MalformedFile, UnsupportedDtype
-from diffquant.io import open_source
+from diffquant.core.tensors import TensorSpec
+from diffquant.io import open_sink, open_source
 from diffquant.quant.codecs.fp8_e4m3 import e4m3_table
 from diffquant.quant.codecs.nf4 import CODE
 
@@ -397,3 +398,16 @@ def test_a_weight_that_lost_its_scale_is_named_when_read(bound):
     del tensors["l.weight_scale"]
     with pytest.raises(UnsupportedDtype, match=r"l\.weight"):
         bound(tensors).read("l.weight")
+
+
+def test_a_vector_of_blocks_is_one_row(tmp_path):
+    """GGUF allows it, and such a tensor has no rows to read."""
+    block = np.concatenate([np.array([1], "<f2").view(np.uint8), np.arange(32, dtype=np.uint8)])
+    path = tmp_path / "a.gguf"
+    with open_sink(path, [TensorSpec("v", "Q8_0", (64,))], {"general.architecture": "x"}) as sink:
+        sink.write("v", 0, np.tile(block, 2))
+        sink.commit()
+    with open_source(path) as source:
+        values = bind(source).read("v")
+    assert values.shape == (1, 64)
+    assert values[0].tolist() == [*range(32), *range(32)]

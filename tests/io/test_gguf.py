@@ -152,7 +152,11 @@ def test_metadata_without_a_type_is_refused(tmp_path, key, value):
         (build(infos=[info(type_id=31)]), UnsupportedDtype, "retired"),
         (build(infos=[info(dims=(33,), type_id=8)]), MalformedFile, "do not divide"),
         (build(infos=[info(offset=4)], data=bytes(64)), MalformedFile, "no multiple of 32"),
-        (build(infos=[info(offset=2**63)], data=bytes(64)), TruncatedFile, "'w' ends at"),
+        (
+            build(infos=[info(offset=2**63)], data=bytes(64)),
+            TruncatedFile,
+            "first that is cut is 'w'",
+        ),
         (build(infos=[info("a"), info("b")], data=bytes(64)), MalformedFile, "inside the tensor"),
         (
             build([pair("general.alignment", 4, struct.pack("<I", 48))]),

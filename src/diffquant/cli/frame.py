@@ -27,8 +27,12 @@ from diffquant.core.report import SCHEMA_VERSION, envelope
 __all__ = ["Options", "Outcome", "common", "echo", "human", "plain_text", "run", "table", "threads"]
 
 _DEBUG_VERBOSITY = 2
-# Names and metadata come from files: no escape sequence of theirs reaches the terminal.
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+# Names and metadata come from files: no escape sequence of theirs reaches the terminal, nothing
+# turns its lines around, and half a surrogate pair cannot be encoded at all.
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
+    code: f"\\u{code:04x}"
+    for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+}
 _ONE_LINE = {**_CONTROL, ord("\n"): " "}
 _TEXT = {code: text for code, text in _CONTROL.items() if chr(code) not in "\n\t"}
 
@@ -175,12 +179,18 @@ def _print_outcome(
 
 def _set_up_logging(options: Options) -> None:
     level = logging.WARNING - 10 * min(options.verbose, 2)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(
-        level=logging.ERROR if options.quiet else level,
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-        force=True,
+        level=logging.ERROR if options.quiet else level, handlers=[handler], force=True
     )
+
+
+class _OneLine(logging.Formatter):
+    """Messages quote names from files: control characters are shown, not sent."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        return super().formatMessage(record).translate(_ONE_LINE)
 
 
 def echo(text: str = "") -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import click
 
+from diffquant.cli import deep as cli_deep
 from diffquant.cli.ask_fit import FitAsked, each_fit, each_latents, fit_options, fits, pairs
 from diffquant.cli.audit import render_audit
-from diffquant.cli.frame import Options, Outcome, common, echo, run
+from diffquant.cli.frame import Options, Outcome, common, echo, run, threads
+from diffquant.cli.view_health import render_hashes, render_health
 from diffquant.cli.view_inspect import render_lines, render_page
 from diffquant.cli.view_loaders import render_verdict
 from diffquant.cli.view_repository import render_repository
@@ -40,10 +42,11 @@ __all__ = ["command"]
     is_flag=True,
     help="Check the file against the specifications of its container and formats instead.",
 )
-@click.option(
-    "--deep", is_flag=True, help="Read the values of adapters too: NaN, infinity, all zero."
-)
 @click.option("--full", is_flag=True, help="With --audit: look at every block, not at samples.")
+@click.option(
+    "--deep", is_flag=True, help="Read every weight instead: NaN, dead blocks, hashes and more."
+)
+@click.option("--hash", "hashed", is_flag=True, help="Print sha256, AutoV1, AutoV2 and AutoV3.")
 @click.option(
     "--for",
     "loader",
@@ -52,12 +55,14 @@ __all__ = ["command"]
     help="Say whether this program can load each FILE, and why not: " + ", ".join(LOADERS) + ".",
 )
 @fit_options
+@threads
 @common
 def command(
     files: tuple[str, ...],
     explain: bool,
     audited: bool,
     deep: bool,
+    hashed: bool,
     full: bool,
     loader: str,
     asked: FitAsked,
@@ -66,15 +71,15 @@ def command(
     """Say what each FILE (or folder) is: architecture, parts, storage, size.
 
     Reads headers only. Unknown files are not an error; unreadable ones are. With --audit: which
-    rules a file breaks; exit code 3 for a violation, warnings alone are 0. With --for: exit code 3
-    when the program would not load one of them. With --vram or --size: what making a picture takes
-    and how it fits; a file that does not fit is no error. With --with: whether two files share
-    their latents.
+    rules a file breaks; exit code 3 for a violation, warnings alone are 0. With --deep: what is
+    wrong with its numbers; exit code 3 for a damaged file. With --for: exit code 3 when the program
+    would not load one of them. With --vram or --size: what making a picture takes and how it fits;
+    a file that does not fit is no error. With --with: whether two files share their latents.
     """
-    if sum((bool(asked.others), asked.is_fit, bool(loader), audited)) > 1:
+    if sum((bool(asked.others), asked.is_fit, bool(loader), audited, deep, hashed)) > 1:
         raise click.UsageError(
-            "--with, --for, --audit and the fit of a picture (--vram, --size, --batch, --dtype) "
-            "are different questions: ask one at a time"
+            "--with, --for, --audit, --deep, --hash and the fit of a picture (--vram, --size, "
+            "--batch, --dtype) are different questions: ask one at a time"
         )
     if asked.others:
         run("inspect", options, lambda: pairs(files, asked), each_latents)
@@ -83,6 +88,10 @@ def command(
         run("inspect", options, lambda: fits(files, asked), show)
     if loader:
         run("inspect", options, lambda: _judge(files, loader), render_verdict)
+    if deep:
+        run("inspect", options, lambda: cli_deep.deep(files, options), render_health)
+    if hashed:
+        run("inspect", options, lambda: cli_deep.hashes(files, options), render_hashes)
     if audited:
         run("inspect", options, lambda: _audit(files, full=full), render_audit)
     if full:
@@ -91,11 +100,11 @@ def command(
     def work() -> Outcome:
         if len(files) == 1:
             try:
-                report = describe(files[0], deep=deep)
+                report = describe(files[0])
             except SeveralCheckpoints:
                 return Outcome({"files": [], "repositories": [list_repository(files[0])]})
             return Outcome({"files": [report]}, [f"{report.path}: {t}" for t in report.warnings])
-        found = describe_each(files, deep=deep, judged=explain or options.as_json)
+        found = describe_each(files, judged=explain or options.as_json)
         failed = [one for one in found if isinstance(one, Unreadable)]
         reports = [one for one in found if isinstance(one, FileReport)]
         warnings = [f"{one.path}: {text}" for one in reports for text in one.warnings]

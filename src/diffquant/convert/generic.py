@@ -20,7 +20,7 @@ from diffquant.core.tensors import TensorSpec
 
 __all__ = ["generic_match", "structure"]
 
-_STACK = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
+_STACK = re.compile(r"^(.*?)\.([0-9]{1,3})\.(.+)$")
 _FEW = 2  # blocks that make a stack
 
 

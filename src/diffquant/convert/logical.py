@@ -200,7 +200,8 @@ class LogicalSource:
             raw = self.source.read(spec.key, rows)
             return _view(raw, spec.dtype, (stop - start, spec.row_size))
         raw = self.source.read(spec.key)
-        return _view(raw, spec.dtype, spec.shape if len(spec.shape) < 2 else (n, k))
+        as_it_is = len(spec.shape) < 2 and not STORAGE[spec.dtype].is_block
+        return _view(raw, spec.dtype, spec.shape if as_it_is else (n, k))
 
     def _read_reshaped(self, tensor: LogicalTensor, start: int, stop: int) -> NDArray[np.float32]:
         """Decode elements [start, stop) of a tensor whose rows in the file are not its own."""

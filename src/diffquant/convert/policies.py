@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from diffquant.convert.architectures.base import Architecture
+from diffquant.convert.architectures.names import count
 from diffquant.convert.encoders.files import EncoderFile
 from diffquant.convert.request import Request
 from diffquant.convert.targets import Target
@@ -115,8 +116,7 @@ def _edges(blocks: str, fmt: str, keys: Iterable[str]) -> tuple[str, str] | None
     """Pattern and format of the first and the last block, where both table and type have a rule."""
     if not blocks or not fmt:
         return None
-    found = [re.match(rf"{re.escape(blocks)}\.(\d+)\.", key) for key in keys]
-    last = max((int(one.group(1)) for one in found if one), default=0)
+    last = max(count(dict.fromkeys(keys, ()), blocks) - 1, 0)
     return rf"^{re.escape(blocks)}\.(0|{last})\.", fmt
 
 

@@ -83,7 +83,24 @@ class MalformedFile(CheckpointError):
 
 
 class TruncatedFile(CheckpointError):
-    """The file ends before the end its header promises."""
+    """The file ends before the end its header promises.
+
+    Attributes:
+        cut: tensors that are not whole, in file order, where the header could be read.
+        missing_nbytes: how many bytes are missing, 0 where that cannot be known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: object = None,
+        cut: tuple[str, ...] = (),
+        missing_nbytes: int = 0,
+    ) -> None:
+        self.cut = cut
+        self.missing_nbytes = missing_nbytes
+        super().__init__(message, path=path)
 
 
 class UnsafePickle(CheckpointError):

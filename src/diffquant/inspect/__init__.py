@@ -1,6 +1,7 @@
 """Read-only facts about files: what they are, whether they keep their rules, how two differ.
 
-Headers are read without torch and numba; only `diff` decodes weights, and loads what it needs then.
+Headers are read without torch and numba; only `diff` and `health` decode weights, and load what
+they need then.
 """
 
 from diffquant.inspect.audit import AuditReport, audit
@@ -8,6 +9,9 @@ from diffquant.inspect.describe import FileReport, PartReport, StorageCount, des
 from diffquant.inspect.diff import DIFF_CLASSES, DiffReport, TensorDiff, diff
 from diffquant.inspect.encodings import Encoding
 from diffquant.inspect.fit import FitReport, fit
+from diffquant.inspect.hashes import FileHashes, hash_paths
+from diffquant.inspect.health import HealthReport, health
+from diffquant.inspect.health_findings import HealthFinding
 from diffquant.inspect.inversion import InversionReport, TokenVectors, describe_inversion
 from diffquant.inspect.latents import LatentReport, latents
 from diffquant.inspect.loaders import (
@@ -31,8 +35,11 @@ __all__ = [
     "AuditReport",
     "DiffReport",
     "Encoding",
+    "FileHashes",
     "FileReport",
     "FitReport",
+    "HealthFinding",
+    "HealthReport",
     "InversionReport",
     "LatentReport",
     "LoaderVerdict",
@@ -58,6 +65,8 @@ __all__ = [
     "describe_lora",
     "diff",
     "fit",
+    "hash_paths",
+    "health",
     "judge",
     "latents",
     "list_repository",

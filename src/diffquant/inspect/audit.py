@@ -8,7 +8,6 @@ torch nor numba is loaded; block contents are looked at in samples, or all of th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from diffquant.core.errors import CheckpointError, UnsupportedContainer, UsageEr
 from diffquant.inspect.audit_gguf import GGUF_RULES, GgufFile
 from diffquant.inspect.audit_rules import Finding, run_rules
 from diffquant.inspect.audit_safetensors import SAFETENSORS_RULES, SafetensorsFile
-from diffquant.io import gguf, safetensors
+from diffquant.io import gguf, safetensors, sharded
 from diffquant.io.reading import RandomFile
 from diffquant.io.remote_name import parse_remote
 
@@ -25,7 +24,6 @@ __all__ = ["AuditReport", "audit", "audit_file"]
 
 _HEAD_NBYTES = 64
 _INDEX = ".index.json"
-_MAX_INDEX_NBYTES = 100_000_000
 _READ_ONLY = (
     "has no specification that is audited here; known: .gguf, .safetensors, folders of them"
 )
@@ -85,16 +83,9 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _shards(path: Path) -> list[Path]:
-    if path.stat().st_size > _MAX_INDEX_NBYTES:
-        raise CheckpointError("a shard index of more than 100 MB", path=path)
-    try:
-        names = set(json.loads(path.read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise CheckpointError("not a shard index: no weight_map in it", path=path) from None
-    odd = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if odd:
-        raise CheckpointError(f"shard {odd[0]!r:.60} is no file beside the index", path=path)
-    return [path.with_name(name) for name in sorted(names)]
+    """Shards as an index names them, whether they are there or not."""
+    weight_map, _ = sharded.read_index(path)
+    return [path.with_name(name) for name in sorted(set(weight_map.values()))]
 
 
 def audit_file(path: Path, *, full: bool = False) -> AuditReport:

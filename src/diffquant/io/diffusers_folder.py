@@ -122,6 +122,17 @@ class FolderSource:
         self.specs: Mapping[str, TensorSpec] = specs
         self.metadata: Mapping[str, Any] = metadata
 
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        found: list[Path] = []
+        for source in self._sources.values():
+            if isinstance(source, sharded.ShardedSource):
+                found += source.weight_files
+            else:
+                found.append(source.path)
+        return tuple(found)
+
     def read(self, key: str, rows: tuple[int, int] | None = None) -> ByteArray:
         """Return the bytes of `rows` (half open; all when None) as a flat, read-only array."""
         find_spec(self.specs, key, self.path)

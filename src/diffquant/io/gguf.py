@@ -44,7 +44,7 @@ from diffquant.io.gguf_values import (
     encode_string,
     encode_value,
 )
-from diffquant.io.reading import FlatSource, RandomFile, checked_shape, open_random
+from diffquant.io.reading import FlatSource, RandomFile, check_end, checked_shape, open_random
 
 __all__ = [
     "MAX_NAME_NBYTES",
@@ -337,11 +337,7 @@ def _check_extents(
                 path=file.path,
             )
         end = begin + nbytes
-        if nbytes and end > file.size:
-            raise TruncatedFile(
-                f"{key!r} ends at byte {end}, the file has {file.size}: download it again",
-                path=file.path,
-            )
+    check_end(specs, offsets, file)
 
 
 def create(

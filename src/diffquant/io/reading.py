@@ -32,6 +32,7 @@ __all__ = [
     "FlatSource",
     "RandomFile",
     "RemotePlace",
+    "check_end",
     "checked_shape",
     "expect_files",
     "find_spec",
@@ -193,6 +194,29 @@ def checked_shape(dims: object, key: str, path: Path) -> tuple[int, ...]:
     if math.prod(dims) >= _MAX_ELEMENTS:
         raise MalformedFile(f"shape of {key!r} is too large: {list(dims)}", path=path)
     return tuple(dims)
+
+
+def check_end(
+    specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], file: RandomFile
+) -> None:
+    """Check that every tensor ends inside the file; offsets count from its start.
+
+    Raises:
+        TruncatedFile: says which tensors are cut and how many bytes are missing.
+    """
+    ends = {key: offsets[key] + spec.nbytes for key, spec in specs.items() if spec.nbytes}
+    end = max(ends.values(), default=0)
+    if end <= file.size:
+        return
+    cut = tuple(sorted((key for key in ends if ends[key] > file.size), key=offsets.__getitem__))
+    raise TruncatedFile(
+        f"its header is whole, {len(cut)} of {len(specs)} tensors are not: the first that is cut "
+        f"is {cut[0]!r}; {end} bytes expected, the file has {file.size}, {end - file.size} are "
+        "missing: download it again",
+        path=file.path,
+        cut=cut,
+        missing_nbytes=end - file.size,
+    )
 
 
 class FlatSource:

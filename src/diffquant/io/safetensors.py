@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from diffquant.core.errors import (
 )
 from diffquant.core.tensors import TensorSpec
 from diffquant.io.atomic import FlatSink, PartialFile, unique_specs
-from diffquant.io.reading import FlatSource, RandomFile, checked_shape, open_random
+from diffquant.io.reading import FlatSource, RandomFile, check_end, checked_shape, open_random
 
 __all__ = [
     "MAX_HEADER_NBYTES",
@@ -46,6 +47,7 @@ __all__ = [
 
 MAX_HEADER_NBYTES = 100_000_000
 _METADATA = "__metadata__"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _FIELDS = {"dtype", "shape", "data_offsets"}
 # Dtypes that the format has and STORAGE lacks: half bytes, complex numbers, AMD's fp8.
 _UNSUPPORTED = {"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"}
@@ -79,7 +81,7 @@ def open_file(path: Path) -> FlatSource:
             spec, begin, end = checked_entry(key, entry, path)
             specs[key], offsets[key] = spec, start + begin
             extents.append((begin, end, key))
-        _check_tiles(extents, start, file)
+        _check_tiles(extents, start, file, specs=specs, offsets=offsets)
     except BaseException:
         file.close()
         raise
@@ -125,7 +127,10 @@ def parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
         MalformedFile: it is not one JSON object in UTF-8.
     """
     try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_pairs)
+        text = raw.decode("utf-8")
+        parsed = json.loads(text, object_pairs_hook=_unique_pairs)
+        if _SURROGATE.search(text):
+            json.dumps(parsed, ensure_ascii=False).encode()  # of half a pair: UnicodeEncodeError
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError too
         raise MalformedFile(f"{what} is not valid JSON: {error}", path=path) from None
     if not isinstance(parsed, dict):
@@ -141,9 +146,6 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             if key in seen:
                 raise ValueError(f"key {key!r} appears twice")
             seen.add(key)
-    for key in found:
-        if not key.isascii():
-            key.encode("utf-8")  # a lone surrogate: UnicodeEncodeError, a ValueError
     return found
 
 
@@ -193,7 +195,14 @@ def checked_entry(key: str, entry: object, path: Path) -> tuple[TensorSpec, int,
     return TensorSpec(key, dtype, shape), begin, end
 
 
-def _check_tiles(extents: list[tuple[int, int, str]], start: int, file: RandomFile) -> None:
+def _check_tiles(
+    extents: list[tuple[int, int, str]],
+    start: int,
+    file: RandomFile,
+    *,
+    specs: Mapping[str, TensorSpec],
+    offsets: Mapping[str, int],
+) -> None:
     """Check that (begin, end, key) tile the bytes behind `start` without gap or overlap."""
     position = 0
     for begin, end, key in sorted(extents):
@@ -204,11 +213,7 @@ def _check_tiles(extents: list[tuple[int, int, str]], start: int, file: RandomFi
             )
         position = end
     position += start
-    if position > file.size:
-        raise TruncatedFile(
-            f"{position} bytes expected, the file has {file.size}: download it again",
-            path=file.path,
-        )
+    check_end(specs, offsets, file)
     if position < file.size:
         raise MalformedFile(f"{file.size - position} bytes after the last tensor", path=file.path)
 

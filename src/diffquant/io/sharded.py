@@ -21,7 +21,7 @@ from diffquant.core.tensors import ByteArray, TensorSource, TensorSpec
 from diffquant.io import safetensors, torch_pickle
 from diffquant.io.reading import expect_files, find_spec, open_random
 
-__all__ = ["ShardedSource", "open_index", "plain_name", "sniff"]
+__all__ = ["ShardedSource", "open_index", "plain_name", "read_index", "sniff"]
 
 _LOG = logging.getLogger(__name__)
 _MAX_INDEX_NBYTES = 64 << 20
@@ -55,6 +55,11 @@ class ShardedSource:
         self.nbytes = sum(file.stat().st_size for file in self.files)
         self._sources = sources
 
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return self.files
+
     def read(self, key: str, rows: tuple[int, int] | None = None) -> ByteArray:
         """Return the bytes of `rows` (half open; all when None) as a flat, read-only array."""
         find_spec(self.specs, key, self.path)
@@ -85,8 +90,9 @@ def open_index(path: Path) -> ShardedSource:
         MissingKeys: the index places a tensor in a shard that lacks it.
         CheckpointError: a shard is missing or cannot be opened.
     """
-    weight_map, notes = _read_index(path)
+    weight_map, notes = read_index(path)
     shards = tuple(dict.fromkeys(weight_map.values()))
+    _check_shards(path, weight_map, shards)
     with contextlib.ExitStack() as stack:
         expect_files(path.parent, shards)
         opened: dict[str, TensorSource] = {}
@@ -119,7 +125,25 @@ def open_index(path: Path) -> ShardedSource:
     )
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+def _check_shards(index: Path, weight_map: Mapping[str, str], shards: tuple[str, ...]) -> None:
+    """Refuse an index some of whose files are not there, and say all of them."""
+    lost = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if lost:
+        absent = frozenset(lost)
+        count = sum(shard in absent for shard in weight_map.values())
+        raise CheckpointError(
+            f"{len(lost)} of {len(shards)} shards are missing, with {count} of {len(weight_map)} "
+            f"tensors: {shorten(lost)}; download them too",
+            path=index,
+        )
+
+
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Read an index: (key -> shard, its metadata); no shard is looked for.
+
+    Raises:
+        MalformedFile: no JSON index, or a shard name that is not a plain file name.
+    """
     file = open_random(path)
     try:
         if file.size > _MAX_INDEX_NBYTES:
@@ -152,8 +176,6 @@ def plain_name(name: str) -> bool:
 
 def _open_shard(index: Path, shard: str) -> TensorSource:
     path = index.parent / shard
-    if not path.is_file():
-        raise CheckpointError(f"shard {shard} is missing: download it too", path=index)
     if path.suffix in (".bin", ".pt", ".pth"):
         return torch_pickle.open_file(path)
     return safetensors.open_file(path)

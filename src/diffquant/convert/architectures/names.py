@@ -9,8 +9,9 @@ import re
 
 from diffquant.convert.rules import Shape, Shapes
 
-__all__ = ["Named", "channels_read", "count", "width"]
+__all__ = ["Named", "channels_read", "count", "index_of", "width"]
 
+_MAX_DIGITS = 3  # no module list in use has a thousand members
 _HEAD = re.compile(r".*\.\d+(?![^.])")  # up to the last index: far fewer than keys
 _INDEX = re.compile(r"\.(\d+)(?![^.])")
 
@@ -32,10 +33,22 @@ def _lengths(shapes: Shapes) -> dict[str, int]:
     heads = {head[0] for key in shapes if (head := _HEAD.match(key)) is not None}
     for key in heads:
         for index in _INDEX.finditer(key):
-            prefix, size = key[: index.start()], int(index[1]) + 1
-            if found.get(prefix, 0) < size:
-                found[prefix] = size
+            number = index_of(index[1])
+            prefix = key[: index.start()]
+            if number is not None and found.get(prefix, 0) <= number:
+                found[prefix] = number + 1
     return found
+
+
+def index_of(text: str) -> int | None:
+    """The number of a module in its list, None where `text` is none.
+
+    Names come from files: a number without end, or one in other digits than ours, is just a name,
+    and no list is taken to be as long as that.
+    """
+    if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS:
+        return int(text)
+    return None
 
 
 def count(shapes: Shapes, prefix: str) -> int:
@@ -45,7 +58,7 @@ def count(shapes: Shapes, prefix: str) -> int:
     head = f"{prefix}."
     size = len(head)
     found = {key[size:].partition(".")[0] for key in shapes if key.startswith(head)}
-    return max((int(one) + 1 for one in found if one.isdigit()), default=0)
+    return max((at + 1 for one in found if (at := index_of(one)) is not None), default=0)
 
 
 def width(shapes: Shapes, key: str, axis: int) -> int | None:

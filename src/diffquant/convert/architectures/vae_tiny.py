@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from diffquant.convert.architectures.base import Component, Facts, Signature, Variant
-from diffquant.convert.architectures.names import count, width
+from diffquant.convert.architectures.names import count, index_of, width
 from diffquant.convert.rules import Shapes
 
 __all__ = ["VARIANTS", "decoder", "encoder", "whole"]
@@ -38,7 +38,8 @@ def _last(shapes: Shapes, prefix: str = "") -> int:
     """Number of the last layer."""
     if prefix:
         return count(shapes, prefix) - 1
-    return max((int(one) for key in shapes if (one := key.split(".")[0]).isdigit()), default=0)
+    found = {index_of(key.partition(".")[0]) for key in shapes}
+    return max((one for one in found if one is not None), default=0)
 
 
 def _facts(shapes: Shapes) -> Facts:

@@ -157,7 +157,7 @@ def _least(dtype: str, name: str, dtypes: Mapping[str, tuple[str, ...]]) -> str:
         if not lower.startswith("minimum") and not lower.endswith(("bit", "bits")):
             return _ALIASES.get(lower, lower)
         bits = _BITS.fullmatch(lower)
-        own = re.fullmatch(r"\D*(\d+)(_.*)?", dtype)
+        own = re.fullmatch(r"\D*([0-9]{1,4})(_.*)?", dtype)
         if bits is None or own is None:
             return key  # no dtype: refused by this name
         if int(own[1]) < int(bits[2]):

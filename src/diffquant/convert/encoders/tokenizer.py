@@ -37,6 +37,7 @@ __all__ = ["Files", "tokenizer_pairs"]
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED = 1, 2, 3, 4, 5
 _UNUSED_SCORE = -10000.0  # llama.cpp's T5Model.set_vocab
 _MAX_TOKENS = 1 << 20
+_MAX_DIGITS = 10  # of a token's number
 _LARGEST = 3.4e38
 _SPECIALS = {  # tokenizer_config.json's word -> GGUF's (gguf-py spells separator so)
     "bos": "bos_token_id",
@@ -269,7 +270,7 @@ def _decoder_rows(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {**row, "id": int(index)}
         for index, row in table.items()
-        if isinstance(row, Mapping) and str(index).isdecimal()
+        if isinstance(row, Mapping) and str(index).isdecimal() and len(index) <= _MAX_DIGITS
     ]
 
 
