@@ -8,6 +8,7 @@ from diffquant.cli.frame import Options, Outcome
 from diffquant.core.errors import DiffquantError
 from diffquant.inspect.hashes import hash_paths
 from diffquant.inspect.health import HealthReport, health
+from diffquant.inspect.lora import describe_lora
 from diffquant.inspect.subject import open_subject
 
 __all__ = ["deep", "hashes"]
@@ -23,10 +24,13 @@ def deep(files: Sequence[str], options: Options) -> Outcome:
     """
     reports: list[HealthReport] = []
     failures: list[DiffquantError] = []
+    warnings: list[str] = []
     for path in files:
         try:
             with open_subject(path) as subject:
                 reports.append(health(subject, workers=options.threads, progress=options.bar()))
+                lora = describe_lora(subject, deep=True) if subject.kind == "lora" else None
+                warnings += [f"{path}: {text}" for text in (lora.warnings if lora else ())]
         except DiffquantError as error:
             if len(files) == 1:
                 raise
@@ -35,7 +39,7 @@ def deep(files: Sequence[str], options: Options) -> Outcome:
     code = max((error.exit_code for error in failures), default=0)
     return Outcome(
         {"health": reports},
-        (),
+        warnings,
         max(code, damaged),
         ok=not damaged and not failures,
         errors=[str(error) for error in failures],
