@@ -64,10 +64,11 @@ def test_without_a_base_the_missing_tokenizers_are_named(round_trips, tmp_path):
     assert (tmp_path / "out" / "scheduler" / "scheduler_config.json").exists()
 
 
-def test_a_file_by_a_stranger_names_every_missing_config(examples, tmp_path):
+def test_a_file_by_a_stranger_gets_a_config_and_names_what_is_missing(examples, tmp_path):
     lone = examples / "sd15-shapes" / "unet" / "diffusion_pytorch_model.safetensors"
     report = run_job(lone, tmp_path / "out", Request("folder"))
-    assert report.missing == ("model_index.json", "unet/config.json")
+    assert report.missing == ("model_index.json",)
+    assert any("unet/config.json: made from shapes" in note for note in report.notes)
 
 
 def test_nf4_configs_come_and_go_with_the_packed_weights(examples, tmp_path):

@@ -22,12 +22,13 @@ from diffquant.convert.logical import LogicalSource
 from diffquant.convert.lora.error import write_error_lora
 from diffquant.convert.lora.error_plan import check_lora_target, plan_error_lora, planned
 from diffquant.convert.match import Match
-from diffquant.convert.output import configs_of, file_metadata, fingerprint, folder_configs
+from diffquant.convert.output import file_metadata, fingerprint
 from diffquant.convert.plan import Plan, Request, make_plan
 from diffquant.convert.recognise import recognise, recognise_part
 from diffquant.convert.remember import remember
 from diffquant.convert.reread import verify_output
 from diffquant.convert.resume import Resumed, left_by_another_run, refuse_folder, run_resumable
+from diffquant.convert.surroundings import surroundings
 from diffquant.convert.workers import default_workers
 from diffquant.core.errors import ResourceError, UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
@@ -37,8 +38,6 @@ from diffquant.io.importance import ImportanceMatrix
 from diffquant.io.inputs import InputsFile
 
 __all__ = ["container_for", "opened", "run_job"]
-
-_FOLDER_NEEDS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 def container_for(output: Path) -> str:
@@ -158,7 +157,8 @@ def run_job(
         if error_lora is not None:
             lora = plan_error_lora(plan, match, error_lora, matrix=matrix, inputs=inputs)
             plan = replace(plan, notes=(*plan.notes, lora.note))
-        configs, files, missing = _surroundings(plan, source, base)
+        beside = surroundings(plan, match, source, base)
+        plan = replace(plan, notes=(*plan.notes, *beside.notes))
         header = _encoder_header(plan, source, base)
         memory = peak_nbytes(plan, count, beside=lora.peak_nbytes if lora else 0)
         done = Resumed((), 0, ())
@@ -181,8 +181,8 @@ def run_job(
                         plan.specs,
                         metadata,
                         force=force,
-                        configs=configs,
-                        files=files,
+                        configs=beside.configs,
+                        files=beside.files,
                         shard_nbytes=request.shard_nbytes,
                     ) as sink,
                 ):
@@ -198,8 +198,8 @@ def run_job(
         made = write_error_lora(
             src, out, plan, lora, force=force, workers=count, inputs=inputs, progress=progress
         )
-    notes = header.warnings + tuple(f"missing from the folder: {name}" for name in missing)
-    report = job_report(src, out, plan, done, missing, notes, memory, count, verify, dry_run)
+    notes = header.warnings + tuple(f"missing from the folder: {name}" for name in beside.missing)
+    report = job_report(src, out, plan, done, beside.missing, notes, memory, count, verify, dry_run)
     return replace(report, error_lora=made)
 
 
@@ -255,39 +255,6 @@ def _metadata(
         else:
             pairs.pop(key, None)
     return pairs
-
-
-def _surroundings(
-    plan: Plan, source: TensorSource, base: Path | None
-) -> tuple[dict[str, Any], dict[str, bytes], tuple[str, ...]]:
-    """Configs and side files of a folder output, and what is missing from it."""
-    if plan.request.container != "folder":
-        return {}, {}, ()
-    configs = configs_of(source)
-    files = _side_files(source)
-    if base is not None:
-        with open_source(base) as other:
-            configs = {**configs_of(other), **configs}
-            files = {**_side_files(other), **files}
-    wanted = folder_configs(plan, configs)
-    folders = {step.target.partition("/")[0] for step in plan.steps}
-    tokenizers = {_FOLDER_NEEDS[name] for name in folders if name in _FOLDER_NEEDS}
-    kept = {path: data for path, data in files.items() if path.partition("/")[0] in tokenizers}
-    missing = [
-        f"{folder}/config.json" for folder in folders if f"{folder}/config.json" not in wanted
-    ]
-    missing += [
-        f"{name}/" for name in tokenizers if not any(path.startswith(f"{name}/") for path in kept)
-    ]
-    if "model_index.json" not in wanted:
-        missing.append("model_index.json")
-    return wanted, kept, tuple(sorted(missing))
-
-
-def _side_files(source: TensorSource) -> dict[str, bytes]:
-    names = getattr(source, "files", ())
-    read = getattr(source, "read_file", None)
-    return {name: read(name) for name in names} if read is not None else {}
 
 
 def _check_memory(needed: int) -> None:
