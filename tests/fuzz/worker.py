@@ -2,10 +2,10 @@
 
 python worker.py SAMPLES WORK SEED FIRST COUNT
 
-Each case is told by (SEED, index) alone. Promises: the exit code is a documented one, nobody sees a
-traceback or an internal error, nothing takes longer than `LIMIT_S`, memory stays under the limit,
-and no file of the name `canary` appears. The last line counts exit codes and says how much memory
-was used.
+Each case is told by (SEED, index) alone: it works in WORK, by relative names. Promises: the exit
+code is a documented one, nobody sees a traceback or an internal error, nothing takes longer than
+`CPU_S` of processor time, memory stays under the limit, and no file of the name `canary` appears.
+The last line counts exit codes and says how much memory was used.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import collections
 import contextlib
 import io
 import json
+import os
 import random
 import resource
 import shutil
@@ -29,7 +30,8 @@ from click.testing import CliRunner
 
 from diffquant.cli.main import cli
 
-LIMIT_S = 20
+CPU_S = 20  # on a busy machine too
+WALL_S = 200  # for what waits and does nothing
 ADDRESS_SPACE = 6 << 30
 DOCUMENTED = {0, 1, 2, 3, 4, 5}  # 6 is "not enough memory": no small file may cause it
 
@@ -42,9 +44,8 @@ def _alarm(_signal: int, _frame: object) -> None:
     raise _TooLong
 
 
-def commands(main: Path, rng: random.Random, out: Path) -> Iterator[list[str]]:
+def commands(path: str, rng: random.Random, out: str) -> Iterator[list[str]]:
     """What is run on one file."""
-    path = str(main)
     yield ["inspect", *rng.choice(([], ["--explain"], ["--json"], ["-q"])), path]
     if rng.random() < 0.2:
         yield ["inspect", "--audit", *rng.choice(([], ["--full"], ["--json"])), path]
@@ -52,6 +53,14 @@ def commands(main: Path, rng: random.Random, out: Path) -> Iterator[list[str]]:
         yield ["inspect", "--deep", "--threads", "2", *rng.choice(([], ["--json"])), path]
     if rng.random() < 0.1:
         yield ["inspect", "--hash", path]
+    if rng.random() < 0.2:
+        program = rng.choice(("comfyui", "comfyui-gguf", "forge", "diffusers", "sdcpp"))
+        yield ["inspect", "--for", program, path]
+    if rng.random() < 0.2:
+        size = rng.choice(([], ["--size", "512x768"], ["--size", "1024x1024", "--batch", "2"]))
+        yield ["inspect", "--vram", "8GiB", *size, path]
+    if rng.random() < 0.1:
+        yield ["inspect", "--with", path, path]
     if rng.random() < 0.15:
         arch = rng.choice(([], ["--arch", "generic"], ["--arch", "generic", "--allow-requantize"]))
         kind, ending = rng.choice(
@@ -68,12 +77,14 @@ def commands(main: Path, rng: random.Random, out: Path) -> Iterator[list[str]]:
 
 def run(arguments: list[str]) -> tuple[int, str]:
     """Exit code (-1: it took too long, -2: an exception came out) and what was printed."""
-    signal.alarm(LIMIT_S)
+    signal.setitimer(signal.ITIMER_PROF, CPU_S)
+    signal.alarm(WALL_S)
     try:
         ran = CliRunner().invoke(cli, arguments, prog_name="diffquant")
     except _TooLong:
         return -1, traceback.format_exc(limit=-12)
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
     if ran.exception is not None and not isinstance(ran.exception, SystemExit):
         text = "".join(traceback.format_exception(ran.exception))
@@ -96,12 +107,14 @@ def broken(code: int, text: str, canary: Path) -> str:
 
 
 def main() -> None:
-    samples, work = Path(sys.argv[1]), Path(sys.argv[2])
+    samples = Path(sys.argv[1]).resolve()
+    os.chdir(sys.argv[2])  # names inside damaged files must not depend on where this runs
     seed, first, count = (int(text) for text in sys.argv[3:6])
     signal.signal(signal.SIGALRM, _alarm)
+    signal.signal(signal.SIGPROF, _alarm)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     loaded = {path.name: mutations.load(path) for path in sorted(samples.iterdir())}
-    canary = work / f"canary-{first}"
+    canary = Path("canary")
     codes: collections.Counter[int] = collections.Counter()
     slowest = (0.0, "")
     for index in range(first, first + count):
@@ -109,12 +122,12 @@ def main() -> None:
         name = rng.choice(sorted(loaded))
         files = dict(loaded[name])
         what = mutations.mutate(files, rng, canary)
-        folder = work / f"{first}" / f"{index}-{name}"
+        folder = Path(f"{index}-{name}")
         for relative, content in files.items():
             content.write(folder / relative)
         entry = next((p for p in sorted(folder.glob("main*")) if "-0000" not in p.name), folder)
         kept = False
-        for arguments in commands(entry, rng, work / f"out-{first}"):
+        for arguments in commands(str(entry), rng, "out"):
             start = time.perf_counter()
             code, text = run(arguments)
             slowest = max(slowest, (time.perf_counter() - start, f"{index} {' '.join(arguments)}"))

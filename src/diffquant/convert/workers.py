@@ -83,7 +83,12 @@ class _Pool:
     def _take(self) -> Task | None:
         with self._condition:
             while not self.failure:
-                task = self._late.popleft() if self._late else next(self._tasks, None)
+                try:
+                    task = self._late.popleft() if self._late else next(self._tasks, None)
+                except BaseException as error:  # of what makes the tasks: carried like a task's own
+                    self.failure.append(error)
+                    self._condition.notify_all()
+                    return None
                 if task is not None:
                     self._running += 1
                     return task

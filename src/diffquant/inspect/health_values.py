@@ -25,6 +25,7 @@ from diffquant.core.heap import keep_freed_pages
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.inspect.hashes import FileHasher, FileHashes, weight_files
 from diffquant.inspect.weight_stats import ChunkStats, WeightStats, chunk_stats, combine
+from diffquant.quant.backends import backend
 from diffquant.quant.formats import FORMATS, matrix_shape
 
 __all__ = ["CHUNK", "MAX_ROW", "Values", "look_at_values"]
@@ -68,6 +69,7 @@ def look_at_values(
     """
     skipped: dict[str, str] = {}
     found: dict[str, _Found] = {}
+    _load_decoders(logical)
     hashers: list[FileHasher] = []
     try:
         hashers += [FileHasher(path) for path in weight_files(logical.source)]
@@ -90,6 +92,12 @@ def look_at_values(
         if key not in skipped
     }
     return Values(stats, skipped, hashes)
+
+
+def _load_decoders(logical: LogicalSource) -> None:
+    """Import what decodes the file's formats, once, before several threads want it at once."""
+    for name in {tensor.format for tensor in logical.tensors.values() if tensor.format}:
+        backend(FORMATS[name].codec, "decode")
 
 
 def _interleave(values: Iterator[Task], hashes: Iterator[Task]) -> Iterator[Task]:
