@@ -104,23 +104,24 @@ def timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> C
 
 def _wrap_layers(spent: dict[str, float]) -> tuple[str, ...]:
     """Time what a chunk goes through; meant for one thread, where the parts add up."""
-    from diffquant.convert import engine, logical
+    from diffquant.convert import chunk_work, logical, step_state
     from diffquant.io import atomic, reading
     from diffquant.quant import metrics
 
-    load = engine.backend
+    load = chunk_work.backend
 
     def loaded(codec: str, operation: str, device: str = "cpu") -> Callable[..., Any]:
         return timed(load(codec, operation, device), spent, operation)
 
-    engine.backend = loaded
-    digest = engine.hashlib.sha256
+    chunk_work.backend = loaded
+    digest = chunk_work.hashlib.sha256
 
     class Hashes:
         sha256 = staticmethod(timed(digest, spent, "sha256"))
 
-    engine.hashlib = Hashes
-    engine._amax = timed(engine._amax, spent, "finite?")
+    chunk_work.hashlib = Hashes
+    step_state.amax_of = timed(step_state.amax_of, spent, "finite?")
+    chunk_work.amax_of = step_state.amax_of
     for owner, name, label in (
         (logical.LogicalSource, "read", "read, to float32"),
         (metrics.ErrorStats, "add", "error sums"),

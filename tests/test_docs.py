@@ -69,8 +69,9 @@ def test_documents_have_commands() -> None:
 @pytest.mark.parametrize(("name", "line"), COMMANDS)
 def test_command_lines_parse(name: str, line: str) -> None:
     _, options = parse(line)
-    if options.get("type_name"):
-        type_named(str(options["type_name"]))
+    for kind in (options.get("type_name"), *_sequence(options.get("type_names"))):
+        if kind:
+            type_named(str(kind))
     for value in (options.get("source"), *_sequence(options.get("files"))):
         if value and str(value).startswith("examples/"):
             assert (ROOT / str(value)).exists(), value
@@ -101,7 +102,8 @@ def test_jobs_on_the_examples_plan(line: str, tmp_path: Path) -> None:
     for flag in ("-o", "--output"):
         if flag in words:
             at = words.index(flag) + 1
-            words[at] = str(tmp_path / Path(words[at]).name)
+            folder = "/" if words[at].endswith("/") else ""
+            words[at] = str(tmp_path / Path(words[at]).name) + folder
     result = CliRunner().invoke(cli, [*words, "--dry-run", "--json"])
     assert result.exit_code == 0, result.output
     assert not list(tmp_path.iterdir())

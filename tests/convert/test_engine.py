@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 
-from diffquant.convert import cutting, engine
+from diffquant.convert import chunk_work, cutting, engine
 from diffquant.convert.adapters import ROWS, WHOLE
 from diffquant.convert.binding import bind
 from diffquant.convert.cutting import chunk_extents
@@ -460,8 +460,8 @@ def test_weights_up_to_the_safe_amax_do_not_overflow(fmt):
 
 def test_weights_in_range_are_decoded_only_to_measure_errors(tmp_path, write, monkeypatch):
     path = write(tmp_path / "w.safetensors", {"w.weight": np.ones((64, 64), np.float32)})
-    plan, calls, load = one_step("q8_0", (64, 64)), [], engine.backend
-    monkeypatch.setattr(engine, "backend", lambda *a: (calls.append(a[1]), load(*a))[1])
+    plan, calls, load = one_step("q8_0", (64, 64)), [], chunk_work.backend
+    monkeypatch.setattr(chunk_work, "backend", lambda *a: (calls.append(a[1]), load(*a))[1])
     run(path, plan, check=False)
     assert calls == ["encode"]
     run(path, plan, check=True)

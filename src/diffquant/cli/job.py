@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from diffquant.cli.frame import echo, human, table
-from diffquant.convert.job_report import JobReport
+from diffquant.convert.job_report import JobReport, TensorRow
 from diffquant.convert.lora.error_plan import ErrorLoraReport
 from diffquant.core.report import to_json
 
-__all__ = ["JobOutcome", "render_job", "resumable"]
+__all__ = ["JobOutcome", "render_job", "resumable", "worst_of"]
 
 _WORST = 5
 _POLICIES = {
@@ -134,11 +134,14 @@ def _render_reasons(report: JobReport, *, verbose: bool) -> None:
         ],
         right=(1, 2, 3),
     )
-    worst = sorted(
-        (row for row in rows if row.verdict in ("warn", "fail")), key=lambda row: -(row.error or 0)
-    )
-    for row in worst[:_WORST]:
+    for row in worst_of(rows)[:_WORST]:
         echo(f"  {row.verdict}: {row.key} {row.stored} error {row.error:.4f}")
+
+
+def worst_of(rows: Sequence[TensorRow]) -> list[TensorRow]:
+    """Weights whose error is past what their format should cost, the largest first."""
+    judged = (row for row in rows if row.verdict in ("warn", "fail"))
+    return sorted(judged, key=lambda row: -(row.error or 0))
 
 
 def _error(value: float | None) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import click
 
-from diffquant.cli.frame import Options, Outcome, common, run, threads
+from diffquant.cli.frame import Options, Outcome, common, echo, run, threads
 from diffquant.cli.job import JobOutcome, render_job, resumable
+from diffquant.cli.outputs import PLACE, check_several, folder_made, named_outputs, types_from
 from diffquant.cli.values import check_free, prompts_from, write_text
 from diffquant.cli.verdict import render_image
+from diffquant.cli.view_several import SeveralOutcome, render_several
 from diffquant.convert.encoders.parts import MMPROJ
 from diffquant.convert.job_report import JobReport
 from diffquant.convert.jobs import container_for, run_job
@@ -19,6 +22,7 @@ from diffquant.convert.plan import Request
 from diffquant.convert.recipe_source import load_recipe
 from diffquant.convert.recipes import Recipe, recipe_of, render_recipe
 from diffquant.convert.request import POLICIES, ROUNDINGS
+from diffquant.convert.several import SeveralReport, Wanted, run_jobs
 from diffquant.convert.targets import TARGETS
 from diffquant.core.errors import UsageError
 from diffquant.core.report import to_json
@@ -27,6 +31,7 @@ from diffquant.io.inputs import open_inputs
 from diffquant.io.locations import locate
 from diffquant.quant.formats import format_named
 from diffquant.quant.policy import Rule
+from diffquant.quant.type_sets import TYPE_SETS
 from diffquant.quant.types import QuantType, type_named
 
 __all__ = ["command"]
@@ -37,8 +42,30 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
 
 @click.command("quantize")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File or folder to write.")
-@click.option("-t", "--type", "type_name", help="Type; see `diffquant formats`.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(),
+    help="File or folder to write. Of several types: a folder (with a slash at its end), or a name "
+    f"with {PLACE} in it.",
+)
+@click.option(
+    "-t",
+    "--type",
+    "type_names",
+    multiple=True,
+    metavar="TYPE",
+    help="Type; see `diffquant formats`. Several are written in one pass over the source.",
+)
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="NAME",
+    help="Types that are published together: "
+    + "; ".join(f"{name} = {', '.join(names)}" for name, names in TYPE_SETS.items())
+    + ".",
+)
 @click.option(
     "--recipe-from",
     type=click.Path(path_type=Path),
@@ -137,8 +164,9 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
 @common
 def command(
     source: Path,
-    output: Path | None,
-    type_name: str | None,
+    output: str | None,
+    type_names: tuple[str, ...],
+    sets: tuple[str, ...],
     recipe_from: Path | None,
     emit_recipe: Path | None,
     arch: str,
@@ -169,57 +197,83 @@ def command(
     The extension of -o chooses the container: .gguf holds the denoiser, or the one part that --part
     names (a text encoder, or mmproj: its image tower); .safetensors the parts the source has; no
     extension a Diffusers folder. Only the denoiser is quantized unless --all or --part.
+
+    Several types (-t A -t B, or --set) are several outputs in one pass: NAME-TYPE.gguf and
+    NAME_TYPE.safetensors in the folder that -o names, or as its {type} says.
     """
 
     def work() -> Outcome:
         _check_corrections(inputs, error_lora, rank, bias=bias_correction)
-        recipe = load_recipe(recipe_from) if recipe_from is not None else None
-        kind = _kind(type_name, recipe)
-        out = output or _default_output(source, kind, parts)
-        if emit_recipe is not None:
-            check_free(emit_recipe, (source, out, recipe_from), force=force)
-        request = Request(
-            container=container_for(out),
-            type=kind,
-            parts=parts,
-            all_parts=all_parts,
-            rules=_rules(tensor_types, exclude),
-            pure=pure,
-            allow_requantize=allow_requantize,
-            target=target,
-            arch=arch,
-            policy=policy,
-            recipe=recipe,
-            rounding=rounding,
-            bias_correction=bias_correction,
-            lora_rank=(rank or _RANK) if error_lora is not None else 0,
-        )
-        with open_inputs(inputs) if inputs is not None else nullcontext() as measured:
-            report = run_job(
-                source,
-                out,
-                request,
-                base=base,
-                force=force,
-                dry_run=dry_run,
-                workers=options.threads,
+        kinds = types_from(type_names, sets)
+        if len(kinds) > 1:
+            check_several(
                 resume=resume,
-                verify="tensors" if verify == "image" else verify,
-                progress=options.bar(),
-                matrix=merge_imatrices([read_imatrix(path) for path in imatrices])
-                if imatrices
-                else None,
-                inputs=measured,
+                recipe_from=recipe_from,
+                emit_recipe=emit_recipe,
                 error_lora=error_lora,
             )
+        recipe = load_recipe(recipe_from) if recipe_from is not None else None
+        kinds = kinds or (_kind_of(recipe),)
+        if len(kinds) > 1 or (output is not None and PLACE in output):
+            paths = named_outputs(output, _stem(source, parts), kinds)
+        else:
+            paths = (Path(output) if output else _default_output(source, kinds[0], parts),)
+        if emit_recipe is not None:
+            check_free(emit_recipe, (source, paths[0], recipe_from), force=force)
+        requests = [
+            Request(
+                container=container_for(out),
+                type=kind,
+                parts=parts,
+                all_parts=all_parts,
+                rules=_rules(tensor_types, exclude),
+                pure=pure,
+                allow_requantize=allow_requantize,
+                target=target,
+                arch=arch,
+                policy=policy,
+                recipe=recipe,
+                rounding=rounding,
+                bias_correction=bias_correction,
+                lora_rank=(rank or _RANK) if error_lora is not None else 0,
+            )
+            for out, kind in zip(paths, kinds, strict=True)
+        ]
+        common: Any = {
+            "base": base,
+            "force": force,
+            "dry_run": dry_run,
+            "workers": options.threads,
+            "verify": "tensors" if verify == "image" else verify,
+            "progress": options.bar(),
+            "matrix": merge_imatrices([read_imatrix(path) for path in imatrices])
+            if imatrices
+            else None,
+        }
+        with open_inputs(inputs) if inputs is not None else nullcontext() as measured:
+            common["inputs"] = measured
+            if len(kinds) > 1:
+                wanted = [Wanted(out, one) for out, one in zip(paths, requests, strict=True)]
+                with folder_made(output, dry_run=dry_run):
+                    several = run_jobs(source, wanted, **common)
+                return _outcome_of(several, source, verify, prompts, options)
+            (out,), (request,) = paths, requests
+            report = run_job(source, out, request, resume=resume, error_lora=error_lora, **common)
         if emit_recipe is not None:
             rows = [(row.part, row.key, row.stored) for row in report.tensors]
-            made = recipe_of(report.architecture, kind.name, rows)
+            made = recipe_of(report.architecture, kinds[0].name, rows)
             text = render_recipe(made, rounding=rounding)
             write_text(emit_recipe, text + _corrections_of(report))
         return _outcome(report, source, out, verify, prompts, options)
 
-    def render(outcome: JobOutcome) -> None:
+    def render(outcome: JobOutcome | SeveralOutcome) -> None:
+        if isinstance(outcome, SeveralOutcome):
+            render_several(outcome, verbose=options.verbose > 0)
+            for one in outcome.outputs:
+                if one.image is not None:
+                    echo(f"  pictures of {one.job.type}:")
+                    render_image(one.image)
+            return
         render_job(outcome.job, verbose=options.verbose > 0)
         if outcome.image is not None:
             render_image(outcome.image)
@@ -277,10 +331,23 @@ def _outcome(
     return Outcome(JobOutcome(job, image), warnings, 3 if failed else 0, ok=not failed)
 
 
-def _kind(type_name: str | None, recipe: Recipe | None) -> QuantType:
-    """The type asked for, else the one that labels the recipe."""
-    if type_name is not None:
-        return type_named(type_name)
+def _outcome_of(
+    several: SeveralReport, source: Path, verify: str, prompts: Path | None, options: Options
+) -> Outcome:
+    """Judge every output of a run, as one alone is judged."""
+    found = [
+        _outcome(job, source, Path(job.output), verify, prompts, options) for job in several.outputs
+    ]
+    told = list(several.warnings)
+    for one, job in zip(found, several.outputs, strict=True):
+        told += [text for text in one.warnings if text not in job.warnings]
+    outputs = tuple(one.result for one in found if isinstance(one.result, JobOutcome))
+    code = max(one.exit_code for one in found)
+    return Outcome(SeveralOutcome(several, outputs), told, code, ok=all(one.ok for one in found))
+
+
+def _kind_of(recipe: Recipe | None) -> QuantType:
+    """The type that labels the recipe, where none was asked for."""
     if recipe is None:
         raise UsageError("give a type with -t, or a file to take the formats from: --recipe-from")
     if not recipe.type:
@@ -295,11 +362,16 @@ def _default_output(source: Path, kind: QuantType, parts: tuple[str, ...]) -> Pa
     encoder's name in one file name (city96/ComfyUI-GGUF@795e451:loader.py:213-284).
     """
     container = next(iter(kind.dialects))
+    return Path(f"{_stem(source, parts)}-{kind.name.upper()}{_DEFAULT_SUFFIX[container]}")
+
+
+def _stem(source: Path, parts: tuple[str, ...]) -> str:
+    """What an output's name begins with: the source's name, and the part that is written alone."""
     source = locate(source)
     stem = source.stem if source.is_file() else source.name
     if len(parts) == 1 and parts != ("denoiser",):
         stem += "-text_encoder-mmproj" if parts == (MMPROJ,) else f"-{parts[0]}"
-    return Path(f"{stem}-{kind.name.upper()}{_DEFAULT_SUFFIX[container]}")
+    return stem
 
 
 def _rules(tensor_types: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[Rule, ...]:

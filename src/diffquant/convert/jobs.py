@@ -13,24 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from diffquant.convert.binding import bind
-from diffquant.convert.carried import carried
 from diffquant.convert.composed import AddedPart, ComposedSource, composed
-from diffquant.convert.encoders.header import EncoderHeader, encoder_header
 from diffquant.convert.engine import peak_nbytes, run_plan
 from diffquant.convert.job_report import JobReport, job_report
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.lora.error import write_error_lora
 from diffquant.convert.lora.error_plan import check_lora_target, plan_error_lora, planned
 from diffquant.convert.match import Match
-from diffquant.convert.output import file_metadata, fingerprint
-from diffquant.convert.plan import Plan, Request, make_plan
+from diffquant.convert.output import fingerprint
+from diffquant.convert.plan import Request, make_plan
 from diffquant.convert.recognise import recognise, recognise_part
 from diffquant.convert.remember import remember
 from diffquant.convert.reread import verify_output
 from diffquant.convert.resume import Resumed, left_by_another_run, refuse_folder, run_resumable
-from diffquant.convert.surroundings import surroundings
+from diffquant.convert.surroundings import (
+    check_memory,
+    metadata_of,
+    refuse_own_source,
+    surroundings,
+)
 from diffquant.convert.workers import default_workers
-from diffquant.core.errors import ResourceError, UsageError
+from diffquant.core.errors import UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.core.tensors import TensorSource
 from diffquant.io import open_sink, open_source
@@ -129,7 +132,7 @@ def run_job(
         DiffquantError: see core/errors.py; nothing is left behind unless `resume`.
     """
     if out.exists():
-        _refuse_own_source(src, out, base)
+        refuse_own_source(src, out, base)
     if out.exists() and not force and not dry_run:
         raise UsageError(f"{out} exists; use --force to replace it")
     if resume and request.container == "folder":
@@ -137,7 +140,7 @@ def run_job(
     if resume and request.shard_nbytes:
         raise UsageError("--resume writes single files: leave out --max-shard-size")
     for one in request.added:
-        _refuse_own_source(one.path, out, None)
+        refuse_own_source(one.path, out, None)
     if error_lora is not None:
         check_lora_target(error_lora, (src, out, base), force=force or dry_run)
     count = workers or default_workers()
@@ -157,14 +160,13 @@ def run_job(
         if error_lora is not None:
             lora = plan_error_lora(plan, match, error_lora, matrix=matrix, inputs=inputs)
             plan = replace(plan, notes=(*plan.notes, lora.note))
-        beside = surroundings(plan, match, source, base)
-        plan = replace(plan, notes=(*plan.notes, *beside.notes))
-        header = _encoder_header(plan, source, base)
+        around = surroundings(plan, match, source, base)
+        plan = replace(plan, notes=(*plan.notes, *around.notes))
         memory = peak_nbytes(plan, count, beside=lora.peak_nbytes if lora else 0)
         done = Resumed((), 0, ())
         if not dry_run:
-            _check_memory(memory)
-            metadata = _metadata(plan, match, source, header)
+            check_memory(memory)
+            metadata = metadata_of(plan, match, source, around.header)
             common: Any = {
                 "workers": count,
                 "progress": progress,
@@ -181,8 +183,8 @@ def run_job(
                         plan.specs,
                         metadata,
                         force=force,
-                        configs=beside.configs,
-                        files=beside.files,
+                        configs=around.configs,
+                        files=around.files,
                         shard_nbytes=request.shard_nbytes,
                     ) as sink,
                 ):
@@ -198,8 +200,9 @@ def run_job(
         made = write_error_lora(
             src, out, plan, lora, force=force, workers=count, inputs=inputs, progress=progress
         )
-    notes = header.warnings + tuple(f"missing from the folder: {name}" for name in beside.missing)
-    report = job_report(src, out, plan, done, beside.missing, notes, memory, count, verify, dry_run)
+    report = job_report(
+        src, out, plan, done, around.missing, around.warnings, memory, count, verify, dry_run
+    )
     return replace(report, error_lora=made)
 
 
@@ -214,55 +217,3 @@ def _told_of_resume(request: Request) -> Iterator[None]:
         raise KeyboardInterrupt(
             "interrupted; nothing was left behind (with --resume, a run can be continued)"
         ) from None
-
-
-def _refuse_own_source(src: Path, out: Path, base: Path | None) -> None:
-    """Never replace what is being read, whole or in part, whatever --force says."""
-    target, read = out.resolve(), src.resolve()
-    if target == read:
-        raise UsageError(f"{out} is the source itself; choose another output")
-    if target in read.parents:
-        raise UsageError(f"{out} contains the source {src}, and would replace it; choose another")
-    if read in target.parents:
-        raise UsageError(f"{out} is part of the source {src}; choose another output")
-    if base is not None and (target == base.resolve() or target in base.resolve().parents):
-        raise UsageError(f"{out} holds --base {base}, and would replace it; choose another output")
-
-
-def _encoder_header(plan: Plan, source: TensorSource, base: Path | None) -> EncoderHeader:
-    """Header of a text encoder's GGUF file; nothing for other outputs."""
-    if plan.encoder is None:
-        return EncoderHeader({})
-    if base is None:
-        return encoder_header(plan.encoder, source)
-    with open_source(base) as other:
-        return encoder_header(plan.encoder, source, other)
-
-
-def _metadata(
-    plan: Plan, match: Match, source: TensorSource, header: EncoderHeader
-) -> dict[str, Any]:
-    ours = file_metadata(plan, match, source)
-    if plan.request.container == "gguf":
-        from diffquant.convert.gguf_metadata import gguf_metadata
-
-        pairs = gguf_metadata(plan, match, source, ours, header.pairs)
-    else:
-        pairs = {**carried(source, plan.request.container).pairs, **ours}
-    for key, value in plan.request.pairs.items():
-        if value:
-            pairs[key] = value
-        else:
-            pairs.pop(key, None)
-    return pairs
-
-
-def _check_memory(needed: int) -> None:
-    import psutil
-
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise ResourceError(
-            f"needs about {needed / 2**20:.0f} MiB of working memory, {free / 2**20:.0f} MiB are "
-            "free; use fewer --threads"
-        )

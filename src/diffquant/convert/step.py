@@ -30,6 +30,7 @@ class Step:
         adapters: LoRA and kin, applied to float32 rows before the codec.
         flat: (rows, length) the weight is stored in where that is not its own shape; else ().
         rounding: how it is rounded, one of ROUNDINGS.
+        cut: rows that chunk borders must be multiples of beside the format's own (sharing.py).
     """
 
     part: str
@@ -43,10 +44,15 @@ class Step:
     adapters: tuple[Adapter, ...] = ()
     flat: Shape = ()
     rounding: str = "nearest"
+    cut: int = 1
 
     @property
     def row_multiple(self) -> int:
         """Chunks of rows must start at a multiple of this many, so that they are whole blocks."""
+        return math.lcm(self._whole_blocks, self.cut)
+
+    @property
+    def _whole_blocks(self) -> int:
         shape = self.assignment.shape
         if self.flat:
             _, k = matrix_shape(shape)
