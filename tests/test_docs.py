@@ -58,6 +58,10 @@ def parse(line: str) -> tuple[click.Command, dict[str, object]]:
     """Parse a line with click, without running it."""
     words = shlex.split(line, comments=True)[1:]
     command = command_named(words[0])
+    if isinstance(command, click.Group):
+        found = command.get_command(click.Context(command), words[1])
+        assert found is not None, line
+        command, words = found, words[1:]
     with command.make_context(words[0], words[1:]) as context:
         return command, dict(context.params)
 

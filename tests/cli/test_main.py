@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from diffquant import __version__
+from diffquant.cli.lora import LORA_COMMANDS
 from diffquant.cli.main import COMMANDS
 
 LOADED = """
@@ -45,8 +46,16 @@ def test_every_command_has_help(command, name):
     ran = command(name, "--help")
     assert ran.code == 0
     assert ran.out.startswith(f"Usage: diffquant {name}")
-    if name != "completion":
+    if name not in ("completion", "lora"):
         assert all(flag in ran.out for flag in ("--json", "-q", "-v", "--no-progress"))
+
+
+@pytest.mark.parametrize("name", LORA_COMMANDS)
+def test_every_lora_command_has_help(command, name):
+    ran = command("lora", name, "--help")
+    assert ran.code == 0
+    assert f"lora {name}" in ran.out.splitlines()[0]
+    assert all(flag in ran.out for flag in ("--json", "-q", "-v", "--no-progress"))
 
 
 def test_no_arguments_show_the_overview(command):

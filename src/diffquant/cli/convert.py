@@ -9,11 +9,13 @@ import click
 
 from diffquant.cli.frame import Options, Outcome, common, run, threads
 from diffquant.cli.job import render_job, resumable
+from diffquant.cli.merging import lora_options, loras_from
 from diffquant.cli.values import bytes_from, header_pairs
 from diffquant.convert.adapters import Adapter
 from diffquant.convert.composed import AddedPart
 from diffquant.convert.job_report import JobReport
 from diffquant.convert.jobs import container_for, run_job
+from diffquant.convert.lora.merge import merging
 from diffquant.convert.plan import Request
 from diffquant.convert.vae_half import HALF_MAX, Scaled, half_safe_factors
 from diffquant.core.errors import UsageError
@@ -68,6 +70,7 @@ __all__ = ["command"]
     help="Cut safetensors files above this size into shards with an index, e.g. 5GB.",
 )
 @click.option("--base", type=click.Path(path_type=Path), help="Folder to take configs from.")
+@lora_options
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @resumable
@@ -87,6 +90,9 @@ def command(
     pairs: tuple[str, ...],
     max_shard_size: str | None,
     base: Path | None,
+    loras: tuple[str, ...],
+    te_scale: float,
+    allow_missing: bool,
     dry_run: bool,
     force: bool,
     resume: bool,
@@ -116,17 +122,21 @@ def command(
             changes=_half_safe(vae_source, told) if fix else {},
             shard_nbytes=bytes_from(max_shard_size, "--max-shard-size") if max_shard_size else 0,
         )
-        report = run_job(
-            source,
-            written,
-            request,
-            base=base,
-            force=force,
-            dry_run=dry_run,
-            workers=options.threads,
-            resume=resume,
-            progress=options.bar(),
-        )
+        given = loras_from(loras, te_scale)
+        with merging(source, given, arch=arch, allow_missing=allow_missing) as merge:
+            report = run_job(
+                source,
+                written,
+                merge.into(request),
+                base=base,
+                force=force,
+                dry_run=dry_run,
+                workers=options.threads,
+                resume=resume,
+                progress=options.bar(),
+                beside=merge.paths,
+            )
+            report = merge.told(report)
         if fix and not dry_run:
             told.append(_after(written, report))
         report = replace(report, notes=(*report.notes, *told))

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from diffquant.cli.frame import echo, human, table
+from diffquant.cli.merging import render_merge
 from diffquant.convert.job_report import JobReport, TensorRow
 from diffquant.convert.lora.error_plan import ErrorLoraReport
 from diffquant.core.report import to_json
@@ -82,6 +83,8 @@ def render_job(report: JobReport, *, verbose: bool = False) -> None:
             reasons[reason] = reasons.get(reason, 0) + 1
         for reason, count in reasons.items():
             echo(f"  not written: {count} tensors ({reason})")
+    if report.merged is not None:
+        render_merge(report.merged, verbose=verbose)
     for note in report.notes:
         echo(f"  {note}")
     if report.dry_run:

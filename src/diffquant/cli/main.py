@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 import click
 
 from diffquant import __version__
+from diffquant.cli.lazy import LazyGroup
 
 __all__ = ["COMMANDS", "cli", "main"]
 
@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("diffquant.cli.inspect", "Say what files are, from their headers."),
     "quantize": ("diffquant.cli.quantize", "Quantize a checkpoint and check the result."),
     "convert": ("diffquant.cli.convert", "Change dtype, parts or layout without quantizing."),
+    "lora": ("diffquant.cli.lora", "Merge LoRAs into checkpoints."),
     "calibrate": ("diffquant.cli.calibrate", "Measure an importance matrix for quantize."),
     "imatrix": ("diffquant.cli.imatrix", "Show, merge and convert importance matrices."),
     "generate": ("diffquant.cli.generate", "Generate pictures with the bundled runtime."),
@@ -27,24 +28,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-class _LazyGroup(click.Group):
-    """Loads a subcommand's module when it is used, so that `inspect` never pays for torch."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        loaded: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
-        return loaded
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
+class _Commands(LazyGroup):
+    commands_table = COMMANDS
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="diffquant", message="%(prog)s %(version)s")
 def cli() -> None:
     """Read, convert, quantize and verify diffusion checkpoints.

@@ -11,6 +11,7 @@ import click
 
 from diffquant.cli.frame import Options, Outcome, common, echo, run, threads
 from diffquant.cli.job import JobOutcome, render_job, resumable
+from diffquant.cli.merging import lora_options, loras_from
 from diffquant.cli.outputs import PLACE, check_several, folder_made, named_outputs, types_from
 from diffquant.cli.values import check_free, prompts_from, write_text
 from diffquant.cli.verdict import render_image
@@ -18,6 +19,7 @@ from diffquant.cli.view_several import SeveralOutcome, render_several
 from diffquant.convert.encoders.parts import MMPROJ
 from diffquant.convert.job_report import JobReport
 from diffquant.convert.jobs import container_for, run_job
+from diffquant.convert.lora.merge import merging
 from diffquant.convert.plan import Request
 from diffquant.convert.recipe_source import load_recipe
 from diffquant.convert.recipes import Recipe, recipe_of, render_recipe
@@ -145,6 +147,7 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
     help="Write the quantization error as a LoRA that any loader can add (.safetensors).",
 )
 @click.option("--rank", type=click.IntRange(1, 1024), help="Rank of the error LoRA.  [default: 32]")
+@lora_options
 @click.option("--allow-requantize", is_flag=True, help="Accept an already quantized source.")
 @click.option("--base", type=click.Path(path_type=Path), help="Folder to take configs from.")
 @click.option(
@@ -183,6 +186,9 @@ def command(
     bias_correction: bool,
     error_lora: Path | None,
     rank: int | None,
+    loras: tuple[str, ...],
+    te_scale: float,
+    allow_missing: bool,
     allow_requantize: bool,
     base: Path | None,
     verify: str,
@@ -250,15 +256,22 @@ def command(
             if imatrices
             else None,
         }
-        with open_inputs(inputs) if inputs is not None else nullcontext() as measured:
+        given = loras_from(loras, te_scale)
+        with (
+            open_inputs(inputs) if inputs is not None else nullcontext() as measured,
+            merging(source, given, arch=arch, allow_missing=allow_missing) as merge,
+        ):
             common["inputs"] = measured
+            common["beside"] = merge.paths
+            requests = [merge.into(one) for one in requests]
             if len(kinds) > 1:
                 wanted = [Wanted(out, one) for out, one in zip(paths, requests, strict=True)]
                 with folder_made(output, dry_run=dry_run):
-                    several = run_jobs(source, wanted, **common)
+                    several = merge.told_each(run_jobs(source, wanted, **common))
                 return _outcome_of(several, source, verify, prompts, options)
             (out,), (request,) = paths, requests
             report = run_job(source, out, request, resume=resume, error_lora=error_lora, **common)
+            report = merge.told(report)
         if emit_recipe is not None:
             rows = [(row.part, row.key, row.stored) for row in report.tensors]
             made = recipe_of(report.architecture, kinds[0].name, rows)

@@ -40,7 +40,8 @@ class Adapter(Protocol):
         """Return the adapted rows.
 
         Args:
-            weight: (R, K) float32, rows `rows[0]` to `rows[1]` of the target.
-            rows: half-open row range.
+            weight: (R, K) float32, rows `rows[0]` to `rows[1]` of the target; not modified. A
+                vector is a column: its rows are its elements.
+            rows: half-open row range; where the reach is WHOLE, it holds every row that changes.
         """
         ...

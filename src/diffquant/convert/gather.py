@@ -26,9 +26,19 @@ def float_rows(logical: LogicalSource, step: Step, rows: tuple[int, int]) -> NDA
         found = [logical.read(key, span) for key, span in source_spans(step, rows)]
         weight = found[0] if len(found) == 1 else np.concatenate(found)
         weight = weight.reshape(rows[1] - rows[0], k)
+    if step.adapters:
+        weight = _adapted(step, weight, rows)
+    return np.ascontiguousarray(weight, dtype=np.float32)
+
+
+def _adapted(step: Step, weight: NDArray[np.float32], rows: tuple[int, int]) -> NDArray[np.float32]:
+    """Apply adapters, to which a vector is a column."""
+    shape = weight.shape
+    if len(step.assignment.shape) < 2:
+        weight, rows = weight.reshape(-1, 1), (0, weight.size)
     for adapter in step.adapters:
         weight = adapter.apply(weight, rows)
-    return np.ascontiguousarray(weight, dtype=np.float32)
+    return weight.reshape(shape)
 
 
 def _slices(logical: LogicalSource, step: Step, rows: tuple[int, int]) -> NDArray[np.float32]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffquant.convert.engine import StepResult
 from diffquant.convert.lora.error_plan import ErrorLoraReport
+from diffquant.convert.lora.merge_report import MergeReport
 from diffquant.convert.losses import broken_pictures
 from diffquant.convert.plan import Plan
 from diffquant.convert.resume import Resumed
@@ -71,6 +72,7 @@ class JobReport:
         rounding: as asked for; rows say where it was used.
         continued: weights taken over from an interrupted run.
         error_lora: the LoRA of the quantization error that was written beside, or is planned.
+        merged: what became of the LoRAs merged into it.
     """
 
     output: str
@@ -100,6 +102,7 @@ class JobReport:
     notes: tuple[str, ...] = ()
     rounding: str = "nearest"
     error_lora: ErrorLoraReport | None = None
+    merged: MergeReport | None = None
 
 
 def job_report(

@@ -107,6 +107,7 @@ def run_job(
     matrix: ImportanceMatrix | None = None,
     inputs: InputsFile | None = None,
     error_lora: Path | None = None,
+    beside: Sequence[Path] = (),
 ) -> JobReport:
     """Plan, and unless `dry_run` write, one output.
 
@@ -127,6 +128,7 @@ def run_job(
         inputs: statistics of layer inputs, for rounding by feedback, bias correction and to weigh
             the error LoRA.
         error_lora: file to write a LoRA of the quantization error to; of `request.lora_rank`.
+        beside: further files that are read meanwhile, and must not be written to.
 
     Raises:
         DiffquantError: see core/errors.py; nothing is left behind unless `resume`.
@@ -139,8 +141,8 @@ def run_job(
         refuse_folder(out)
     if resume and request.shard_nbytes:
         raise UsageError("--resume writes single files: leave out --max-shard-size")
-    for one in request.added:
-        refuse_own_source(one.path, out, None)
+    for path in (*(one.path for one in request.added), *beside):
+        refuse_own_source(path, out, None)
     if error_lora is not None:
         check_lora_target(error_lora, (src, out, base), force=force or dry_run)
     count = workers or default_workers()

@@ -19,6 +19,8 @@ __all__ = ["peak_nbytes", "peak_together"]
 _FIXED_NBYTES = 80 << 20
 _BYTES_PER_WEIGHT = 16
 _BYTES_PER_WHOLE_WEIGHT = 28
+# Rows before and after, the change, and what it is computed from.
+_BYTES_PER_ADAPTED_WEIGHT = 20
 # Scales per element, candidates of every run, columns in another order (quant/rounding).
 _BYTES_PER_ROUNDED_WEIGHT = 32
 
@@ -56,6 +58,8 @@ def _chunk_nbytes(step: Step) -> int:
     weights = max((stop - start) * k for start, stop in chunks_of(step))
     copied = step.assignment.transpose or step.adapters or len(shape) < 2 or len(pieces) > 1
     nbytes = weights * (_BYTES_PER_WHOLE_WEIGHT if copied else _BYTES_PER_WEIGHT)
+    if step.adapters:
+        nbytes += weights * _BYTES_PER_ADAPTED_WEIGHT
     return nbytes + (weights * _BYTES_PER_ROUNDED_WEIGHT if step.rounding != "nearest" else 0)
 
 

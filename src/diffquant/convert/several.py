@@ -90,6 +90,7 @@ def run_jobs(
     progress: Progress = NO_PROGRESS,
     matrix: ImportanceMatrix | None = None,
     inputs: InputsFile | None = None,
+    beside: Sequence[Path] = (),
 ) -> SeveralReport:
     """Plan, and unless `dry_run` write, several outputs in one pass over the source.
 
@@ -105,12 +106,16 @@ def run_jobs(
         progress: told about bytes, for each output that they went into.
         matrix: importance matrix, for formats that weigh errors by one.
         inputs: statistics of layer inputs, as for run_job.
+        beside: further files that are read meanwhile, and must not be written to.
 
     Raises:
         UsageError: two outputs have one path, requests read the source differently, or as run_job.
         DiffquantError: as run_job; no output is left behind.
     """
     _check_paths(src, wanted, base, replaces=force or dry_run)
+    for path in beside:
+        for one in wanted:
+            refuse_own_source(path, one.path, None)
     first = wanted[0].request
     if any(_reading(one.request) != _reading(first) for one in wanted):
         raise UsageError("outputs of one pass read one source in one way: run them one by one")

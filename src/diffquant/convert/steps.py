@@ -17,6 +17,7 @@ from diffquant.convert.dialects.bnb import BNB_FORMATS, skip_conflicts
 from diffquant.convert.dialects.comfy import with_use
 from diffquant.convert.encoders.files import ENCODER_FILES
 from diffquant.convert.logical import LogicalSource, LogicalTensor
+from diffquant.convert.moved import changes_for
 from diffquant.convert.policies import encoder_decisions, policy_for
 from diffquant.convert.recipes import annotate, recipe_rules
 from diffquant.convert.request import Request
@@ -122,17 +123,26 @@ def part_steps(
         (part.name, key, prefix + a.target, a, decision, tensors)
         for key, a, decision, tensors in zip(keys, assignments, decisions, inputs, strict=True)
     ]
-    changes = request.changes.get(part.name, {})
-    rows = [(*row[:4], _changed(row[4], row[5], changes.get(row[1], ())), row[5]) for row in rows]
+    changes = changes_for(request.changes.get(part.name, {}), canonical, assignments)
+    rows = [
+        (*row[:4], _changed(row[4], row[5], changes.get(row[3].target, ()), request), row[5])
+        for row in rows
+    ]
     steps = [
-        replace(_step(*row, output, changed=row[1] in changes), adapters=changes.get(row[1], ()))
+        replace(
+            _step(*row, output, changed=row[3].target in changes),
+            adapters=changes.get(row[3].target, ()),
+        )
         for row in rows
     ]
     if not folder:
         return steps
     forced = _bnb_forced(steps)
     return [
-        _step(*row[:4], forced[step.target], row[5], replace(output, dialect="bnb"))
+        replace(
+            _step(*row[:4], forced[step.target], row[5], replace(output, dialect="bnb")),
+            adapters=step.adapters,
+        )
         if step.target in forced
         else step
         for row, step in zip(rows, steps, strict=True)
@@ -140,15 +150,31 @@ def part_steps(
 
 
 def _changed(
-    decision: Decision, tensors: Sequence[LogicalTensor], adapters: Sequence[Adapter]
+    decision: Decision,
+    tensors: Sequence[LogicalTensor],
+    adapters: Sequence[Adapter],
+    request: Request,
 ) -> Decision:
-    """A weight that is changed cannot be copied: it is stored anew, in the source's own cast."""
+    """A weight that is changed cannot be copied: it is stored anew, as the source has it.
+
+    Raises:
+        PolicyError: that would round a packed weight again, and nobody allowed it.
+    """
     if not adapters:
         return decision
-    why = f"{decision.reason}; {', '.join(dict.fromkeys(one.name for one in adapters))}"
     source = _source_format(tensors)
-    plain = source if source in FORMATS and FORMATS[source].is_cast else "bf16"
-    return replace(decision, format=decision.format or plain, reason=why)
+    known = source in FORMATS and FORMATS[source].encodes
+    wanted = decision.format or (source if known else "bf16")
+    packed = any(tensor.is_quantized for tensor in tensors)
+    if packed and not FORMATS[wanted].is_cast and not request.allow_requantize:
+        raise PolicyError(
+            f"{tensors[0].key} is {source or tensors[0].dtype}: what is merged into it is rounded "
+            f"to {wanted}, and may be lost; merge into the unquantized checkpoint, keep the LoRA "
+            "beside it (generate --lora), or accept the loss with --allow-requantize"
+        )
+    names = ", ".join(dict.fromkeys(one.name for one in adapters))
+    why = f"{decision.reason}; {names}" if decision.format else f"as it was; {names}"
+    return replace(decision, format=wanted, reason=why)
 
 
 def _bnb_forced(steps: Sequence[Step]) -> dict[str, Decision]:
@@ -267,7 +293,10 @@ def _step(
         packed = _copy_packed(name, stored_shape, tensors, output)
         stored = source or tensors[0].dtype.lower()
     else:
-        packed = pack(output.dialect, name, decision.format, stored_shape, source)
+        dialect = output.dialect
+        if dialect == "plain" and not FORMATS[decision.format].is_cast:
+            dialect = own_dialect(decision.format)  # changed, and packed anew as the source is
+        packed = pack(dialect, name, decision.format, stored_shape, source)
         stored = decision.format
     nbytes = sum(_read_nbytes(assignment, tensors))
     return Step(part, key, name, assignment, decision, stored, packed, nbytes, flat=flat)

@@ -1,9 +1,7 @@
 """Find the weights of a model that a LoRA's layers mean, in whatever naming the LoRA uses.
 
-Names come from the architecture's own rules, applied to the model at hand, so no depth or width is
-written here: canonical module names, Diffusers names (each made of rows of canonical weights), and
-both again with underscores for dots. A LoRA of Diffusers' `to_q` so reaches rows [0, N) of a fused
-`qkv`; where rows are in another order it is cut into several targets.
+What a name means is told by places.py. A LoRA of Diffusers' `to_q` reaches rows [0, N) of a fused
+`qkv`; where rows are in another order it is cut into several spans.
 """
 
 from __future__ import annotations
@@ -13,13 +11,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from diffquant.convert.architectures.base import Architecture, Component
-from diffquant.convert.architectures.links import backward
+from diffquant.convert.adapters import WHOLE
+from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.lora.base import UNKNOWN, guess_base
-from diffquant.convert.lora.parse import LoraLayer, Naming
-from diffquant.convert.rules import Piece, Rule, Shape, Shapes
+from diffquant.convert.lora.deltas import has_bias_change, has_weight_change, reach_of, refusal
+from diffquant.convert.lora.group import Adapter
+from diffquant.convert.lora.parse import LoraLayer
+from diffquant.convert.lora.places import Names, module_names
+from diffquant.convert.rules import Piece, Shape, Shapes
 
-__all__ = ["LoraMatch", "LoraTarget", "looks_like", "match_lora", "module_names"]
+__all__ = [
+    "AdapterMatch",
+    "AdapterTarget",
+    "LoraMatch",
+    "LoraTarget",
+    "Span",
+    "looks_like",
+    "match_adapters",
+    "match_lora",
+    "module_names",
+]
 
 Rows: TypeAlias = tuple[int, int]
 Named: TypeAlias = tuple[str, str]
@@ -65,11 +76,52 @@ class LoraMatch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """What a name means: rows of weights, or the reason why nothing can be done."""
+class Span:
+    """Rows [start, stop) of a weight that are the rows of a module from `at` on."""
 
-    pieces: tuple[Piece, ...]
-    reason: str = ""
+    start: int
+    stop: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTarget:
+    """A weight or a bias that an adapter changes.
+
+    Attributes:
+        part: denoiser, text_encoder ...
+        key: canonical part-local key.
+        spans: where the module's rows are in it, in the module's order.
+        rows: of the module, in this weight and others.
+        tail: shape of a row.
+        adapter: the adapter.
+        bias: whether it is the module's bias.
+    """
+
+    part: str
+    key: str
+    spans: tuple[Span, ...]
+    rows: int
+    tail: Shape
+    adapter: Adapter
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterMatch:
+    """Which adapters fit.
+
+    Attributes:
+        targets: in file order; an adapter of a fused module may have several.
+        absent: (name, part) of adapters for parts that the model does not have.
+        unmatched: (name, reason) of adapters that the model has no weight for.
+        mismatched: (name, reason) of adapters whose weight has another shape.
+    """
+
+    targets: tuple[AdapterTarget, ...]
+    absent: tuple[Named, ...]
+    unmatched: tuple[Named, ...]
+    mismatched: tuple[Named, ...]
 
 
 def match_lora(
@@ -82,89 +134,131 @@ def match_lora(
         architecture: the model's.
         parts: part name -> canonical part-local key -> shape, norms and biases included.
     """
-    names = {name: _index(architecture.component(name), shapes) for name, shapes in parts.items()}
-    targets: list[LoraTarget] = []
+    found = match_adapters([layer.adapter for layer in layers], architecture, parts)
+    by_adapter = {id(layer.adapter): layer for layer in layers}
+    targets = [
+        one
+        for target in found.targets
+        for one in _layer_targets(target, by_adapter[id(target.adapter)], parts[target.part])
+    ]
+    absent = tuple((name, f"the model has no {part}") for name, part in found.absent)
+    return LoraMatch(tuple(targets), (*found.unmatched, *absent), found.mismatched)
+
+
+def _layer_targets(target: AdapterTarget, layer: LoraLayer, shapes: Shapes) -> Iterator[LoraTarget]:
+    for span in target.spans:
+        length = span.stop - span.start
+        rows = None if length == shapes[target.key][0] else (span.start, span.stop)
+        up = None if length == target.rows else (span.at, span.at + length)
+        yield LoraTarget(target.part, target.key, rows, up, layer)
+
+
+def match_adapters(
+    adapters: Sequence[Adapter],
+    architecture: Architecture,
+    parts: Mapping[str, Shapes],
+    *,
+    kinds: Mapping[str, str] | None = None,
+) -> AdapterMatch:
+    """Match adapters of any kind with the weights and biases of a model.
+
+    Args:
+        adapters: as grouped.
+        architecture: the model's.
+        parts: part name -> canonical part-local key -> shape, norms and biases included.
+        kinds: part name -> `Component.kind`, where an architecture has several of a name.
+    """
+    named = Names(architecture, parts, kinds or {})
+    targets: list[AdapterTarget] = []
+    absent: list[Named] = []
     unmatched: list[Named] = []
     mismatched: list[Named] = []
     taken: dict[tuple[str, Piece], str] = {}
-    for layer in layers:
-        part, place = _find(layer, names)
-        if part not in parts:
-            unmatched.append((layer.name, f"the model has no {part}"))
-        elif place is None or place.reason:
-            why = place.reason if place else f"the {part} has no such layer"
-            unmatched.append((layer.name, why))
-        elif why := _misfit(layer, place.pieces, parts[part]):
-            mismatched.append((layer.name, why))
-        elif other := next((taken[part, p] for p in place.pieces if (part, p) in taken), None):
-            unmatched.append((layer.name, f"{other} already means the same weight"))
+    for adapter in adapters:
+        if why := refusal(adapter):
+            unmatched.append((adapter.name, why))
+            continue
+        found: list[AdapterTarget] = []
+        for bias in _sides(adapter):
+            part, place = named.find(adapter, bias=bias)
+            shapes = parts.get(part, {})
+            if part not in parts:
+                absent.append((adapter.name, part))
+            elif place is None and bias and adapter.kind == "ia3":
+                continue  # PEFT scales a bias where there is one
+            elif place is None or place.reason:
+                what = "such layer" if not bias else "bias in this layer"
+                why = place.reason if place else f"the {part} has no {what}"
+                unmatched.append((adapter.name, why))
+            elif why := _misfit(adapter, place.pieces, shapes, bias=bias):
+                mismatched.append((adapter.name, why))
+            elif other := next((taken[part, p] for p in place.pieces if (part, p) in taken), None):
+                unmatched.append((adapter.name, f"{other} already means the same weight"))
+            else:
+                taken.update({(part, piece): adapter.name for piece in place.pieces})
+                found += _targets(part, adapter, place.pieces, shapes, bias=bias)
+                continue
+            found = []
+            break
+        if reach_of(adapter) == WHOLE and len(found) > 1:
+            why = f"its rows are {len(found)} weights here, and {adapter.label} mixes rows"
+            unmatched.append((adapter.name, why))
         else:
-            taken.update({(part, piece): layer.name for piece in place.pieces})
-            targets += _targets(part, layer, place.pieces, parts[part])
-    return LoraMatch(tuple(targets), tuple(unmatched), tuple(mismatched))
+            targets += found
+    return AdapterMatch(tuple(targets), tuple(absent), tuple(unmatched), tuple(mismatched))
 
 
-def module_names(component: Component, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
-    """Every dotted module name of a part, canonical, Diffusers and alternate, and what it means.
-
-    Weights that Diffusers keeps transposed mean no rows: their pieces are empty.
-    """
-    found: dict[str, tuple[Piece, ...]] = {
-        key.removesuffix(".weight"): (Piece(key, 0, shape[0]),)
-        for key, shape in shapes.items()
-        if key.endswith(".weight") and shape
-    }
-    for rule in _other_namings(component, shapes):
-        for one in rule.assignments(shapes):
-            if one.target.endswith(".weight"):
-                pieces = () if one.transpose else one.pieces
-                found.setdefault(one.target.removesuffix(".weight"), pieces)
-    return found
+def _sides(adapter: Adapter) -> tuple[bool, ...]:
+    """Which of weight (False) and bias (True) an adapter changes."""
+    weight, bias = has_weight_change(adapter), has_bias_change(adapter)
+    return (*((False,) if weight else ()), *((True,) if bias else ()))
 
 
-def _other_namings(component: Component, shapes: Shapes) -> Sequence[Rule]:
-    """Rules from canonical keys to the other naming in use: Diffusers', or transformers 5's."""
-    if not component.same_names:
-        return component.rules(shapes, "canonical", "diffusers")
-    if "alternate" in component.signatures:  # its links lead to canonical names: walk them back
-        return backward(component.links_of(shapes, "alternate"), shapes)
-    return ()
-
-
-def _index(component: Component, shapes: Shapes) -> dict[tuple[Naming, str], _Place]:
-    found: dict[tuple[Naming, str], _Place] = {}
-    for name, pieces in module_names(component, shapes).items():
-        place = _Place(pieces, "" if pieces else "the model keeps this weight transposed")
-        found["dotted", name] = place
-        flat: tuple[Naming, str] = ("underscored", name.replace(".", "_"))
-        if found.setdefault(flat, place) != place:
-            found[flat] = _Place((), "the name means more than one weight")
-    return found
-
-
-def _find(
-    layer: LoraLayer, names: Mapping[str, Mapping[tuple[Naming, str], _Place]]
-) -> tuple[str, _Place | None]:
-    """The part a layer is for and its place there; files that name no part mean any."""
-    key = (layer.naming, layer.module)
-    if layer.part:
-        return layer.part, names.get(layer.part, {}).get(key)
-    for part, index in names.items():
-        if key in index:
-            return part, index[key]
-    return next(iter(names)), None
-
-
-def _misfit(layer: LoraLayer, pieces: Sequence[Piece], shapes: Shapes) -> str:
-    """Why the factors do not fit the weight; empty when they do."""
+def _misfit(adapter: Adapter, pieces: Sequence[Piece], shapes: Shapes, *, bias: bool) -> str:
+    """Why the parts do not fit the weight; empty when they do."""
     rows = sum(piece.stop - piece.start for piece in pieces)
     tail = shapes[pieces[0].key][1:]
-    inner = layer.down_shape[1:]
-    same = _trim(inner) == _trim(tail) or inner == (math.prod(tail),)
-    if same and layer.up_shape[0] == rows and math.prod(layer.up_shape[2:]) == 1:
-        return ""
-    found = (layer.up_shape[0], *layer.down_shape[1:])
-    return f"it is for a weight of shape {found}, the model has {(rows, *tail)}"
+    if bias:
+        return _bias_misfit(adapter, rows)
+    wanted = adapter.shape
+    if wanted[0] in (None, rows) and _tail_fits(adapter, tail):
+        return _inner_misfit(adapter, tail)
+    found = tuple("?" if one is None else one for one in wanted)
+    if all(isinstance(one, int) for one in found):
+        return f"it is for a weight of shape {found}, the model has {(rows, *tail)}"
+    listed = " x ".join(map(str, found))
+    return f"it is for a weight of {listed}, the model has {(rows, *tail)}"
+
+
+def _tail_fits(adapter: Adapter, tail: Shape) -> bool:
+    """Whether rows have the length, or the kernel, that the parts say; None says nothing."""
+    wanted = adapter.shape[1:]
+    if all(one is None for one in wanted):
+        return True
+    if None in wanted:
+        return False
+    inner = tuple(one for one in wanted if one is not None)
+    if _trim(inner) == _trim(tail) or inner == (math.prod(tail),):
+        return True
+    return adapter.kind == "ia3" and inner == tail[:1]
+
+
+def _inner_misfit(adapter: Adapter, tail: Shape) -> str:
+    """What the weight's shape has to be beyond what `Adapter.shape` says."""
+    if adapter.kind == "oft" and "oft_r" in adapter.parts:
+        numbers = adapter.shapes["oft_r"][1]
+        size = (1 + math.isqrt(1 + 8 * numbers)) // 2
+        if math.prod(tail) % size:
+            return f"its blocks have {size} columns, the weight's rows {math.prod(tail)}"
+    return ""
+
+
+def _bias_misfit(adapter: Adapter, rows: int) -> str:
+    for role in ("diff_b", "b_norm", "up_bias"):
+        size = math.prod(adapter.shapes[role]) if role in adapter.parts else rows
+        if size != rows:
+            return f"its bias has {size} numbers, the model's {rows}"
+    return ""
 
 
 def _trim(shape: Shape) -> Shape:
@@ -175,15 +269,19 @@ def _trim(shape: Shape) -> Shape:
 
 
 def _targets(
-    part: str, layer: LoraLayer, pieces: Sequence[Piece], shapes: Shapes
-) -> Iterator[LoraTarget]:
-    start = 0
+    part: str, adapter: Adapter, pieces: Sequence[Piece], shapes: Shapes, *, bias: bool
+) -> list[AdapterTarget]:
+    """One target for each weight that holds rows of the module."""
+    rows = sum(piece.stop - piece.start for piece in pieces)
+    spans: dict[str, list[Span]] = {}
+    at = 0
     for piece in pieces:
-        stop = start + piece.stop - piece.start
-        whole = (piece.start, piece.stop) == (0, shapes[piece.key][0])
-        rows = None if whole else (piece.start, piece.stop)
-        yield LoraTarget(part, piece.key, rows, None if len(pieces) == 1 else (start, stop), layer)
-        start = stop
+        spans.setdefault(piece.key, []).append(Span(piece.start, piece.stop, at))
+        at += piece.stop - piece.start
+    return [
+        AdapterTarget(part, key, tuple(found), rows, shapes[key][1:], adapter, bias)
+        for key, found in spans.items()
+    ]
 
 
 def looks_like(layers: Sequence[LoraLayer]) -> tuple[str, ...]:
