@@ -32,6 +32,7 @@ from diffquant.convert.surroundings import (
     refuse_own_source,
     surroundings,
 )
+from diffquant.convert.transfer import Transfer, TransferredSource, transferred
 from diffquant.convert.workers import default_workers
 from diffquant.core.errors import UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
@@ -69,6 +70,8 @@ def opened(
     parts: Sequence[AddedPart] = (),
     ema: bool = False,
     alone: bool = False,
+    transfer: Transfer | None = None,
+    exact: bool = True,
 ) -> Iterator[tuple[TensorSource, LogicalSource, Match]]:
     """Open, bind and recognise a source.
 
@@ -78,11 +81,14 @@ def opened(
         parts: as `composed` takes them.
         ema: as `composed` takes it.
         alone: whether an autoencoder in a file of its own will do.
+        transfer: as `transferred` takes it.
+        exact: as `transferred` takes it.
     """
     find = recognise_part if alone else recognise
     with (
         open_source(path) as base,
-        composed(base, parts=parts, ema=ema, arch=arch) as source,
+        composed(base, parts=parts, ema=ema, arch=arch) as whole,
+        transferred(whole, transfer, exact=exact) as source,
     ):
         logical = bind(source)
         yield (
@@ -141,7 +147,10 @@ def run_job(
         refuse_folder(out)
     if resume and request.shard_nbytes:
         raise UsageError("--resume writes single files: leave out --max-shard-size")
-    for path in (*(one.path for one in request.added), *beside):
+    read = [*(one.path for one in request.added), *beside]
+    if request.transfer is not None:
+        read += [request.transfer.tuned, request.transfer.base]
+    for path in read:
         refuse_own_source(path, out, None)
     if error_lora is not None:
         check_lora_target(error_lora, (src, out, base), force=force or dry_run)
@@ -153,10 +162,12 @@ def run_job(
         parts=request.added,
         ema=request.use_ema,
         alone=request.type is None,
+        transfer=request.transfer,
+        exact=request.type is not None or request.dtype is not None,
     )
     with sources as (source, logical, match):
         plan = make_plan(logical, match, request, matrix=matrix, inputs=inputs)
-        if isinstance(source, ComposedSource):
+        if isinstance(source, ComposedSource | TransferredSource):
             plan = replace(plan, notes=(*source.notes, *plan.notes))
         lora = None
         if error_lora is not None:

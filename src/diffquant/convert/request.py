@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from diffquant.convert.adapters import Adapter
 from diffquant.convert.composed import AddedPart
 from diffquant.convert.recipes import Recipe
+from diffquant.convert.transfer import Transfer
 from diffquant.quant.policy import Rule
 from diffquant.quant.types import QuantType
 
@@ -43,6 +44,7 @@ class Request:
         pairs: header pairs to write besides those of the source; "" removes one.
         changes: part name -> canonical key -> what is done to the weight before it is stored.
         shard_nbytes: bytes of tensors that a file may hold before it is split; 0 for one file.
+        transfer: a difference of two other checkpoints that is added to the weights.
         arch: the architecture to take the source for, "generic" for any transformer; "" finds out.
     """
 
@@ -66,3 +68,4 @@ class Request:
     pairs: Mapping[str, str] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, tuple[Adapter, ...]]] = field(default_factory=dict)
     shard_nbytes: int = 0
+    transfer: Transfer | None = None

@@ -19,7 +19,7 @@ from diffquant.convert.lora.group import Adapter
 from diffquant.convert.lora.kinds import WeightShape
 from diffquant.convert.rules import Shape
 
-__all__ = ["UNKNOWN", "BaseGuess", "Fit", "guess_base"]
+__all__ = ["UNKNOWN", "BaseGuess", "Fit", "guess_base", "same_shape"]
 
 _MOST = 0.8  # share of layers that make a model's shapes, or names, the file's
 UNKNOWN = "unknown"
@@ -171,7 +171,7 @@ def _fit(base: Base, layers: _Layers) -> Fit | None:
         own += len(hits) if base.is_own(text, underscored=underscored) else 0
         columns += sum(one.shape[1:2] == shape[1:2] for one, shape in hits)
         formal += sum(one.flat or len(one.shape) == len(shape) for one, shape in hits)
-        fitting += sum(one.shape == shape or _same(one.shape, shape) for one, shape in hits)
+        fitting += sum(one.shape == shape or same_shape(one.shape, shape) for one, shape in hits)
         complete = complete and len({one.numbers for one, _ in hits}) == len(weights)
     if not named:
         return None
@@ -200,7 +200,7 @@ def _exhaustive(base: Base, seen: Set[tuple[str, bool]], *, own: bool) -> bool:
     return whole <= mine
 
 
-def _same(found: WeightShape, expected: Shape) -> bool:
+def same_shape(found: WeightShape, expected: Shape) -> bool:
     """Whether a weight may have this shape; kernels may be written flat, 1x1 ones as matrices."""
     if not found or found[0] not in (None, expected[0]):
         return False

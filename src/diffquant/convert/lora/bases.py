@@ -77,6 +77,15 @@ class Base:
         """Whether the template is of the architecture's own naming."""
         return text in _spelled(self, "names", underscored)
 
+    def modules(self) -> dict[str, Shape]:
+        """Every module as the architecture's own files name it, and its weight's shape."""
+        return {
+            _numbered(text, numbers): tuple(map(int, shape.split("x")))
+            for text, rows in self.names.items()
+            for numbered, shape in rows.items()
+            for numbers in _expanded(numbered)
+        }
+
     def templates(self, *, own: bool, underscored: bool) -> tuple[str, ...]:
         """Every template of one naming."""
         return tuple(_spelled(self, "names" if own else "other", underscored))
@@ -117,6 +126,12 @@ def _weights(base: Base, text: str, underscored: bool) -> dict[Numbers, Shape]:
             size = tuple(map(int, shape.split("x")))
             found.update(dict.fromkeys(_expanded(numbers), size))
     return found
+
+
+def _numbered(text: str, numbers: Numbers) -> str:
+    """Put the numbers back into a template."""
+    rest = iter(numbers)
+    return "".join(str(next(rest)) if one == "#" else one for one in text)
 
 
 def _expanded(text: str) -> Iterator[Numbers]:
