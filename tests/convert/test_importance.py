@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffquant.convert import engine
+from diffquant.convert import chunk_work
 from diffquant.convert.jobs import opened, run_job
 from diffquant.convert.plan import Request, make_plan
 from diffquant.core.errors import ImportanceRequired, UnsupportedShape, UsageError
@@ -135,8 +135,8 @@ def test_the_encoder_gets_the_values_and_the_header_names_the_matrix(
 
         return encode if (codec, operation) == ("q8_0", "encode") else found
 
-    backend = engine.backend
-    monkeypatch.setattr(engine, "backend", spy)
+    backend = chunk_work.backend
+    monkeypatch.setattr(chunk_work, "backend", spy)
     matrix = matrix_of({QKV: 256}, datasets=("/home/me/p.txt", "C:\\me\\q.txt"), chunk_count=12)
     out = tmp_path / "out.gguf"
     run_job(examples / "flux1-shapes", out, Request("gguf", type=type_named("q8_0")), matrix=matrix)

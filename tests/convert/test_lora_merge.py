@@ -352,3 +352,12 @@ def test_real_loras_fit_a_checkpoint_of_full_size(name, full_size, tmp_path):
     assert (row.merged, row.written, row.skipped) == (layers, layers, ())
     assert len(row.ignored) == vectors
     assert row.base == "sd15"
+
+
+def test_a_change_of_a_zero_weight_is_a_change():
+    """In proportion to its weight it is infinite; it is no adapter that changes nothing."""
+    from diffquant.convert.lora.merge import _share
+
+    assert _share(1.0, 0.0) == math.inf
+    assert _share(0.0, 0.0) == 0.0
+    assert _share(1.0, 2.0) == 0.5

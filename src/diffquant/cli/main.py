@@ -16,7 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("diffquant.cli.inspect", "Say what files are, from their headers."),
     "quantize": ("diffquant.cli.quantize", "Quantize a checkpoint and check the result."),
     "convert": ("diffquant.cli.convert", "Change dtype, parts or layout without quantizing."),
-    "lora": ("diffquant.cli.lora", "Merge LoRAs into checkpoints."),
+    "lora": ("diffquant.cli.lora", "Check, convert, merge, extract, resize LoRAs."),
     "calibrate": ("diffquant.cli.calibrate", "Measure an importance matrix for quantize."),
     "imatrix": ("diffquant.cli.imatrix", "Show, merge and convert importance matrices."),
     "generate": ("diffquant.cli.generate", "Generate pictures with the bundled runtime."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def _render_file(row: LoraRow) -> None:
         strength += f", text encoders {row.encoder_weight:g}"
     echo(f"  merged {Path(row.path).name} at {strength}: {row.written} layers ({kinds})")
     if row.largest:
-        echo(f"    largest change: {row.largest:.2%} of {row.largest_key}")
+        size = f"{row.largest:.2%} of" if math.isfinite(row.largest) else "of all that is zero in"
+        echo(f"    largest change: {size} {row.largest_key}")
     for layer, reason in row.skipped[:_SHOWN]:
         echo(f"    left out: {layer}: {reason}")
     if len(row.skipped) > _SHOWN:

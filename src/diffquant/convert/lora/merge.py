@@ -163,9 +163,9 @@ class Merge:
                     unwritten.setdefault(part, set()).add(one.parts.adapter.name)
                     continue
                 names.add(one.parts.adapter.name)
-                size = layer.tally.weight
-                if size and layer.tally.of(at) / size > largest:
-                    largest, largest_key = layer.tally.of(at) / size, key
+                share = _share(layer.tally.of(at), layer.tally.weight)
+                if share > largest:
+                    largest, largest_key = share, key
         absent = Counter(part for _, part in found.match.absent)
         absent.update({part: len(rows) for part, rows in unwritten.items()})
         kinds = {one.adapter.name: one.adapter.label for one in found.match.targets}
@@ -320,6 +320,13 @@ def _check_fit(
             f"{match.architecture} base{looks}: {shorten(listed, 3)}; --allow-missing merges the "
             "others"
         )
+
+
+def _share(change: float, weight: float) -> float:
+    """A change in proportion to its weight; infinite where the weight is zero."""
+    if weight:
+        return change / weight
+    return math.inf if change else 0.0
 
 
 def _ignored(file: AdapterFile) -> tuple[tuple[str, str], ...]:

@@ -20,7 +20,8 @@ class LoraRow:
         kinds: LoRA, DoRA ... -> layers merged.
         merged: layers merged.
         written: of these, layers whose part is in the output.
-        largest: the largest change in proportion to its weight; None in a dry run.
+        largest: the largest change in proportion to its weight, infinite where that is zero;
+            None in a dry run.
         largest_key: the weight that has it.
         absent: part -> layers for it, where the model does not have the part, or it is not written.
         skipped: (layer, reason) of those left out.
