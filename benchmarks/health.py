@@ -30,7 +30,7 @@ from peak_memory import environment, mib, run, watch
 
 
 def deep(job: dict[str, Any]) -> dict[str, Any]:
-    from diffquant.inspect import health
+    from diffquant.inspect.health import health
     from diffquant.inspect.subject import open_subject
 
     start = time.perf_counter()
@@ -40,7 +40,7 @@ def deep(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def hashes(job: dict[str, Any]) -> dict[str, Any]:
-    from diffquant.inspect import hash_paths
+    from diffquant.inspect.hashes import hash_paths
 
     start = time.perf_counter()
     hash_paths([job["file"]], workers=job["threads"])

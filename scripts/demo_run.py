@@ -16,7 +16,7 @@ import torch
 from diffquant.cli.frame import human, table
 from diffquant.convert.jobs import JobReport, container_for, run_job
 from diffquant.convert.plan import Request
-from diffquant.inspect import describe
+from diffquant.inspect.describe import describe
 from diffquant.publish import (
     DemoModel,
     DemoRow,

@@ -202,7 +202,7 @@ def test_nothing_heavy_is_loaded(tmp_path, name):
     tensors, metadata, *_ = FILES[name]
     path = write(tmp_path / "a.safetensors", tensors, metadata)
     code = (
-        "import sys; from diffquant.inspect import describe; describe(sys.argv[1]);"
+        "import sys; from diffquant.inspect.describe import describe; describe(sys.argv[1]);"
         "print([m for m in ('torch', 'numba', 'triton') if m in sys.modules])"
     )
     ran = subprocess.run(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffquant.inspect import LOADERS
+from diffquant.inspect.loaders import LOADERS
 
 
 def test_a_page_says_who_can_load_the_file(command, gguf_file):

@@ -109,7 +109,7 @@ def test_resume_asks_for_a_local_source(repo, command, tmp_path):
 def test_local_files_load_nothing_that_speaks_http():
     file = EXAMPLES / "sd15-shapes" / "vae" / "diffusion_pytorch_model.safetensors"
     code = (
-        "import sys; from diffquant.inspect import describe; "
+        "import sys; from diffquant.inspect.describe import describe; "
         f"describe({str(file)!r}); import diffquant.cli.inspect; "
         "print([m for m in ('http.client', 'ssl', 'huggingface_hub', 'torch') if m in sys.modules])"
     )

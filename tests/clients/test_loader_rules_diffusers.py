@@ -18,7 +18,7 @@ import pytest
 from diffquant.convert.jobs import run_job
 from diffquant.convert.plan import Request
 from diffquant.core.tensors import TensorSpec
-from diffquant.inspect import LoaderVerdict, judge
+from diffquant.inspect.loaders import LoaderVerdict, judge
 from diffquant.io import open_sink, open_source
 from diffquant.quant.types import type_named
 

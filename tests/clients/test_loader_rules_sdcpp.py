@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from diffquant.core.tensors import TensorSpec
-from diffquant.inspect import judge
+from diffquant.inspect.loaders import judge
 from diffquant.io import GgufValue, open_sink
 
 pytestmark = [pytest.mark.oracle, pytest.mark.slow]

@@ -10,7 +10,7 @@ from diffquant.convert.jobs import container_for, run_job
 from diffquant.convert.request import Request
 from diffquant.core.errors import UsageError
 from diffquant.core.tensors import TensorSpec
-from diffquant.inspect import describe
+from diffquant.inspect.describe import describe
 from diffquant.io import open_sink, open_source
 
 LDM = "model.diffusion_model."

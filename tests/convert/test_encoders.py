@@ -21,7 +21,7 @@ from diffquant.convert.jobs import opened, run_job
 from diffquant.convert.plan import Request
 from diffquant.convert.rules import apply_rules
 from diffquant.core.errors import MalformedFile, PolicyError, UnknownArchitecture, UsageError
-from diffquant.inspect import describe
+from diffquant.inspect.describe import describe
 from diffquant.quant.types import type_named
 
 DATA = Path(__file__).parents[1] / "data" / "manifests.json.xz"

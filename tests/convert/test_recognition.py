@@ -21,7 +21,7 @@ from diffquant.convert.recognise import ARCHITECTURE_NAMES, recognise
 from diffquant.convert.request import Request
 from diffquant.core.errors import NotInvertible, UnknownArchitecture, UnknownFormat
 from diffquant.core.tensors import TensorSpec
-from diffquant.inspect import describe
+from diffquant.inspect.describe import describe
 from diffquant.quant.types import type_named
 
 DATA = Path(__file__).parents[1] / "data"

@@ -12,7 +12,7 @@ from diffquant.convert.jobs import run_job
 from diffquant.convert.plan import Request
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import CheckpointError, UnsupportedContainer
-from diffquant.inspect import audit
+from diffquant.inspect.audit import audit
 from diffquant.inspect.audit_gguf import GGUF_RULES
 from diffquant.inspect.audit_safetensors import SAFETENSORS_RULES
 from diffquant.inspect.audit_values import CODES, not_finite, unused_codes

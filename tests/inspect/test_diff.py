@@ -10,7 +10,7 @@ import pytest
 from diffquant.convert.jobs import run_job
 from diffquant.convert.plan import Request
 from diffquant.core.errors import CheckpointError, UsageError
-from diffquant.inspect import DIFF_CLASSES, diff
+from diffquant.inspect.diff import DIFF_CLASSES, diff
 from diffquant.quant.types import type_named
 
 RNG = np.random.default_rng(5)

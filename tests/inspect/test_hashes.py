@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffquant.inspect import hash_paths
 from diffquant.inspect import hashes as module
+from diffquant.inspect.hashes import hash_paths
 
 
 @pytest.fixture

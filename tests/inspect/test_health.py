@@ -11,8 +11,8 @@ import pytest
 
 from diffquant.convert.jobs import run_job
 from diffquant.convert.plan import Request
-from diffquant.inspect import health
 from diffquant.inspect import health_values as values_module
+from diffquant.inspect.health import health
 from diffquant.inspect.health_findings import CHECKS
 from diffquant.inspect.subject import open_subject
 from diffquant.inspect.weight_stats import chunk_stats, combine

@@ -742,7 +742,7 @@ def test_the_page_lists_every_rule_with_its_source():
 
 def test_judging_a_file_loads_neither_torch_nor_numba(examples):
     code = (
-        "import sys; from diffquant.inspect import judge;"
+        "import sys; from diffquant.inspect.loaders import judge;"
         f"judge({str(examples / 'sd15-shapes')!r});"
         "sys.exit(any(name in sys.modules for name in ('torch', 'numba')))"
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffquant.core.report import to_json
-from diffquant.inspect import describe
+from diffquant.inspect.describe import describe
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ATTN = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2"
@@ -245,7 +245,7 @@ def test_a_real_inversion_in_a_pickle():
 def test_no_torch_is_loaded(write, tmp_path):
     path = write(tmp_path / "a.safetensors", sd15())
     code = (
-        "import sys; from diffquant.inspect import describe;"
+        "import sys; from diffquant.inspect.describe import describe;"
         f"describe({str(path)!r}, deep=True);"
         "sys.exit(bool({'torch', 'numba'} & set(sys.modules)))"
     )

@@ -1,4 +1,4 @@
-"""What `inspect` takes and does for --vram, --size and --with."""
+"""What `inspect` takes and does for --vram, --size and --with; loaded only when asked for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import click
 
 from diffquant.cli.frame import Outcome, echo
 from diffquant.cli.values import bytes_from, size_from
-from diffquant.cli.view_fit import render_fit
-from diffquant.cli.view_latents import render_latents
 from diffquant.core.errors import CheckpointError, DiffquantError
-from diffquant.inspect import FitReport, fit, latents, open_subject
 
 __all__ = ["FitAsked", "each_fit", "each_latents", "fit_options", "fits", "pairs"]
 
@@ -73,6 +70,9 @@ def fit_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def fits(files: tuple[str, ...], asked: FitAsked) -> Outcome:
     """What a picture takes, file by file."""
+    from diffquant.inspect.fit import FitReport, fit
+    from diffquant.inspect.subject import open_subject
+
     width, height = size_from(asked.size) or (None, None)
     vram = bytes_from(asked.vram, "--vram") if asked.vram is not None else None
     reports: list[FitReport] = []
@@ -101,6 +101,8 @@ def fits(files: tuple[str, ...], asked: FitAsked) -> Outcome:
 
 def each_fit(result: dict[str, Any], *, explain: bool) -> None:
     """Print what `fits` found."""
+    from diffquant.cli.view_fit import render_fit
+
     for index, report in enumerate(result["fits"]):
         if index:
             echo()
@@ -109,6 +111,9 @@ def each_fit(result: dict[str, Any], *, explain: bool) -> None:
 
 def pairs(files: tuple[str, ...], asked: FitAsked) -> Outcome:
     """Whether each file shares its latents with each other one."""
+    from diffquant.inspect.latents import latents
+    from diffquant.inspect.subject import open_subject
+
     reports = []
     for one in files:
         for other in asked.others:
@@ -119,6 +124,8 @@ def pairs(files: tuple[str, ...], asked: FitAsked) -> Outcome:
 
 def each_latents(result: dict[str, Any]) -> None:
     """Print what `pairs` found."""
+    from diffquant.cli.view_latents import render_latents
+
     for index, report in enumerate(result["latents"]):
         if index:
             echo()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffquant.cli.frame import echo
-from diffquant.inspect import AuditReport
+from diffquant.inspect.audit import AuditReport
 
 __all__ = ["render_audit"]
 

@@ -8,27 +8,14 @@ from typing import Any
 
 import click
 
-from diffquant.cli import deep as cli_deep
 from diffquant.cli.ask_fit import FitAsked, each_fit, each_latents, fit_options, fits, pairs
-from diffquant.cli.audit import render_audit
 from diffquant.cli.frame import Options, Outcome, common, echo, run, threads
-from diffquant.cli.view_health import render_hashes, render_health
 from diffquant.cli.view_inspect import render_lines, render_page
 from diffquant.cli.view_loaders import render_verdict
-from diffquant.cli.view_repository import render_repository
 from diffquant.core.errors import DiffquantError, SeveralCheckpoints
-from diffquant.inspect import (
-    LOADERS,
-    FileReport,
-    LoaderVerdict,
-    Unreadable,
-    audit,
-    check_loader,
-    describe,
-    describe_each,
-    judge,
-    list_repository,
-)
+from diffquant.inspect.describe import FileReport, describe
+from diffquant.inspect.loaders import LOADERS, LoaderVerdict, check_loader, judge
+from diffquant.inspect.many import Unreadable, describe_each
 
 __all__ = ["command"]
 
@@ -88,11 +75,16 @@ def command(
         run("inspect", options, lambda: fits(files, asked), show)
     if loader:
         run("inspect", options, lambda: _judge(files, loader), render_verdict)
-    if deep:
-        run("inspect", options, lambda: cli_deep.deep(files, options), render_health)
-    if hashed:
+    if deep or hashed:  # what few ask for is loaded when it is
+        from diffquant.cli import deep as cli_deep
+        from diffquant.cli.view_health import render_hashes, render_health
+
+        if deep:
+            run("inspect", options, lambda: cli_deep.deep(files, options), render_health)
         run("inspect", options, lambda: cli_deep.hashes(files, options), render_hashes)
     if audited:
+        from diffquant.cli.audit import render_audit
+
         run("inspect", options, lambda: _audit(files, full=full), render_audit)
     if full:
         raise click.UsageError("--full looks at blocks for --audit: give both")
@@ -102,6 +94,8 @@ def command(
             try:
                 report = describe(files[0])
             except SeveralCheckpoints:
+                from diffquant.inspect.repository import list_repository
+
                 return Outcome({"files": [], "repositories": [list_repository(files[0])]})
             return Outcome({"files": [report]}, [f"{report.path}: {t}" for t in report.warnings])
         found = describe_each(files, judged=explain or options.as_json)
@@ -116,6 +110,8 @@ def command(
     def render(result: dict[str, Any]) -> None:
         reports, failed = result["files"], result.get("unreadable", [])
         for repository in result.get("repositories", []):
+            from diffquant.cli.view_repository import render_repository
+
             render_repository(repository)
         if len(files) == 1 or explain:
             for index, report in enumerate(reports):
@@ -159,6 +155,8 @@ def _judge(files: tuple[str, ...], loader: str) -> Outcome:
 
 
 def _audit(files: tuple[str, ...], *, full: bool) -> Outcome:
+    from diffquant.inspect.audit import audit
+
     reports = [report for path in files for report in audit(Path(path), full=full)]
     bad = any(report.violations for report in reports)
     return Outcome({"audits": reports}, (), 3 if bad else 0, ok=not bad)

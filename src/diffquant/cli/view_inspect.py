@@ -24,7 +24,9 @@ from diffquant.cli.screen import (
 )
 from diffquant.cli.view_loaders import render_loaders
 from diffquant.cli.view_lora import render_inversion, render_lora
-from diffquant.inspect import Encoding, FileReport, Unreadable
+from diffquant.inspect.describe import FileReport
+from diffquant.inspect.encodings import Encoding
+from diffquant.inspect.many import Unreadable
 
 __all__ = ["render_lines", "render_page"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffquant.cli.frame import echo
 from diffquant.cli.screen import BAD, CARE, DIM, GOOD, styled, width
-from diffquant.inspect import LoaderVerdict
+from diffquant.inspect.loaders import LoaderVerdict
 
 __all__ = ["render_loaders", "render_verdict"]
 

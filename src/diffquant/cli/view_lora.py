@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Iterator, Mapping
 
 from diffquant.cli.frame import echo
-from diffquant.inspect import InversionReport, LoraReport
+from diffquant.inspect.inversion import InversionReport
+from diffquant.inspect.lora import LoraReport
 
 __all__ = ["render_inversion", "render_lora"]
 

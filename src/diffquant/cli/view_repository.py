@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffquant.cli.frame import echo, human, table
-from diffquant.inspect import RepositoryReport
+from diffquant.inspect.repository import RepositoryReport
 
 __all__ = ["render_repository"]
 
