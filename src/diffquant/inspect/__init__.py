@@ -8,3 +8,5 @@ they need then. Nothing is imported here, so that a question loads what answers 
 - `audit`, `health`, `hashes`, `diff`: its rules, its numbers, its bytes, another file
 - `repository`: what a repository on a hub holds
 """
+
+__all__: list[str] = []
