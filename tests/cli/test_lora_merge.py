@@ -54,3 +54,29 @@ def test_layers_that_do_not_fit_exit_4_and_write_nothing(command, lora, tmp_path
     assert ran.code == 4
     assert "none of its 1 layers fits this flux1 base" in ran.err
     assert not out.exists()
+
+
+def test_several_types_are_merged_in_one_pass_with_the_bytes_of_single_runs(
+    command, lora, tmp_path
+):
+    types = ("q8_0", "q4_0", "fp8_scaled")
+    words = [word for name in types for word in ("-t", name)]
+    ran = command("lora", "merge", SD15, f"{lora}:0.5", "-o", f"{tmp_path}/out/", *words, "--json")
+    assert ran.code == 0, ran.err
+    outputs = json.loads(ran.out)["result"]["outputs"]
+    assert [len(one["merged"]["loras"]) for one in outputs] == [1, 1, 1]
+    for one, name in zip(outputs, types, strict=True):
+        made = Path(one["output"])
+        alone = tmp_path / f"alone-{made.name}"
+        ran = command("lora", "merge", SD15, f"{lora}:0.5", "-o", str(alone), "-t", name)
+        assert ran.code == 0, ran.err
+        assert made.read_bytes() == alone.read_bytes()
+    shown = command("lora", "merge", SD15, str(lora), "-o", f"{tmp_path}/more/", *words)
+    assert "merged lcm_style.safetensors at 1" in shown.out
+
+
+def test_several_types_need_several_names(command, lora, tmp_path):
+    out = str(tmp_path / "one.gguf")
+    ran = command("lora", "merge", SD15, str(lora), "-o", out, "-t", "q8_0", "-t", "q4_0")
+    assert ran.code == 2
+    assert "2 types make 2 files" in ran.err

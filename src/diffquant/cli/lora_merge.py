@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from diffquant.cli.frame import Options, Outcome, common, run, threads
-from diffquant.cli.job import render_job, resumable
-from diffquant.cli.merging import loras_from, te_options
+from diffquant.cli.job import JobOutcome, render_job, resumable
+from diffquant.cli.merging import loras_from, render_merge, te_options
+from diffquant.cli.outputs import PLACE, check_several, folder_made, named_outputs, types_from
+from diffquant.cli.view_several import SeveralOutcome, render_several
 from diffquant.convert.job_report import JobReport
 from diffquant.convert.jobs import container_for, run_job
 from diffquant.convert.lora.merge import merging
 from diffquant.convert.plan import Request
-from diffquant.quant.types import type_named
+from diffquant.convert.several import Wanted, run_jobs
+from diffquant.quant.types import QuantType
 
 __all__ = ["command"]
 
@@ -25,10 +29,16 @@ __all__ = ["command"]
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
-    help="File or folder to write.",
+    help="File or folder to write; with several types a folder, or a name with {type}.",
 )
-@click.option("-t", "--type", "type_name", help="Quantize too; see `diffquant formats`.")
+@click.option(
+    "-t",
+    "--type",
+    "type_names",
+    multiple=True,
+    metavar="TYPE",
+    help="Quantize too (see `diffquant formats`); several times for several outputs in one pass.",
+)
 @click.option(
     "--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Cast floating point tensors."
 )
@@ -50,8 +60,8 @@ __all__ = ["command"]
 def command(
     base: Path,
     loras: tuple[str, ...],
-    output: Path,
-    type_name: str | None,
+    output: str,
+    type_names: tuple[str, ...],
     dtype: str | None,
     te_scale: float,
     allow_missing: bool,
@@ -68,36 +78,60 @@ def command(
     Takes LoRA, LoCon, DoRA, LoHa, LoKr, GLoRA, OFT, BOFT, IA3, full differences and norms, in any
     naming. Without -t and --dtype every weight keeps the precision it has.
     """
-    if type_name and dtype:
+    if type_names and dtype:
         raise click.UsageError("-t quantizes and --dtype casts: give one of them")
 
     def work() -> Outcome:
-        request = Request(
-            container=container_for(output),
-            type=type_named(type_name) if type_name else None,
-            dtype=dtype,
-            allow_requantize=allow_requantize,
-            arch=arch,
-        )
+        kinds: tuple[QuantType | None, ...] = types_from(type_names, ()) or (None,)
+        several = len(kinds) > 1
+        if several:
+            check_several(resume=resume)
+        named = [one for one in kinds if one is not None]
+        placed = several or PLACE in output
+        paths = named_outputs(output, base.stem, named) if placed and named else (Path(output),)
         given = loras_from(loras, te_scale)
+        common: dict[str, Any] = {
+            "base": configs,
+            "force": force,
+            "dry_run": dry_run,
+            "workers": options.threads,
+            "progress": options.bar(),
+        }
         with merging(base, given, arch=arch, allow_missing=allow_missing) as merge:
-            report = run_job(
-                base,
-                output,
-                merge.into(request),
-                base=configs,
-                force=force,
-                dry_run=dry_run,
-                workers=options.threads,
-                resume=resume,
-                progress=options.bar(),
-                beside=merge.paths,
-            )
-            report = merge.told(report)
-        failed = report.verdict == "fail"
-        return Outcome(report, report.warnings, 3 if failed else 0, ok=not failed)
+            common["beside"] = merge.paths
+            requests = [
+                merge.into(
+                    Request(
+                        container=container_for(path),
+                        type=kind,
+                        dtype=dtype,
+                        allow_requantize=allow_requantize,
+                        arch=arch,
+                    )
+                )
+                for path, kind in zip(paths, kinds, strict=True)
+            ]
+            if several:
+                wanted = [Wanted(path, one) for path, one in zip(paths, requests, strict=True)]
+                with folder_made(output, dry_run=dry_run):
+                    run_of = merge.told_each(run_jobs(base, wanted, **common))
+                jobs = run_of.outputs
+                result: object = SeveralOutcome(run_of, tuple(JobOutcome(one) for one in jobs))
+                warnings = run_of.warnings
+            else:
+                report = run_job(base, paths[0], requests[0], resume=resume, **common)
+                report = merge.told(report)
+                jobs, result, warnings = (report,), report, report.warnings
+        failed = any(one.verdict == "fail" for one in jobs)
+        return Outcome(result, warnings, 3 if failed else 0, ok=not failed)
 
-    def render(report: JobReport) -> None:
-        render_job(report, verbose=options.verbose > 0)
+    def render(result: JobReport | SeveralOutcome) -> None:
+        if isinstance(result, SeveralOutcome):
+            render_several(result, verbose=options.verbose > 0)
+            merged = result.report.outputs[0].merged
+            if merged is not None:
+                render_merge(merged, verbose=options.verbose > 0)
+            return
+        render_job(result, verbose=options.verbose > 0)
 
     run("lora merge", options, work, render)
