@@ -107,17 +107,17 @@ def command(
     written = output or target
     assert written is not None
 
-    vae_source = add_vae or source
-
     def work() -> Outcome:
         told: list[str] = []
+        parts_added = _added(add_vae, added)
+        vae_source = next((one.path for one in parts_added if one.name == "vae"), source)
         request = Request(
             container=container_for(written),
             dtype=dtype,
             parts=parts,
             arch=arch,
             use_ema=use_ema,
-            added=_added(add_vae, added),
+            added=parts_added,
             pairs=header_pairs(pairs),
             changes=_half_safe(vae_source, told) if fix else {},
             shard_nbytes=bytes_from(max_shard_size, "--max-shard-size") if max_shard_size else 0,

@@ -11,14 +11,14 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.binding import bind
 from diffquant.convert.match import Match, PartMatch
 from diffquant.convert.recognise import recognise, recognise_part
+from diffquant.convert.view import SourceView
 from diffquant.core.errors import UsageError
 from diffquant.core.tensors import ByteArray, TensorSource, TensorSpec
 from diffquant.io import open_source
@@ -37,7 +37,7 @@ class AddedPart:
     path: Path
 
 
-class ComposedSource:
+class ComposedSource(SourceView):
     """A TensorSource over several; `renamed` maps a key to its owner and its key there."""
 
     def __init__(
@@ -48,12 +48,8 @@ class ComposedSource:
         configs: Mapping[str, Any],
         notes: tuple[str, ...],
     ) -> None:
-        self.path = base.path
-        self.container = base.container
-        self.metadata: Mapping[str, Any] = base.metadata
+        super().__init__(base)
         self.configs = configs
-        self.files: tuple[str, ...] = getattr(base, "files", ())
-        self.components = getattr(base, "components", {})
         self.notes = notes
         self.specs: Mapping[str, TensorSpec] = {
             key: TensorSpec(key, owner.specs[own].dtype, owner.specs[own].shape)
@@ -61,32 +57,12 @@ class ComposedSource:
         }
         self.nbytes = sum(spec.nbytes for spec in self.specs.values())
         self._renamed = renamed
-        self._base = base
 
     def read(self, key: str, rows: tuple[int, int] | None = None) -> ByteArray:
         """Return the bytes of `rows` (half open; all when None) as a flat, read-only array."""
         find_spec(self.specs, key, self.path)
         owner, own = self._renamed[key]
         return owner.read(own, rows)
-
-    def read_file(self, name: str) -> bytes:
-        """Return the bytes of one of `files`, which are the checkpoint's own."""
-        found: bytes = self._base.read_file(name)  # type: ignore[attr-defined]
-        return found
-
-    def close(self) -> None:
-        """Nothing: whoever opened the sources closes them."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @contextlib.contextmanager

@@ -6,12 +6,10 @@ of these, so that whoever comes second gets what was read; it is dropped with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Self
 
 from diffquant.convert.logical import LogicalSource
+from diffquant.convert.view import SourceView
 from diffquant.core.tensors import ByteArray, TensorSource
 
 __all__ = ["ReadOnce", "reading_once"]
@@ -22,17 +20,13 @@ def reading_once(logical: LogicalSource) -> LogicalSource:
     return replace(logical, source=ReadOnce(logical.source))
 
 
-class ReadOnce:
+class ReadOnce(SourceView):
     """A TensorSource that keeps every answer; of one thread, and not the owner of its source."""
 
     def __init__(self, source: TensorSource) -> None:
-        self.path = source.path
-        self.container = source.container
+        super().__init__(source)
         self.specs = source.specs
-        self.metadata: Mapping[str, Any] = source.metadata
-        self.configs: Mapping[str, Any] = source.configs
         self.nbytes = source.nbytes
-        self._source = source
         self._found: dict[tuple[str, tuple[int, int] | None], ByteArray] = {}
 
     def read(self, key: str, rows: tuple[int, int] | None = None) -> ByteArray:
@@ -45,14 +39,3 @@ class ReadOnce:
     def close(self) -> None:
         """Forget what was read; the source stays open."""
         self._found.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -14,8 +14,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 import numpy as np
 
@@ -25,6 +23,7 @@ from diffquant.convert.logical import LogicalSource
 from diffquant.convert.match import Match, PartMatch, to_canonical, to_layout
 from diffquant.convert.recognise import recognise
 from diffquant.convert.rules import Assignment
+from diffquant.convert.view import SourceView
 from diffquant.core.errors import ArchitectureError, PolicyError, QuantError, UsageError, shorten
 from diffquant.core.floats import PLAIN_FLOATS, float32_of
 from diffquant.core.tensors import ByteArray, TensorSource, TensorSpec
@@ -53,7 +52,7 @@ class _Change:
     base: Assignment
 
 
-class TransferredSource:
+class TransferredSource(SourceView):
     """A TensorSource over three: bytes of the target, changed where `changes` says so."""
 
     def __init__(
@@ -66,19 +65,13 @@ class TransferredSource:
         exact: bool,
         notes: tuple[str, ...],
     ) -> None:
-        self.path = target.path
-        self.container = target.container
-        self.metadata: Mapping[str, Any] = target.metadata
-        self.configs: Mapping[str, Any] = target.configs
-        self.files: tuple[str, ...] = getattr(target, "files", ())
-        self.components = getattr(target, "components", {})
+        super().__init__(target)
         self.notes = notes
         self.specs: Mapping[str, TensorSpec] = {
             key: replace(spec, dtype="F32") if exact and key in changes else spec
             for key, spec in target.specs.items()
         }
         self.nbytes = sum(spec.nbytes for spec in self.specs.values())
-        self._target = target
         self._changes = changes
         self._sides = sides
         self._weight = np.float32(weight)
@@ -86,12 +79,12 @@ class TransferredSource:
     def read(self, key: str, rows: tuple[int, int] | None = None) -> ByteArray:
         """Return the bytes of `rows` (half open; all when None) as a flat array."""
         spec = find_spec(self.specs, key, self.path)
-        raw = self._target.read(key, rows)
+        raw = self._source.read(key, rows)
         change = self._changes.get(key)
         if change is None:
             return raw
         span = rows or (0, spec.rows)
-        values = float32_of(raw, self._target.specs[key].dtype).reshape(span[1] - span[0], -1)
+        values = float32_of(raw, self._source.specs[key].dtype).reshape(span[1] - span[0], -1)
         tuned, base = (
             canonical_rows(side, one, span)
             for side, one in zip(self._sides, (change.tuned, change.base), strict=True)
@@ -104,25 +97,6 @@ class TransferredSource:
             raise QuantError(f"{key}: values up to {most:.3g} overflow float16; use --dtype bf16")
         found: ByteArray = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
         return found
-
-    def read_file(self, name: str) -> bytes:
-        """Return the bytes of one of `files`, which are the target's own."""
-        found: bytes = self._target.read_file(name)  # type: ignore[attr-defined]
-        return found
-
-    def close(self) -> None:
-        """Nothing: whoever opened the sources closes them."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @contextlib.contextmanager
