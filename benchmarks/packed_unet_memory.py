@@ -66,7 +66,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     from diffquant.convert.detect import detect
     from diffquant.io import open_source
     from diffquant.runtime.loading import build as build_model
-    from diffquant.runtime.opening import packed_weights
+    from diffquant.runtime.packing import packed_weights
 
     torch.set_num_threads(job["threads"])
     # A float32 matmul and convolution load what torch loads late, so that it counts as imports.

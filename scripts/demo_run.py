@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each checkpoint's own card was judged with.
 SETTINGS = {
     "sd15": ImageSettings(steps=20, cfg=3.0, sampler="ddim", size=(128, 128)),
+    "sdxl": ImageSettings(steps=20, cfg=3.0, size=(128, 128)),
     "flux1": ImageSettings(steps=20, size=(128, 128)),
 }
 SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}

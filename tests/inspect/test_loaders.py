@@ -728,10 +728,9 @@ def test_no_real_model_is_left_without_a_word(name):
 
 def test_the_runtime_serves_what_is_said_of_it():
     pytest.importorskip("torch")
-    from diffquant.runtime import opening
     from diffquant.runtime.families import FAMILIES
 
-    assert set(FAMILIES) & set(opening._NEEDS) == SERVED
+    assert set(FAMILIES) == SERVED
 
 
 def test_the_page_lists_every_rule_with_its_source():

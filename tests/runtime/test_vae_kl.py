@@ -5,7 +5,8 @@ import torch
 
 from diffquant.core.errors import ArchitectureError
 from diffquant.runtime.loading import build
-from diffquant.runtime.models.vae_kl import config_from, to_pixels
+from diffquant.runtime.models.autoencoder import to_pixels
+from diffquant.runtime.models.vae_kl import config_from
 
 CASES = {
     "sd": {"latent_channels": 4, "scaling_factor": 0.18215},

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffquant.convert.architectures.base import Layout
 from diffquant.core.errors import (
     MissingKeys,
     UnknownFormat,
@@ -25,24 +26,40 @@ from diffquant.runtime.layers import PackedLayer, PackedWeight
 from diffquant.runtime.models import clip, flux, t5, unet, vae_kl
 from diffquant.runtime.models.facts import Hyper, Shapes
 
-__all__ = ["MODELS", "ModelRow", "bind", "build"]
+__all__ = ["MODELS", "ModelRow", "bind", "build", "model_for"]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """One kind of model: how its config is read, and the module built from it."""
+    """One kind of model: how its config is read, and the module built from it.
+
+    Attributes:
+        config_from: (shapes by key, config fields) -> the model's config.
+        module: config -> module.
+        kinds: part kinds it serves, as convert/architectures names them.
+        layout: whose names its modules carry.
+    """
 
     config_from: Callable[[Shapes, Hyper], Any]
     module: Callable[[Any], nn.Module]
+    kinds: tuple[str, ...]
+    layout: Layout = "canonical"
 
 
 MODELS: Mapping[str, ModelRow] = {
-    "unet": ModelRow(unet.config_from, unet.UNet),
-    "flux": ModelRow(flux.config_from, flux.Flux),
-    "clip": ModelRow(clip.config_from, clip.ClipText),
-    "t5": ModelRow(t5.config_from, t5.T5Encoder),
-    "vae_kl": ModelRow(vae_kl.config_from, vae_kl.AutoencoderKL),
+    "unet": ModelRow(unet.config_from, unet.UNet, ("unet_ldm",)),
+    "flux": ModelRow(flux.config_from, flux.Flux, ("flux",)),
+    "clip": ModelRow(clip.config_from, clip.ClipText, ("clip_text",)),
+    # open_clip fuses q, k and v as bare parameters: read by transformers' names instead.
+    "open_clip": ModelRow(clip.config_from, clip.ClipText, ("openclip_text",), "diffusers"),
+    "t5": ModelRow(t5.config_from, t5.T5Encoder, ("t5_encoder",)),
+    "vae_kl": ModelRow(vae_kl.config_from, vae_kl.AutoencoderKL, ("vae_kl",)),
 }
+
+
+def model_for(part_kind: str) -> str | None:
+    """The model kind that serves a part of this kind, None where the runtime has none."""
+    return next((name for name, row in MODELS.items() if part_kind in row.kinds), None)
 
 
 def build(
@@ -56,8 +73,8 @@ def build(
     """Build the model `model_kind` (a key of MODELS) and bind `weights`.
 
     Args:
-        model_kind: unet, flux, clip, t5 or vae_kl.
-        weights: canonical part-local key to packed weight, vectors included.
+        model_kind: a key of MODELS.
+        weights: part-local key, in the row's layout, to packed weight, vectors included.
         hyper: what shapes cannot say, as config.json fields; see the model's `config_from`.
         dtype: compute dtype; packed weights are decoded to it call by call.
         device: where weights and parameters go.

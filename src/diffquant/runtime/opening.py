@@ -1,8 +1,8 @@
 """From paths to a Pipeline: find every part, keep weights packed, read configs and tokenizers.
 
-A part is taken from the model itself, else from `--vae` / `--base`, else from where the user's
-cache remembers the source of a file we wrote; what is still missing is listed. Weights go from the
-mapped file into torch tensors of their stored type, one at a time; nothing is unpacked here.
+A part is taken from the file `--add` names for it, else from the model itself, else from `--base`,
+else from where the user's
+cache remembers the source of a file we wrote; what is still missing is listed.
 """
 
 from __future__ import annotations
@@ -17,50 +17,28 @@ import numpy as np
 import torch
 
 from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.architectures.base import Layout
 from diffquant.convert.binding import bind
-from diffquant.convert.detect import Match, PartMatch, detect, detect_component, to_canonical
-from diffquant.convert.logical import LogicalSource, LogicalTensor
+from diffquant.convert.detect import Match, PartMatch, detect, detect_component
+from diffquant.convert.logical import LogicalSource
+from diffquant.convert.match import to_layout
 from diffquant.convert.output import configs_of
 from diffquant.convert.remember import recall
-from diffquant.convert.rules import Assignment
 from diffquant.core.errors import ArchitectureError, UsageError
-from diffquant.core.heap import give_back_freed_blocks
-from diffquant.core.tensors import ByteArray, TensorSource
+from diffquant.core.tensors import TensorSource
 from diffquant.io import open_source
-from diffquant.quant.formats import FORMATS
-from diffquant.runtime.families import FAMILIES, PipelineParts
-from diffquant.runtime.layers import PackedWeight, Segment
-from diffquant.runtime.loading import build
-from diffquant.runtime.models.vae_kl import AutoencoderKL
+from diffquant.runtime.families import FAMILIES, Family, PipelineParts
+from diffquant.runtime.layers import PackedWeight
+from diffquant.runtime.loading import MODELS, build, model_for
+from diffquant.runtime.models.autoencoder import Autoencoder
+from diffquant.runtime.packing import packed_weights
 from diffquant.runtime.pipeline import Pipeline
 from diffquant.runtime.schedules import SchedulerFacts
 from diffquant.runtime.tokenizers import Tokenizer, load_tokenizer
 
-__all__ = ["Opened", "PartOrigin", "open_pipeline", "packed_weights"]
+__all__ = ["Opened", "PartOrigin", "open_pipeline"]
 
-# What a picture needs, in the order PipelineParts wants text encoders.
-_NEEDS: Mapping[str, tuple[str, ...]] = {
-    "sd15": ("denoiser", "vae", "text_encoder"),
-    "flux1": ("denoiser", "vae", "text_encoder", "text_encoder_2"),
-}
-_KINDS = {
-    "unet_ldm": "unet",
-    "flux": "flux",
-    "vae_kl": "vae_kl",
-    "clip_text": "clip",
-    "t5_encoder": "t5",
-}
 _LARGEST = 4096  # pixels; a config that says more is not followed
-_TORCH = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.uint8,  # an exponent, which the kernels look up
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +85,19 @@ class _Provider:
 
 @contextlib.contextmanager
 def _providers(
-    model: Path, base: Path | None, vae: Path | None
-) -> Iterator[tuple[list[_Provider], list[str]]]:
-    """Open the model, then whatever may fill its gaps, in order of precedence."""
-    warnings: list[str] = []
+    model: Path, base: Path | None, added: Mapping[str, Path]
+) -> Iterator[tuple[list[_Provider], dict[str, _Provider]]]:
+    """Open the model and whatever may fill its gaps, in order of precedence; and added parts."""
     with contextlib.ExitStack() as stack:
         first = _provide(stack, model)
         if first.match is None:
             raise ArchitectureError(f"{model}: a single part, not a model")
         found = [first]
-        if vae is not None:
-            found.append(_provide_component(stack, vae, "vae"))
+        family = _family(first)
+        extra = {
+            name: _provide_component(stack, path, name, first.architecture, family)
+            for name, path in added.items()
+        }
         if base is not None:
             found.append(_provide(stack, base))
         else:
@@ -125,7 +105,17 @@ def _providers(
             remembered = recall(mark) if isinstance(mark, str) else None
             if remembered is not None:
                 found.append(_provide(stack, remembered))
-        yield found, warnings
+        yield found, extra
+
+
+def _family(first: _Provider) -> Family:
+    if first.architecture not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ArchitectureError(
+            f"{first.path}: {first.architecture} has no runtime yet (there is one for {known}); "
+            "the file can be inspected, converted and verified at tensor level"
+        )
+    return FAMILIES[first.architecture]
 
 
 def _provide(stack: contextlib.ExitStack, path: Path) -> _Provider:
@@ -136,14 +126,21 @@ def _provide(stack: contextlib.ExitStack, path: Path) -> _Provider:
     return _Provider(path, source, logical, parts, match.architecture, match)
 
 
-def _provide_component(stack: contextlib.ExitStack, path: Path, name: str) -> _Provider:
+def _provide_component(
+    stack: contextlib.ExitStack, path: Path, name: str, architecture: str, family: Family
+) -> _Provider:
+    """Open a file that holds one part, which must be of the model that the family runs there."""
+    if name not in family.needs or name == "denoiser":
+        known = ", ".join(one for one in family.needs if one != "denoiser")
+        raise UsageError(f"{architecture} takes no part {name!r} (parts: {known})")
     source = stack.enter_context(open_source(path))
     logical = bind(source)
     part = detect_component(logical.specs())
-    if part is None or part.name != name:
-        found = "an unknown file" if part is None else f"a {part.name}"
-        raise UsageError(f"{path}: expected a {name}, found {found}")
-    return _Provider(path, source, logical, {name: part}, "", None)
+    wanted = ARCHITECTURES[architecture].component(name).kind
+    if part is None or (part.kind != wanted and (name != "vae" or part.name != "vae")):
+        found = "an unknown file" if part is None else f"a {part.name} ({part.kind})"
+        raise UsageError(f"{path}: expected a {name} ({wanted}), found {found}")
+    return _Provider(path, source, logical, {name: part}, architecture, None)
 
 
 def open_pipeline(
@@ -151,6 +148,7 @@ def open_pipeline(
     *,
     base: Path | None = None,
     vae: Path | None = None,
+    added: Mapping[str, Path] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     denoiser_dtype: torch.dtype | None = None,
@@ -160,7 +158,8 @@ def open_pipeline(
     Args:
         model: Diffusers folder, single file of any written format, or a GGUF denoiser.
         base: folder or file that missing parts, configs and tokenizers come from.
-        vae: VAE file that replaces the model's own.
+        vae: VAE file that replaces the model's own; short for `added["vae"]`.
+        added: part name -> file that holds this part, and replaces the model's own.
         dtype: compute dtype.
         device: torch device.
         denoiser_dtype: compute dtype of the denoiser alone, where it differs.
@@ -169,29 +168,31 @@ def open_pipeline(
         UsageError: parts that are nowhere to be found, all of them listed.
         ArchitectureError: no runtime for this architecture yet.
     """
-    with _providers(model, base, vae) as (providers, warnings):
+    wanted = {**(added or {}), **({"vae": vae} if vae is not None else {})}
+    with _providers(model, base, wanted) as (providers, extra):
         first = providers[0]
-        architecture = first.architecture
-        if architecture not in _NEEDS or architecture not in FAMILIES:
-            known = ", ".join(sorted(_NEEDS))
-            raise ArchitectureError(
-                f"{model}: {architecture} has no runtime yet (there is one for {known}); the file "
-                "can be inspected, converted and verified at tensor level"
-            )
-        chosen = _choose(providers, architecture, vae is not None)
+        architecture, match = first.architecture, first.match
+        assert match is not None
+        family = FAMILIES[architecture]
+        chosen = _choose(providers, extra, architecture)
         modules: dict[str, torch.nn.Module] = {}
-        origins = []
+        origins, warnings = [], []
         for name, provider in chosen.items():
             part = provider.parts[name]
-            weights = packed_weights(provider.logical, part)
-            hyper = _hyper(providers, architecture, name, part)
+            kind = model_for(part.kind)
+            if kind is None:
+                raise ArchitectureError(
+                    f"{provider.path}: the runtime has no {part.kind}, which the {name} is"
+                )
+            weights = packed_weights(provider.logical, part, MODELS[kind].layout)
+            hyper = _hyper([*extra.values(), *providers], architecture, name, part)
             compute = denoiser_dtype if name == "denoiser" and denoiser_dtype else dtype
-            modules[name] = build(_KINDS[part.kind], weights, hyper, dtype=compute, device=device)
+            modules[name] = build(kind, weights, hyper, dtype=compute, device=device)
             origins.append(_origin(name, provider, weights))
-            warnings.extend(_decoded(name, weights, provider, part))
+            warnings.extend(_decoded(name, weights, provider, part, MODELS[kind].layout))
         vae_module = modules["vae"]
-        assert isinstance(vae_module, AutoencoderKL)
-        encoders = [n for n in _NEEDS[architecture] if n.startswith("text_encoder")]
+        assert isinstance(vae_module, Autoencoder)
+        encoders = [name for name in family.needs if name.startswith("text_encoder")]
         parts = PipelineParts(
             architecture=architecture,
             denoiser=modules["denoiser"],
@@ -199,9 +200,8 @@ def open_pipeline(
             text_encoders=tuple(modules[name] for name in encoders),
             tokenizers=tuple(_tokenizer(providers, name, model) for name in encoders),
             scheduler=SchedulerFacts.from_config(_scheduler(providers)),
+            zeros_for_empty=_index_says(providers, "force_zeros_for_empty_prompt", default=True),
         )
-        match = first.match
-        assert match is not None
         return Opened(
             pipeline=Pipeline(parts),
             architecture=architecture,
@@ -212,15 +212,15 @@ def open_pipeline(
         )
 
 
-def _choose(providers: list[_Provider], architecture: str, own_vae: bool) -> dict[str, _Provider]:
-    """Pick the provider of every needed part; `--vae` outranks the model's own."""
+def _choose(
+    providers: list[_Provider], extra: Mapping[str, _Provider], architecture: str
+) -> dict[str, _Provider]:
+    """Pick the provider of every needed part; an added file outranks the model's own part."""
     chosen: dict[str, _Provider] = {}
     missing = []
-    for name in _NEEDS[architecture]:
-        order = providers
-        if name == "vae" and own_vae:
-            order = [providers[1], *providers]
-        usable = [p for p in order if name in p.parts and p.architecture in ("", architecture)]
+    for name in FAMILIES[architecture].needs:
+        usable = [extra[name]] if name in extra else []
+        usable += [p for p in providers if name in p.parts and p.architecture == architecture]
         if name == "denoiser":
             usable = providers[:1] if name in providers[0].parts else []
         if usable:
@@ -230,101 +230,22 @@ def _choose(providers: list[_Provider], architecture: str, own_vae: bool) -> dic
     if missing:
         raise UsageError(
             f"{providers[0].path} has no {', '.join(missing)}: give a folder or checkpoint of the "
-            f"same family with --base{' or a file with --vae' if 'vae' in missing else ''}"
+            f"same family with --base, or each part's file with --add {missing[0]}=FILE"
         )
     return chosen
 
 
-def packed_weights(logical: LogicalSource, part: PartMatch) -> dict[str, PackedWeight]:
-    """Load a part's weights by canonical key, packed as they are stored.
-
-    On Linux this also tells the C library, for the whole process, to give large freed blocks back.
-    """
-    give_back_freed_blocks()  # a decoded layer must not stay part of the process
-    return {
-        assignment.target: PackedWeight(_segments(logical, assignment))
-        for assignment in to_canonical(part)
-    }
-
-
-def _segments(logical: LogicalSource, assignment: Assignment) -> tuple[Segment, ...]:
-    """One segment per piece, so that fused weights need no common format.
-
-    A piece that is only some rows of a packed weight, or a type the kernels lack, is decoded.
-    """
-    tail = assignment.shape[1:]
-    segments = []
-    for piece in assignment.pieces:
-        tensor = logical.tensors[piece.key]
-        rows = tensor.shape[0] if tensor.shape else 1
-        whole = (piece.start, piece.stop) == (0, rows)
-        shape = (piece.stop - piece.start, *tail) if assignment.shape else ()
-        known = bool(tensor.format) and not assignment.transpose
-        if tensor.reshaped and known:  # rows of 256 that are no whole rows of the weight
-            known = not FORMATS[tensor.format].check(tensor.shape)
-        if known and (whole or FORMATS[tensor.format].is_cast):
-            segments.append(_packed(logical, tensor, shape, (piece.start, piece.stop)))
-        else:
-            values = logical.read(piece.key)
-            flat = values.reshape(rows, -1)[piece.start : piece.stop]
-            flat = flat.T if assignment.transpose else flat
-            plain = torch.from_numpy(np.array(flat, dtype=np.float32)).reshape(
-                assignment.shape if assignment.transpose else shape
-            )
-            segments.append(Segment("f32", tuple(plain.shape), {"weight": plain}))
-    return tuple(segments)
-
-
-def _packed(
-    logical: LogicalSource, tensor: LogicalTensor, shape: tuple[int, ...], rows: tuple[int, int]
-) -> Segment:
-    parts = {}
-    for name, key in tensor.parts.items():
-        spec = logical.source.specs[key]
-        data = logical.source.read(key)
-        if FORMATS[tensor.format].is_cast and spec.size:
-            per = spec.nbytes // (tensor.shape[0] if tensor.shape else 1)
-            data = data[rows[0] * per : rows[1] * per]
-        parts[name] = _as_torch(data, spec.dtype, name, tensor, shape)
-    for name, value in tensor.constants.items():
-        parts[name] = torch.tensor(value, dtype=torch.float32)
-    return Segment(tensor.format, shape, parts)
-
-
-def _as_torch(
-    data: ByteArray, dtype: str, name: str, tensor: LogicalTensor, shape: tuple[int, ...]
-) -> torch.Tensor:
-    """Copy bytes off the map into a tensor of the stored dtype, in the part's own shape."""
-    owned = torch.from_numpy(np.array(data, dtype=np.uint8))
-    if dtype not in _TORCH:  # ggml blocks stay bytes: (N, bytes per row)
-        return owned.reshape(shape[0], -1)
-    typed = owned.view(_TORCH[dtype])
-    row = FORMATS[tensor.format]
-    if row.is_tiled:
-        part = next(one for one in row.parts if one.name == name)
-        typed = typed.float() if part.dtype == "F32" else typed  # 16 bits in some files
-        return typed.reshape(part.shape(shape))
-    if name == "weight":
-        return typed.reshape(-1) if row.flat_block else typed.reshape(_matrix(tensor, shape))
-    if name == "scale":
-        typed = typed.float()  # some files hold scales of 16 bits
-        return typed.reshape(()) if typed.numel() == 1 else typed.reshape(-1, 1)
-    return typed.reshape(-1)
-
-
-def _matrix(tensor: LogicalTensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if FORMATS[tensor.format].is_cast or len(shape) < 2:
-        return shape
-    return shape[0], -1
-
-
 def _decoded(
-    name: str, weights: Mapping[str, PackedWeight], provider: _Provider, part: PartMatch
+    name: str,
+    weights: Mapping[str, PackedWeight],
+    provider: _Provider,
+    part: PartMatch,
+    layout: Layout,
 ) -> list[str]:
     """Say which weights were not kept packed."""
     keys = [
         a.target
-        for a in to_canonical(part)
+        for a in to_layout(part, layout)
         if any(provider.logical.tensors[p.key].is_quantized for p in a.pieces)
         and "f32" in weights[a.target].formats
     ]
@@ -345,10 +266,14 @@ def _hyper(
     providers: list[_Provider], architecture: str, name: str, part: PartMatch
 ) -> dict[str, Any]:
     """Facts that shapes cannot say: the part's own, else a provider's config of the same part."""
-    known = {key: hyper.value for key, hyper in part.hyper.items()}
+    row = ARCHITECTURES[architecture]
+    known = {
+        **row.hyper_defaults.get(name, {}),  # a part alone in its file knows no family
+        **{key: hyper.value for key, hyper in part.hyper.items()},
+    }
     if any(hyper.origin in ("config.json", "diffquant.config") for hyper in part.hyper.values()):
         return known
-    folder = ARCHITECTURES[architecture].component(name).folder
+    folder = row.component(name).folder
     for provider in providers:
         config = configs_of(provider.source).get(f"{folder}/config.json")
         if isinstance(config, dict):
@@ -366,6 +291,15 @@ def _scheduler(providers: list[_Provider]) -> Mapping[str, Any]:
     return {name: hyper.value for name, hyper in match.scheduler.items()}
 
 
+def _index_says(providers: list[_Provider], field: str, *, default: bool) -> bool:
+    """A yes or no of a folder's model_index.json."""
+    for provider in providers:
+        index = configs_of(provider.source).get("model_index.json")
+        if isinstance(index, dict) and isinstance(index.get(field), bool):
+            return bool(index[field])
+    return default
+
+
 def _tokenizer(providers: list[_Provider], encoder: str, model: Path) -> Tokenizer:
     folder = encoder.replace("text_encoder", "tokenizer")
     for provider in providers:
@@ -378,7 +312,7 @@ def _tokenizer(providers: list[_Provider], encoder: str, model: Path) -> Tokeniz
 
 
 def _native_size(
-    providers: list[_Provider], architecture: str, vae: AutoencoderKL
+    providers: list[_Provider], architecture: str, vae: Autoencoder
 ) -> tuple[int, int]:
     """Picture size by the configs: the denoiser's in latents, else the VAE's, else the default.
 

@@ -8,17 +8,25 @@ device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from diffquant.core.errors import UnknownFormat, UsageError, VerificationError
-from diffquant.runtime.families import FAMILIES, Conditions, Family, PipelineParts, Text
-from diffquant.runtime.guidance import needs_negative
+from diffquant.runtime.families import (
+    FAMILIES,
+    Conditions,
+    Family,
+    PipelineParts,
+    Text,
+    TextOptions,
+)
+from diffquant.runtime.families.base import device_of
+from diffquant.runtime.guidance import guided, needs_negative
+from diffquant.runtime.models.autoencoder import to_pixels
 from diffquant.runtime.models.facts import param_dtype
-from diffquant.runtime.models.vae_kl import to_pixels
 from diffquant.runtime.samplers import default_sampler, make_sampler
 
 __all__ = ["Generated", "OnStep", "Pipeline", "PipelineParts"]
@@ -118,17 +126,20 @@ class Pipeline:
         ]
         shape = self._latent_shape(width, height)
         cfg = family.cfg if cfg is None else cfg
-        positive = family.encode(parts, prompts, text_tokens)
-        opposite = self._negative(negative, len(prompts), cfg, text_tokens)
-        predict = family.predictor(parts, Conditions(positive, opposite, cfg, guidance))
+        options = TextOptions(text_tokens)
+        positive = family.encode(parts, prompts, options)
+        opposite = self._negative(negative, positive, cfg, options)
+        texts = (positive,) if opposite is None else (opposite, positive)
+        call = family.caller(parts, Conditions((width, height), guidance))
         name = sampler or default_sampler(parts.scheduler, flow=family.flow)
         tokens = shape[1] * shape[2] // family.patch**2
         run = make_sampler(name, parts.scheduler, steps=steps, tokens=tokens, flow=family.flow)
         noise = initial_noise(shape, seed, len(prompts)) if latents is None else latents
-        device = next(parts.denoiser.parameters()).device
+        device = device_of(parts.denoiser)
         x = noise.to(device, torch.float32) * run.init_scale
         for index, t in enumerate(run.timesteps):
-            x = run.step(predict(run.scale_input(x, index), t), x, index)
+            found = call(run.scale_input(x, index), t, texts)
+            x = run.step(found[0] if len(found) == 1 else guided(found[1], found[0], cfg), x, index)
             if not bool(torch.isfinite(x).all()):
                 total = len(run.timesteps)
                 raise VerificationError(
@@ -145,7 +156,7 @@ class Pipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to pictures (B, H, W, 3) float32 in [0, 1], one by one."""
         vae = self.parts.vae
-        device = next(vae.parameters()).device
+        device = device_of(vae)
         z = vae.unscale(latents.to(device, torch.float32)).to(param_dtype(vae))
         return torch.cat([to_pixels(vae.decode(one)).cpu() for one in z[:, None]])
 
@@ -161,11 +172,17 @@ class Pipeline:
         return self.parts.vae.config.latents, height // factor, width // factor
 
     def _negative(
-        self, text: str | None, count: int, cfg: float, tokens: int | None
+        self, text: str | None, positive: Text, cfg: float, options: TextOptions
     ) -> Text | None:
         """Encode the negative prompt, where guidance is on; flows also need one to be given."""
         if text and not needs_negative(cfg):
             raise UsageError(f"a negative prompt has no effect with cfg {cfg:g}: use cfg above 1")
         if not needs_negative(cfg) or (text is None and self.family.flow):
             return None
-        return self.family.encode(self.parts, [text or ""] * count, tokens)
+        if text is None and self.family.nothing is not None:
+            nothing = self.family.nothing(self.parts, positive)
+            if nothing is not None:
+                return nothing
+        count = len(positive.states)
+        options = replace(options, negative=True)
+        return self.family.encode(self.parts, [text or ""] * count, options)

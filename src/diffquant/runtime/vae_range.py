@@ -32,8 +32,9 @@ from diffquant.io import open_source
 from diffquant.runtime.judges import Pooled
 from diffquant.runtime.layers import PackedLayer, PackedWeight, Segment
 from diffquant.runtime.loading import build
-from diffquant.runtime.models.vae_kl import AutoencoderKL, to_pixels
-from diffquant.runtime.opening import packed_weights
+from diffquant.runtime.models.autoencoder import to_pixels
+from diffquant.runtime.models.vae_kl import AutoencoderKL
+from diffquant.runtime.packing import packed_weights
 
 __all__ = ["VaeRange", "decoded_pictures", "vae_range"]
 

@@ -14,7 +14,7 @@ __all__ = ["ROWS", "SERVED"]
 
 _RUNTIME = "diffquant: runtime/opening.py, runtime/families.py"
 
-SERVED = frozenset({"sd15", "flux1"})
+SERVED = frozenset({"sd15", "sd2", "sdxl", "sdxl_refiner", "flux1"})
 _PICTURES = {"sd15": ("inpainting", "ip2p", "lcm"), "flux1": ("fill", "control")}
 
 

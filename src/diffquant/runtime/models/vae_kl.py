@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.runtime.layers import QuantConv2d, QuantLinear
+from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.models.facts import Hyper, Shapes, count, number, require, shape_of
 
 __all__ = ["AutoencoderKL", "VaeConfig", "VaeLevel", "config_from"]
@@ -218,13 +218,13 @@ class _Decoder(nn.Module):
         return out
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Autoencoder):
     """Encoder, decoder, or both, as the file has them."""
 
     def __init__(self, config: VaeConfig) -> None:
         """Build the modules; weights are bound later."""
         super().__init__()
-        self.config = config
+        self.config: VaeConfig = config
         self.encoder = _Encoder(config) if config.encoder else None
         self.decoder = _Decoder(config) if config.decoder else None
         moments = config.moments
@@ -254,8 +254,3 @@ class AutoencoderKL(nn.Module):
     def unscale(self, latents: Tensor) -> Tensor:
         """Turn the denoiser's latents into z for the decoder."""
         return latents / self.config.scaling_factor + self.config.shift_factor
-
-
-def to_pixels(decoded: Tensor) -> Tensor:
-    """Clip decoder output (B, 3, H, W) to pictures (B, H, W, 3) float32 in [0, 1]."""
-    return torch.clamp(decoded.float() / 2 + 0.5, 0, 1).permute(0, 2, 3, 1).contiguous()

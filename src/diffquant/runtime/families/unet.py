@@ -1,0 +1,57 @@
+"""How the UNets of Stable Diffusion are called: SD1.5, SD2, SDXL and its refiner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffquant.runtime.families.base import (
+    Call,
+    Conditions,
+    PipelineParts,
+    Text,
+    beside_latents,
+    device_of,
+    no_guidance,
+)
+from diffquant.runtime.models.facts import param_dtype
+from diffquant.runtime.models.unet import UNet
+
+__all__ = ["unet_caller"]
+
+
+def unet_caller(
+    parts: PipelineParts,
+    conditions: Conditions,
+    label: Callable[[UNet, Text], Tensor] | None = None,
+) -> Call:
+    """Call a UNet once for all texts, as one batch.
+
+    Args:
+        parts: the denoiser is a UNet.
+        conditions: of the run.
+        label: (unet, text) -> (B, width) extra vector, for models that have `label_emb`.
+
+    Raises:
+        UsageError: distilled guidance, or channels the UNet does not take.
+    """
+    unet = parts.denoiser
+    assert isinstance(unet, UNet)
+    no_guidance(conditions)
+    beside = beside_latents(conditions, unet.config.in_channels, parts.vae.config.latents, "UNet")
+    dtype, device = param_dtype(unet), device_of(unet)
+
+    def call(latents: Tensor, t: float, texts: Sequence[Text]) -> list[Tensor]:
+        context = torch.cat([text.states for text in texts]).to(device, dtype)
+        shown = latents if beside is None else torch.cat((latents, beside.to(latents)), dim=1)
+        x = torch.cat([shown] * len(texts)).to(dtype)
+        times = torch.full((len(x),), t, device=device)
+        vector = None
+        if label is not None:
+            vector = torch.cat([label(unet, text) for text in texts]).to(device, dtype)
+        out: Tensor = unet(x, times, context, vector).float()
+        return list(out.chunk(len(texts)))
+
+    return call
