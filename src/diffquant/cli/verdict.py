@@ -59,6 +59,8 @@ def render_image(image: dict[str, Any]) -> None:
     between = f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
     value = decibel(image["psnr_db"], identical=image["identical"])
     echo(f"image    {image['verdict']}: PSNR {value}{between}, SSIM {image['ssim']:.4f}")
+    if image["engine"]:
+        echo(f"         {image['engine']}: {image['how']}")
     echo(
         f"         noise floor {decibel(image['noise_floor_psnr_db'])}, control "
         f"{decibel(image['control_psnr_db'])} ({image['control_block']}), gate "

@@ -37,6 +37,13 @@ __all__ = ["command"]
     metavar="FILE:WEIGHT",
     help="LoRA on CANDIDATE's side alone, such as its error LoRA; counts in pictures.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["bundled", "diffusers", "sdcpp"]),
+    default="bundled",
+    show_default=True,
+    help="Program that draws both sides: the one that will load the file, if it is installed.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
 @common
 def command(
@@ -52,6 +59,7 @@ def command(
     base: Path | None,
     vae: Path | None,
     loras: tuple[str, ...],
+    engine: str,
     device: str,
     options: Options,
 ) -> None:
@@ -63,6 +71,8 @@ def command(
     def work() -> Outcome:
         if loras and level != "image":
             raise UsageError("--lora counts in pictures alone: use --level image")
+        if engine != "bundled" and level != "image":
+            raise UsageError("--engine draws pictures: use --level image")
         picked = seeds_from(seeds)
         lines = prompts_from(prompts) if prompts else None
         wanted = size_from(size)
@@ -80,6 +90,7 @@ def command(
             min_psnr=min_psnr,
             device=device,
             loras=lora_pairs(loras),
+            engine=engine,
         )
         report = verify(
             candidate,

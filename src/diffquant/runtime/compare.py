@@ -1,10 +1,11 @@
 """compare_pictures(): the image level. Both sides generate the same prompts and seeds in float32.
 
-Squared error is pooled over all pairs. Beside it stand the noise floor (the source's denoiser in
-bfloat16 against itself in float32) and a control that must fail (control.py): the candidate with
-one block damaged. A picture that is black, flat, noise or not finite fails, unless the source
-draws it no
-better: then the prompt judges nothing, and the verdict is a warning.
+Both run in the same engine, so that a file is judged in the program that will load it. Squared
+error is pooled over all pairs. Beside it stand the noise floor (the source's denoiser in bfloat16
+against itself in float32) and a control that must fail (control.py): the candidate with one block
+damaged; engines that cannot be asked for either say so. A picture that is black, flat, noise or
+not finite fails, unless the source draws it no better: then the prompt judges nothing, and the
+verdict is a warning.
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from diffquant.core.progress import NO_PROGRESS, Progress
-from diffquant.runtime.control import damaged
+from diffquant.runtime.engines import EngineFiles, Side, open_side
 from diffquant.runtime.judges import Pair, Pooled, defects, ssim
-from diffquant.runtime.lora import attach
-from diffquant.runtime.opening import Opened, open_pipeline
+from diffquant.runtime.request import PictureRequest
 
 __all__ = [
     "DEFAULT_PROMPTS",
@@ -45,6 +44,7 @@ class ImageSettings:
         steps, cfg, guidance, sampler, size: None takes the model's defaults.
         min_psnr: gate in dB; also what the control must stay below.
         loras: (file, weight) attached to the candidate, and not to its source.
+        engine: program that draws both sides, a key of ENGINES.
     """
 
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
@@ -58,11 +58,18 @@ class ImageSettings:
     device: str = "cpu"
     dtype: str = "float32"
     loras: tuple[tuple[Path, float], ...] = ()
+    engine: str = "bundled"
 
 
 @dataclass(frozen=True, slots=True)
 class ImageReport:
-    """Pictures compared; see the module docstring. `control_block` is what the control damaged."""
+    """Pictures compared; see the module docstring.
+
+    Attributes:
+        control_block: what the control damaged, or why there was none.
+        engine: the program that drew, with its version.
+        how: who read the candidate, the program or diffquant for it.
+    """
 
     verdict: str
     psnr_db: float | None
@@ -80,6 +87,8 @@ class ImageReport:
     size: tuple[int, int]
     steps: int
     problems: tuple[str, ...]
+    engine: str = ""
+    how: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,37 +113,32 @@ def compare_pictures(
     if reference is None:
         reference = make_reference(against, settings, vae=vae, progress=progress)
     settings = replace(settings, size=reference.size)
-    mine = open_pipeline(
-        candidate,
-        base=base or against,
-        vae=vae,
-        dtype=getattr(torch, settings.dtype),
-        device=settings.device,
+    files = EngineFiles(
+        candidate, base or against, vae, settings.loras, settings.dtype, settings.device
     )
-    uses = attach(mine, settings.loras)
+    mine = open_side(settings.engine, files)
     pictures = _generate(mine, settings, "candidate", progress)
     one = replace(settings, prompts=settings.prompts[:2], seeds=settings.seeds[:1])
     control = _control(reference, mine, one, len(settings.seeds), progress, rows=False)
     if control.psnr_db is None or control.psnr_db >= settings.min_psnr:
         control = _control(reference, mine, one, len(settings.seeds), progress, rows=True)
-    return (
-        _judge(reference, pictures, control, settings, str(candidate), str(against)),
-        Pictures(reference.pictures, pictures),
-        (*mine.warnings, *(text for use in uses for text in use.warnings)),
-    )
+    report = _judge(reference, pictures, control, settings, str(candidate), str(against))
+    report = replace(report, engine=mine.engine, how=mine.how)
+    return report, Pictures(reference.pictures, pictures), mine.warnings
 
 
 @dataclass(frozen=True, slots=True)
 class _Control:
-    """What the damaged copy reached, and what was damaged."""
+    """What the damaged copy reached, what was damaged, and whether anything could be."""
 
     psnr_db: float | None
     block: str
+    ran: bool = True
 
 
 def _control(
     reference: Reference,
-    mine: Opened,
+    mine: Side,
     settings: ImageSettings,
     stride: int,
     progress: Progress,
@@ -143,10 +147,12 @@ def _control(
 ) -> _Control:
     """Generate with one block damaged; `stride` is how many pictures the reference has a prompt."""
     pooled = Pooled()
-    with damaged(mine.pipeline.parts.denoiser, rows=rows) as block:
+    with mine.damaged(rows=rows) as said:
+        if said is None:
+            return _Control(None, f"{mine.engine} gives no access to weights", ran=False)
         for index, other in enumerate(_generate(mine, settings, "control", progress)):
             pooled.add(reference.pictures[index * stride], other)
-    return _Control(pooled.psnr_db, f"{'rows' if rows else 'scales'} of {block} shuffled")
+    return _Control(pooled.psnr_db, said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,29 +173,24 @@ def make_reference(
     progress: Progress = NO_PROGRESS,
 ) -> Reference:
     """Generate with the source in float32, and again with its denoiser in bfloat16."""
-    dtype = getattr(torch, settings.dtype)
-    source = open_pipeline(against, base=base, vae=vae, dtype=dtype, device=settings.device)
+    files = EngineFiles(against, base, vae, (), settings.dtype, settings.device)
+    source = open_side(settings.engine, files)
     settings = replace(settings, size=settings.size or source.size)
-    pictures = _generate(source, settings, "reference", progress)
-    rough = open_pipeline(
-        against,
-        base=base,
-        vae=vae,
-        dtype=dtype,
-        device=settings.device,
-        denoiser_dtype=torch.bfloat16,
-    )
-    pooled = Pooled()
-    for exact, other in zip(
-        pictures, _generate(rough, settings, "noise floor", progress), strict=True
-    ):
-        pooled.add(exact, other)
     assert settings.size is not None
+    pictures = _generate(source, settings, "reference", progress)
+    pooled = Pooled()
+    with source.rough() as rough:
+        if rough is None:
+            return Reference(pictures, None, settings.size)
+        for exact, other in zip(
+            pictures, _generate(rough, settings, "noise floor", progress), strict=True
+        ):
+            pooled.add(exact, other)
     return Reference(pictures, pooled.psnr_db, settings.size)
 
 
 def _generate(
-    side: Opened, settings: ImageSettings, label: str, progress: Progress
+    side: Side, settings: ImageSettings, label: str, progress: Progress
 ) -> tuple[NDArray[np.float32], ...]:
     """One picture per prompt and seed, prompts outermost."""
     width, height = settings.size or side.size
@@ -197,7 +198,7 @@ def _generate(
     progress.start(label, len(settings.prompts) * len(settings.seeds) * settings.steps, "step")
     for prompt in settings.prompts:
         for seed in settings.seeds:
-            made = side.pipeline.generate(
+            request = PictureRequest(
                 prompt,
                 seed=seed,
                 steps=settings.steps,
@@ -206,9 +207,9 @@ def _generate(
                 sampler=settings.sampler,
                 width=width,
                 height=height,
-                on_step=lambda _done, _total: progress.advance(1),
             )
-            pictures.append(made.images[0].numpy())
+            made = side.draw(request, lambda _done, _total: progress.advance(1))
+            pictures.append(made[0])
     progress.stop()
     return tuple(pictures)
 
@@ -242,7 +243,9 @@ def _judge(
     gate, value = settings.min_psnr, pooled.psnr_db
     if not identical and not (value is not None and value >= gate):
         failures.append(f"psnr {value:.2f} dB is below the gate of {gate:g} dB")
-    if control.psnr_db is None or not control.psnr_db < gate:
+    if not control.ran:
+        doubts.append(f"no failing control: {control.block}")
+    elif control.psnr_db is None or not control.psnr_db < gate:
         reached = "identity" if control.psnr_db is None else f"{control.psnr_db:.2f} dB"
         failures.append(f"the control ({control.block}) reached {reached}: this gate cannot fail")
     return ImageReport(

@@ -18,7 +18,7 @@ from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels import rotated
 from diffquant.runtime.layers import PackedLayer, PackedWeight, Segment
 
-__all__ = ["SCALE_BYTES", "damaged", "shuffle"]
+__all__ = ["SCALE_BYTES", "damaged", "repeated_blocks", "shuffle"]
 
 # Where a ggml block keeps what its numbers are multiplied with: (block bytes, first, one past
 # last).
@@ -111,7 +111,7 @@ def _order(count: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(count, generator=generator)
 
 
-def _blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+def repeated_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
     """Children of the denoiser's module lists: the units a network repeats."""
     return [
         (f"{name}.{index}", block)
@@ -127,7 +127,7 @@ def damaged(denoiser: nn.Module, *, seed: int = 0, rows: bool = False) -> Iterat
 
     The block is the one with the most weights, the first of several: damage there cannot hide.
     """
-    candidates = _blocks(denoiser)
+    candidates = repeated_blocks(denoiser)
     name, block = (
         max(candidates, key=lambda row: _weights(row[1]))
         if candidates

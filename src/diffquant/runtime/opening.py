@@ -113,7 +113,8 @@ def _family(first: _Provider) -> Family:
         known = ", ".join(sorted(FAMILIES))
         raise ArchitectureError(
             f"{first.path}: {first.architecture} has no runtime yet (there is one for {known}); "
-            "the file can be inspected, converted and verified at tensor level"
+            "--engine diffusers draws with it where diffusers is installed; without, it can be "
+            "inspected, converted and verified at tensor level"
         )
     return FAMILIES[first.architecture]
 

@@ -12,7 +12,7 @@ from diffquant.inspect.loader_rules.rule import MODELS, LoaderRule
 
 __all__ = ["ROWS", "SERVED"]
 
-_RUNTIME = "diffquant: runtime/opening.py, runtime/families.py"
+_RUNTIME = "diffquant: runtime/opening.py, runtime/families/"
 
 SERVED = frozenset({"sd15", "sd2", "sdxl", "sdxl_refiner", "flux1"})
 _PICTURES = {"sd15": ("inpainting", "ip2p", "lcm"), "flux1": ("fill", "control")}

@@ -1,0 +1,102 @@
+"""What an engine is: a program that opens files and draws pictures from requests.
+
+The bundled runtime is one; the others are the programs that people load files with. Judging
+(compare.py) and generating speak to a `Side`, whatever is behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffquant.core.errors import UsageError
+from diffquant.runtime.request import PictureRequest
+
+__all__ = ["EngineFiles", "OnStep", "Pictures", "Side", "refuse_unserved"]
+
+OnStep: TypeAlias = Callable[[int, int], None]
+Pictures: TypeAlias = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFiles:
+    """What a side is opened from.
+
+    Attributes:
+        model: the file or folder that is judged or drawn with.
+        base: where missing parts, configs and tokenizers come from.
+        vae: VAE file that replaces the model's own.
+        loras: (file, weight).
+        dtype: compute dtype by torch's name.
+        device: torch device.
+    """
+
+    model: Path
+    base: Path | None = None
+    vae: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+class Side(Protocol):
+    """An opened model in some engine."""
+
+    @property
+    def engine(self) -> str:
+        """Name and version of the program that runs."""
+        ...
+
+    @property
+    def how(self) -> str:
+        """Who read the file: the program itself, or diffquant for it, and then why."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Native (width, height)."""
+        ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was guessed or odd."""
+        ...
+
+    def draw(self, request: PictureRequest, on_step: OnStep | None = None) -> Pictures:
+        """Pictures (B, H, W, 3) in [0, 1]."""
+        ...
+
+    def damaged(self, *, rows: bool) -> AbstractContextManager[str | None]:
+        """Damage one block for the duration; yields what was done, None where nothing can be."""
+        ...
+
+    def rough(self) -> AbstractContextManager[Side | None]:
+        """The same model with its denoiser in bfloat16, None where that cannot be asked for."""
+        ...
+
+
+def refuse_unserved(engine: str, request: PictureRequest, served: frozenset[str]) -> None:
+    """Refuse every field of a request that an engine does not serve and that is not its default.
+
+    Raises:
+        UsageError: all of them, by name.
+    """
+    asked = [
+        one.name
+        for one in fields(request)
+        if one.name not in served
+        and one.name != "prompt"
+        and getattr(request, one.name) is not one.default
+        and getattr(request, one.name) != one.default
+    ]
+    if asked:
+        raise UsageError(
+            f"--engine {engine} cannot honour {', '.join(asked)}: leave it out, or use --engine "
+            "bundled"
+        )

@@ -1,0 +1,80 @@
+"""The bundled runtime as an engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+
+from diffquant import __version__
+from diffquant.runtime.control import damaged
+from diffquant.runtime.engines.base import EngineFiles, OnStep, Pictures, refuse_unserved
+from diffquant.runtime.lora import attach
+from diffquant.runtime.opening import Opened, open_pipeline
+from diffquant.runtime.request import PictureRequest
+
+__all__ = ["BundledSide", "open_side"]
+
+_SERVED = frozenset(
+    {"negative", "seed", "batch", "steps", "cfg", "guidance", "width", "height", "sampler"}
+    | {"text_tokens"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BundledSide:
+    """An opened pipeline of ours."""
+
+    files: EngineFiles
+    opened: Opened
+    warnings: tuple[str, ...]
+    engine: str = f"diffquant {__version__}"
+    how: str = "read and run by diffquant"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Native (width, height)."""
+        return self.opened.size
+
+    def draw(self, request: PictureRequest, on_step: OnStep | None = None) -> Pictures:
+        """Pictures (B, H, W, 3) in [0, 1]."""
+        refuse_unserved("bundled", request, _SERVED)
+        fields = {name: getattr(request, name) for name in _SERVED}
+        made = self.opened.pipeline.generate(request.prompt, on_step=on_step, **fields)
+        pictures: Pictures = made.images.numpy()
+        return pictures
+
+    @contextlib.contextmanager
+    def damaged(self, *, rows: bool) -> Iterator[str | None]:
+        """Shuffle the scales, or the rows, of one block."""
+        with damaged(self.opened.pipeline.parts.denoiser, rows=rows) as block:
+            yield f"{'rows' if rows else 'scales'} of {block} shuffled"
+
+    @contextlib.contextmanager
+    def rough(self) -> Iterator[Self | None]:
+        """Open the model again, its denoiser in bfloat16."""
+        opened = _opened(self.files, torch.bfloat16)
+        attach(opened, self.files.loras)
+        yield replace(self, opened=opened)
+
+
+def _opened(files: EngineFiles, denoiser: torch.dtype | None) -> Opened:
+    return open_pipeline(
+        files.model,
+        base=files.base,
+        vae=files.vae,
+        dtype=getattr(torch, files.dtype),
+        device=files.device,
+        denoiser_dtype=denoiser,
+    )
+
+
+def open_side(files: EngineFiles) -> BundledSide:
+    """Open a model in the bundled runtime; weights stay packed, LoRAs are side branches."""
+    opened = _opened(files, None)
+    uses = attach(opened, files.loras)
+    warnings = (*opened.warnings, *(text for use in uses for text in use.warnings))
+    return BundledSide(files, opened, warnings)
