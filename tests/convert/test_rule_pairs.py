@@ -83,6 +83,7 @@ def _repeated(shapes):
 
 # Key sets that no manifest has, restated from one that has them under other names.
 RESTATED = {
+    "openclip-h.bare": ("openclip-h.hf", lambda s: _bare(s, "text_model.")),
     "openclip-bigg.bare": ("openclip-bigg.hf", lambda s: _bare(s, "text_model.")),
     "t5-xxl.embed_tokens": ("t5-xxl-encoder.hf", _repeated),
     "mistral.multimodal": ("mistral-small-24b.hf", lambda s: _below(s, "language_model.")),
