@@ -47,6 +47,8 @@ _OF_VARIANTS: Mapping[tuple[str, str], str] = {
     ("sdxl", "inpainting"): "StableDiffusionXLInpaintPipeline",
     ("flux1", "fill"): "FluxFillPipeline",
     ("flux1", "control"): "FluxControlPipeline",
+    ("flux2", "klein_4b"): "Flux2KleinPipeline",
+    ("flux2", "klein_9b"): "Flux2KleinPipeline",
 }
 _TOKENIZERS: Mapping[str, str] = {
     "clip_text": "CLIPTokenizer",
