@@ -224,3 +224,18 @@ def test_a_strangers_file_becomes_a_folder_of_the_same_classes(folders, tmp_path
 
 def test_pipelines_are_of_architectures_that_there_are():
     assert {row.architecture for row in PIPELINES.values()} <= set(ARCHITECTURES)
+
+
+def test_the_table_of_the_docs_names_what_is_tested_here():
+    text = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    section = text.split("### Converted, and shown by whom")[1].split("\nRecognised in")[0]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    shown = {slug for names, _ in rows for slug in ARCHITECTURES if f"`{slug}`" in names}
+    equal = {
+        slug
+        for names, how in rows
+        for slug in ARCHITECTURES
+        if f"`{slug}`" in names and how.strip() == "equal outputs"
+    }
+    assert shown == set(ARCHITECTURES)
+    assert equal == {row.architecture for row in PIPELINES.values()}
