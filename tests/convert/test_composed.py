@@ -133,3 +133,27 @@ def test_header_pairs_are_written_and_removed(checkpoint, tmp_path):
     with open_source(two) as source:
         assert "modelspec.title" not in source.metadata
         assert source.metadata["author"] == "me"
+
+
+@pytest.mark.parametrize(("width", "taken"), [(1280, False), (96, True)])
+def test_clip_and_openclip_of_published_widths_are_told_apart(
+    write, examples, tmp_path, width, taken
+):
+    """With a projection, CLIP's names are OpenCLIP's: of a width of its own it is what is asked."""
+    body = "text_model."
+    keys = ("embeddings.position_embedding", "final_layer_norm")
+    keys += ("encoder.layers.0.self_attn.q_proj", "encoder.layers.0.mlp.fc1")
+    shapes = {f"{body}{key}.weight": (2, 2) for key in keys}
+    shapes |= {"text_projection.weight": (2, 2)}
+    shapes |= {f"{body}embeddings.token_embedding.weight": (4, width)}
+    file = write(tmp_path / "g.safetensors", {k: np.zeros(s, "<f4") for k, s in shapes.items()})
+    wanted = AddedPart("text_encoder", file)
+    bare = examples / "sd15-shapes" / "unet" / "diffusion_pytorch_model.safetensors"
+    if not taken:
+        with pytest.raises(UsageError, match=r"expected clip_text, found text_encoder_2"):
+            job(bare, tmp_path / "no.safetensors", added=(wanted,))
+        return
+    job(bare, tmp_path / "out.safetensors", added=(wanted,))
+    with open_source(tmp_path / "out.safetensors") as source:
+        key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+        assert source.specs[key].shape == (4, width)

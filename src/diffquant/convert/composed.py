@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffquant.convert.architectures.base import Architecture
+from diffquant.convert.architectures.base import Architecture, Component
 from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.binding import bind
 from diffquant.convert.match import Match, PartMatch
+from diffquant.convert.matching import Below, Found, find
 from diffquant.convert.recognise import recognise, recognise_part
 from diffquant.convert.view import SourceView
 from diffquant.core.errors import UsageError
@@ -27,6 +29,7 @@ from diffquant.io.reading import find_spec
 __all__ = ["AddedPart", "ComposedSource", "composed"]
 
 _EMA = "model_ema."
+_CLIPS = {"clip_text": frozenset({768}), "openclip_text": frozenset({1024, 1280})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,8 @@ def composed(
         notes: list[str] = []
         if ema:
             notes.append(_take_ema(base, match, renamed))
+        if parts:
+            renamed = _with_prefix(renamed, match, architecture)
         for part in parts:
             other = stack.enter_context(open_source(part.path))
             found, config = _part_of(other, part, architecture)
@@ -105,6 +110,21 @@ def composed(
                     configs[f"{folder}/config.json"] = config
             notes.append(f"{part.name} is that of {part.path.name}")
         yield ComposedSource(base, renamed, configs=configs, notes=tuple(notes))
+
+
+def _with_prefix(
+    renamed: dict[str, tuple[TensorSource, str]], match: Match, architecture: Architecture
+) -> dict[str, tuple[TensorSource, str]]:
+    """A bare denoiser's tensors below a prefix, now that it gets company.
+
+    Without one, what stands beside it would be taken for tensors of the denoiser.
+    """
+    denoiser = match.part("denoiser")
+    if denoiser is None or denoiser.prefix:
+        return renamed
+    prefix = architecture.component("denoiser", denoiser.kind).prefixes[0]
+    aside = {key for key, _ in match.leftovers}
+    return {(key if key in aside else prefix + key): own for key, own in renamed.items()}
 
 
 def _take_ema(
@@ -149,6 +169,7 @@ def _part_of(
     match = recognise_part(specs, other.metadata, other.configs)
     kinds = {one.kind for one in architecture.components if one.name == part.name}
     fits = [one for one in match.parts if one.kind in kinds]
+    fits = fits or [one for one in map(partial(_as_clip, wanted=wanted), match.parts) if one]
     named = [one for one in fits if one.name == part.name] or fits
     if not named:
         has = ", ".join(f"{one.name} ({one.kind})" for one in match.parts)
@@ -157,6 +178,7 @@ def _part_of(
             f"found {has}"
         )
     found = named[0]
+    wanted = architecture.component(part.name, found.kind)
     for field, allowed in wanted.where.items():
         value = found.hyper[field].value if field in found.hyper else None
         if not field.startswith("_") and value not in allowed:
@@ -174,6 +196,21 @@ def _part_of(
     folder = wanted.folder
     config = other.configs.get(f"{folder}/config.json", other.configs.get("config.json"))
     return found, config
+
+
+def _as_clip(part: PartMatch, wanted: Component) -> PartMatch | None:
+    """A text encoder that was taken for the other of CLIP and OpenCLIP, as the one that is wanted.
+
+    In transformers' names they are alike; the widths of published models part them, and a model of
+    another width is what it is asked to be.
+    """
+    width = part.hyper["hidden_size"].value if "hidden_size" in part.hyper else None
+    if {part.kind, wanted.kind} != set(_CLIPS) or _CLIPS[part.kind] & {width}:
+        return None
+    found = find(wanted, Below(part.shapes), "")
+    if not isinstance(found, Found):
+        return None
+    return replace(part, name=wanted.name, kind=wanted.kind, layout=found.layout)
 
 
 def _replace_part(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from diffquant.convert.architectures.base import Facts
+from diffquant.convert.architectures.names import USUAL
 
 __all__ = ["Configs", "Hyper", "Origin", "configs_of", "flat_config", "merge"]
 
@@ -45,7 +46,9 @@ def merge(
     warnings: list[str],
 ) -> dict[str, Hyper]:
     """Merge: shapes are right about what they say, then the config, then the default."""
-    out = {name: Hyper(value, "default") for name, value in defaults.items()}
+    usual = facts.get(USUAL)
+    guessed = usual if isinstance(usual, Mapping) else {}
+    out = {name: Hyper(value, "default") for name, value in {**defaults, **guessed}.items()}
     known = {k: v for k, v in facts.items() if not k.startswith("_") and v is not None}
     out.update((name, Hyper(value, "shape")) for name, value in known.items())
     for name, raw in flat_config(config).items():

@@ -47,6 +47,8 @@ _OF_VARIANTS: Mapping[tuple[str, str], str] = {
     ("sdxl", "inpainting"): "StableDiffusionXLInpaintPipeline",
     ("flux1", "fill"): "FluxFillPipeline",
     ("flux1", "control"): "FluxControlPipeline",
+    ("flux2", "klein_4b"): "Flux2KleinPipeline",
+    ("flux2", "klein_9b"): "Flux2KleinPipeline",
 }
 _TOKENIZERS: Mapping[str, str] = {
     "clip_text": "CLIPTokenizer",
@@ -61,19 +63,20 @@ _TOKENIZERS: Mapping[str, str] = {
 def made_configs(match: Match) -> dict[str, Any]:
     """Relative path -> JSON object: every part's config.json, the scheduler's, model_index.json.
 
-    Parts whose class nobody has stated here get none; the index is made of a whole pipeline only.
+    Parts whose class nobody has stated here get none; the index is made of a whole pipeline only,
+    since a part that it did not name would be taken for none.
     """
     architecture = find_architecture(match.architecture)
     if architecture is None:
         return {}
     index: dict[str, Any] = {}
     configs: dict[str, Any] = {}
-    for part in match.parts:
+    folders = [architecture.component(one.name, one.kind).folder for one in match.parts]
+    for folder, part in zip(folders, match.parts, strict=True):
         config = _config(part.hyper)
         name = _class_of(config)
         if not name:
             continue
-        folder = architecture.component(part.name, part.kind).folder
         configs[f"{folder}/config.json"] = config
         index[folder] = ["diffusers" if "_class_name" in config else "transformers", name]
         if part.kind in _TOKENIZERS:
@@ -85,7 +88,7 @@ def made_configs(match: Match) -> dict[str, Any]:
     if "_class_name" in scheduler:
         configs["scheduler/scheduler_config.json"] = scheduler
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    if pipeline:
+    if pipeline and all(folder in index for folder in folders):
         configs[INDEX] = {"_class_name": pipeline, **dict(sorted(index.items()))}
     return configs
 

@@ -218,4 +218,8 @@ FLUX2 = Architecture(
             "use_dynamic_shifting": True,
         },
     },
+    # dev's encoder has an image tower, of which nothing here states a config.
+    variant_defaults={
+        name: {"text_encoder": qwen3_text.DEFAULTS} for name in ("klein_4b", "klein_9b")
+    },
 )

@@ -1,9 +1,9 @@
 """Mistral 3 (Small 3.1, 24B) as the text encoder of Flux.2 dev.
 
-Names are those of any Llama; its vocabulary of 131072 parts it from the others. Files in
-circulation have `model.` names, or `language_model.model.` beside an image tower
-(huggingface/transformers, models/mistral3/modeling_mistral3.py); the second naming is read, never
-written.
+Names are those of any Llama; its vocabulary of 131072 parts it from the others. Single files have
+`model.` names. Diffusers folders hold a Mistral3ForConditionalGeneration, whose published names are
+`language_model.model.` beside an image tower (package transformers 5.23.0, conversion_mapping.py;
+huggingface/diffusers@58eb52c:src/diffusers/pipelines/flux2/pipeline_flux2.py): it loads no others.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ _FOREIGN = (
 )
 
 
+_BASES: Mapping[Layout, str] = {"canonical": "", "diffusers": "language_model."}
+_THEIRS = "language_model.model."
+
+
 def _links(shapes: Shapes, layout: Layout) -> list[Link]:
     return [
         Link(("language_model.model",), "model"),
@@ -53,10 +57,10 @@ def _links(shapes: Shapes, layout: Layout) -> list[Link]:
 
 def _facts(shapes: Shapes) -> Facts:
     return {
-        "vocab_size": width(shapes, "model.embed_tokens.weight", 0),
-        "hidden_size": width(shapes, "model.embed_tokens.weight", 1),
-        "num_hidden_layers": count(shapes, "model.layers"),
-        "intermediate_size": width(shapes, f"model.{_LAYER}.mlp.gate_proj.weight", 0),
+        "vocab_size": width(shapes, f"{_THEIRS}embed_tokens.weight", 0),
+        "hidden_size": width(shapes, f"{_THEIRS}embed_tokens.weight", 1),
+        "num_hidden_layers": count(shapes, f"{_THEIRS}layers"),
+        "intermediate_size": width(shapes, f"{_THEIRS}{_LAYER}.mlp.gate_proj.weight", 0),
     }
 
 
@@ -67,19 +71,15 @@ def component(prefixes: tuple[str, ...] = ()) -> Component:
             tuple(f"{base}model.{one}" for one in _BODY),
             tuple(f"{base}model.{one}" for one in _FOREIGN),
         )
-        for layout, base in (("canonical", ""), ("alternate", "language_model."))
+        for layout, base in _BASES.items()
     }
     return Component(
         name="text_encoder",
         kind="mistral_text",
         folder="text_encoder",
         prefixes=prefixes,
-        signatures={
-            "canonical": signatures["canonical"],
-            "alternate": signatures["alternate"],
-        },
+        signatures=signatures,
         links=_links,
         facts=_facts,
         where={"vocab_size": (131072,)},
-        same_names=True,
     )

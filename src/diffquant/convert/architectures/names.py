@@ -9,7 +9,11 @@ import re
 
 from diffquant.convert.rules import Shape, Shapes
 
-__all__ = ["Named", "channels_read", "count", "index_of", "width"]
+__all__ = ["USUAL", "Named", "channels_read", "count", "index_of", "usual_heads", "width"]
+
+# A fact of this name maps config fields to what every published member has at such shapes, and the
+# shapes do not say; a config may say otherwise.
+USUAL = "_usual"
 
 _MAX_DIGITS = 3  # no module list in use has a thousand members
 _HEAD = re.compile(r".*\.\d+(?![^.])")  # up to the last index: far fewer than keys
@@ -65,6 +69,13 @@ def width(shapes: Shapes, key: str, axis: int) -> int | None:
     """Size of one axis of `key`, negative ones from the end; None where there is no such axis."""
     shape = shapes.get(key, ())
     return shape[axis] if -len(shape) <= axis < len(shape) else None
+
+
+def usual_heads(hidden: int | None, size: int) -> dict[str, int]:
+    """Attention heads of a model whose published members all have heads of `size`."""
+    if not hidden or hidden % size:
+        return {}
+    return {"attention_head_dim": size, "num_attention_heads": hidden // size}
 
 
 def channels_read(shapes: Shapes, key: str, made: int | None) -> int | None:

@@ -81,7 +81,12 @@ def _links(shapes: Shapes, layout: Layout, *, penultimate: bool = False) -> list
 
 
 def component(
-    prefixes: tuple[str, ...], *, name: str, folder: str, penultimate: bool = False
+    prefixes: tuple[str, ...],
+    *,
+    name: str,
+    folder: str,
+    penultimate: bool = False,
+    alone: bool = False,
 ) -> Component:
     """An OpenCLIP text encoder component, at these prefixes in single files.
 
@@ -90,6 +95,7 @@ def component(
         name: part name.
         folder: Diffusers subfolder.
         penultimate: the last layer and the projection are not read (SD2).
+        alone: in a file of its own, which may be SD2's, without a projection.
     """
     theirs = (
         "embeddings.token_embedding.weight",
@@ -110,7 +116,7 @@ def component(
         prefixes=prefixes,
         signatures={
             "canonical": Signature(
-                ours if penultimate else (*ours, "text_projection"), ("visual.",)
+                ours if penultimate or alone else (*ours, "text_projection"), ("visual.",)
             ),
             "diffusers": Signature((*(f"text_model.{one}" for one in theirs), *projection), towers),
             "alternate": Signature((*theirs, *projection), towers),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from diffquant.convert.architectures import (
     ARCHITECTURES,
+    openclip_text,
     qwen2_vl_vision,
     qwen3_text,
     vae_tiny,
@@ -66,6 +67,14 @@ _ALL_TITLES = {**TITLES, **VAE_TITLES, **{row.kind: row.title for row in _KNOWN}
 _MEMBERS = {**MEMBERS, **{row.kind: row.members for row in _KNOWN}}
 
 
+_OPEN_CLIP = openclip_text.component(
+    ARCHITECTURES["sdxl"].component("text_encoder_2").prefixes,
+    name="text_encoder_2",
+    folder="text_encoder_2",
+    alone=True,
+)
+
+
 def _alone(component: Component) -> Architecture:
     return Architecture(
         slug=component.kind,
@@ -87,7 +96,7 @@ def _parts() -> dict[str, Architecture]:
     components += [qwen2_vl_vision.component(), qwen3_text.component()]
     components += [vae_tiny.whole(), vae_tiny.encoder(), vae_tiny.decoder()]
     components += [row.component() for row in _KNOWN]
-    found: dict[str, Architecture] = {}
+    found: dict[str, Architecture] = {"openclip_text": _alone(_OPEN_CLIP)}
     for component in components:
         found.setdefault(component.kind, _alone(component))
     return found

@@ -22,7 +22,7 @@ from diffquant.convert.architectures.base import (
     Variant,
 )
 from diffquant.convert.architectures.links import Link, rename_table
-from diffquant.convert.architectures.names import count, width
+from diffquant.convert.architectures.names import USUAL, count, usual_heads, width
 from diffquant.convert.rules import Shapes
 
 __all__ = ["SD3"]
@@ -92,8 +92,7 @@ def _facts(shapes: Shapes) -> Facts:
         "out_channels": made // patch**2 if made and patch else None,
         "patch_size": patch,
         "num_layers": layers,
-        "num_attention_heads": hidden // 64 if hidden else None,  # heads of 64 in every member
-        "attention_head_dim": 64,
+        USUAL: usual_heads(hidden, 64),
         "caption_projection_dim": width(shapes, "context_embedder.weight", 0),
         "joint_attention_dim": width(shapes, "context_embedder.weight", 1),
         "pooled_projection_dim": width(shapes, "time_text_embed.text_embedder.linear_1.weight", 1),

@@ -25,7 +25,7 @@ from diffquant.convert.architectures.base import (
     Variant,
 )
 from diffquant.convert.architectures.links import Link, rename_table
-from diffquant.convert.architectures.names import channels_read, count, width
+from diffquant.convert.architectures.names import USUAL, channels_read, count, usual_heads, width
 from diffquant.convert.architectures.recognised_vaes import WAN_22
 from diffquant.convert.rules import Shapes
 
@@ -89,8 +89,7 @@ def _facts(shapes: Shapes) -> Facts:
         "out_channels": made // volume if made and volume else None,
         "patch_size": tuple(patch),
         "num_layers": count(shapes, "blocks"),
-        "attention_head_dim": 128,  # in every member
-        "num_attention_heads": hidden // 128 if hidden else None,
+        USUAL: usual_heads(hidden, 128),
         "ffn_dim": width(shapes, "blocks.0.ffn.net.0.proj.weight", 0),
         "text_dim": width(shapes, "condition_embedder.text_embedder.linear_1.weight", 1),
         "freq_dim": width(shapes, "condition_embedder.time_embedder.linear_1.weight", 1),
