@@ -94,6 +94,14 @@ def test_clip_g_projection_is_merged_into_its_transpose(sdxl, write, tmp_path, e
             request = found.into(Request(container="safetensors", dtype="f32"))
             run_job(base, out, request, beside=found.paths)
         np.testing.assert_allclose(array(out, PROJECTION), before + delta.T, atol=1e-5)
+        with merging(base, (LoraInput(lora),)) as found:
+            request = found.into(
+                Request(container=container_for(tmp_path / base.stem), dtype="f32")
+            )
+            run_job(base, tmp_path / base.stem, request, beside=found.paths)
+        folder = tmp_path / base.stem / "text_encoder_2" / "model.safetensors"
+        weight = array(folder, "text_projection.weight")
+        np.testing.assert_allclose(weight, before.T + delta, atol=1e-5)
 
 
 def test_clip_g_projection_is_converted_and_extracted(sdxl, write, tmp_path):

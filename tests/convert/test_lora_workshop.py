@@ -226,14 +226,14 @@ def test_other_kinds_keep_their_parts_or_are_refused_by_name(tmp_path, write, fl
 
 
 def test_a_kind_that_cannot_be_joined_is_refused_by_name(tmp_path, write, flux, shapes_of):
-    rows, columns = shapes_of(flux)[1]["denoiser"][f"{DOUBLE}.weight"]
+    rows, _ = shapes_of(flux)[1]["denoiser"][f"{DOUBLE}.weight"]
     name = "lycoris_transformer_blocks_0_attn_to_q"
     tensors = {
-        f"{name}.lokr_w1": numbers(0, 2, 2),
-        f"{name}.lokr_w2": numbers(1, rows // 6, columns // 2),
+        f"{name}.oft_blocks": numbers(0, 2, rows // 12, 4, 4),
+        f"{name}.alpha": np.array(0, np.float32),
     }
     source = write(tmp_path / "a.safetensors", tensors)
-    with pytest.raises(MappingError, match=f"{name}: LoKr cannot be cut or joined"):
+    with pytest.raises(MappingError, match=f"{name}: .* BOFT cannot be cut or joined"):
         convert_lora(source, tmp_path / "b.safetensors", to="kohya", base=flux)
 
 
