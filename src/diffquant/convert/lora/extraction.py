@@ -26,10 +26,11 @@ from diffquant.convert.jobs import opened
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.lora.modules import Model, model_of
 from diffquant.convert.lora.pairs import Matrix, stored_bytes, write
+from diffquant.convert.lora.peft_config import PeftPart, config_pair
 from diffquant.convert.lora.places import Module
 from diffquant.convert.lora.ranks import Keep
 from diffquant.convert.lora.spelling import SPELLINGS, keys_of, module_prefix, modules_for
-from diffquant.convert.lora.workshop import check_output, peft_config_of
+from diffquant.convert.lora.workshop import check_output
 from diffquant.convert.lora.written import lora_header
 from diffquant.convert.match import Match, to_canonical
 from diffquant.convert.rules import Assignment
@@ -323,12 +324,16 @@ class _Work:
             found |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
         if self.spelling.alpha:
             return found
-        folders: dict[str, dict[str, int]] = {}
+        ranks: dict[str, dict[str, int]] = {}
         for row in self.rows:
-            folder = self.model.parts[row.part].folder
-            folders.setdefault(folder, {})[row.module] = row.rank
-        alone = self.spelling.slug != "diffusers" and len(folders) == 1
-        return {**found, **peft_config_of(folders, alone=alone)}
+            ranks.setdefault(row.part, {})[row.module] = row.rank
+        parts = {
+            part.folder: PeftPart(ranks[part.name], part.diffusers)
+            for part in self.model.parts.values()
+            if part.name in ranks
+        }
+        alone = self.spelling.slug != "diffusers" and len(parts) == 1
+        return {**found, **config_pair(parts, alone=alone)}
 
     def notes(self) -> Iterator[str]:
         """What a user should know of the result."""
