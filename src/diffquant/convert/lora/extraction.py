@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -42,6 +43,7 @@ from diffquant.quant.lowrank import best_factors
 
 __all__ = ["ExtractReport", "ExtractedLayer", "extract_lora"]
 
+Factors: TypeAlias = Callable[..., tuple[Matrix, Matrix]]
 _STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _FIRST_RANK = 64  # that a measure is tried with; doubled until it is met
 _ROWS = 1 << 22  # numbers compared at once
@@ -103,6 +105,7 @@ def extract_lora(
     dtype: str = "f16",
     force: bool = False,
     dry_run: bool = False,
+    factors: Factors = best_factors,
     progress: Progress = NO_PROGRESS,
 ) -> ExtractReport:
     """Make a LoRA of what a fine-tune changed.
@@ -116,6 +119,7 @@ def extract_lora(
         dtype: f32, f16 or bf16 for the factors.
         force: replace an existing output.
         dry_run: measure, write nothing.
+        factors: finds the factors of a difference: `best_factors`, or the same on a device.
         progress: told about bytes of differences.
 
     Raises:
@@ -130,7 +134,7 @@ def extract_lora(
                 f"{tuned} is {one.architecture}, {base} is {two.architecture}: a difference needs "
                 "two models of one architecture"
             )
-        work = _Work(left, right, one, two, keep, to, _STORED[dtype])
+        work = _Work(left, right, one, two, keep, to, _STORED[dtype], factors)
         work.run(progress)
         if not work.rows:
             raise UsageError(f"{tuned} and {base} do not differ in any weight a LoRA can hold")
@@ -172,6 +176,7 @@ class _Work:
         keep: Keep,
         to: str,
         held: str,
+        factors: Factors,
     ) -> None:
         self.sides = (left, right)
         self.matches = (tuned, base)
@@ -179,6 +184,7 @@ class _Work:
         self.keep = keep
         self.spelling = SPELLINGS[to]
         self.held = held
+        self.factors = factors
         self.rows: list[ExtractedLayer] = []
         self.stored: dict[str, tuple[TensorSpec, ByteArray]] = {}
         self.left_out: list[tuple[str, str]] = []
@@ -263,7 +269,9 @@ class _Work:
             self.same += 1
             return
         conv = math.prod(module.shape[2:]) > 1
-        up, down, kept = _factors(delta, self.keep, total, conv=conv, seed=module.name)
+        up, down, kept = _factors(
+            self.factors, delta, self.keep, total, conv=conv, seed=module.name
+        )
         rank = len(down)
         keys = keys_of(self.spelling, prefix, module.name)
         tail = module.shape[2:]
@@ -356,7 +364,7 @@ def _is_table(module: str) -> bool:
 
 
 def _factors(
-    delta: Matrix, keep: Keep, total: float, *, conv: bool, seed: str
+    factors: Factors, delta: Matrix, keep: Keep, total: float, *, conv: bool, seed: str
 ) -> tuple[Matrix, Matrix, float]:
     """The factors that `keep` asks for, and the squared size they keep.
 
@@ -368,7 +376,7 @@ def _factors(
     if keep.measure == "sv_cumulative":  # a share of all of them
         tried = most
     while True:
-        up, down = best_factors(delta, tried, seed=zlib.crc32(seed.encode()))
+        up, down = factors(delta, tried, seed=zlib.crc32(seed.encode()))
         values = np.linalg.norm(up.astype(np.float64), axis=0) * np.linalg.norm(down, axis=1)
         count = keep.count(values, total, conv=conv)
         met = count < tried or tried == limit
