@@ -18,6 +18,7 @@ from diffquant.convert.lora.distilled import distilled_of
 from diffquant.convert.lora.group import AdapterFile, group_adapters
 from diffquant.convert.lora.match import Placed, Verdict, match_adapters, obstacle
 from diffquant.convert.lora.modules import Model, known_model, model_of
+from diffquant.convert.lora.strangers import refuse_strangers
 from diffquant.convert.lora.strength import delta_norm
 from diffquant.core.errors import ArchitectureError, MalformedFile, UnknownArchitecture
 from diffquant.inspect.subject import Subject
@@ -160,6 +161,7 @@ def check_lora(lora: Subject, base: Subject | None = None, *, strength: bool = F
 
 
 def _adapters(lora: Subject) -> AdapterFile:
+    refuse_strangers(lora.source)
     file = group_adapters(lora.source)
     if file is None or not (file.adapters or file.broken):
         first = next(iter(lora.source.specs), "no tensors")

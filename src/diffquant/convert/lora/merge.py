@@ -29,6 +29,7 @@ from diffquant.convert.lora.layers import LayerChange, MergedLayer
 from diffquant.convert.lora.match import AdapterMatch, match_adapters, obstacle
 from diffquant.convert.lora.merge_report import LayerRow, LoraRow, MergeReport
 from diffquant.convert.lora.modules import Model, model_of
+from diffquant.convert.lora.strangers import refuse_strangers
 from diffquant.convert.match import Match, to_canonical
 from diffquant.convert.output import fingerprint
 from diffquant.convert.request import Request
@@ -267,6 +268,7 @@ def _read(
 ) -> _Found:
     """Group one file's adapters and match them."""
     path = given.path
+    refuse_strangers(source.source)
     file = group_adapters(source.source)
     if file is None or not (file.adapters or file.broken):
         first = next(iter(source.source.specs), "no tensors")

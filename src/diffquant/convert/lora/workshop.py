@@ -15,6 +15,7 @@ from diffquant.convert.lora.claims import claims_of
 from diffquant.convert.lora.group import Adapter, AdapterFile, group_adapters
 from diffquant.convert.lora.modules import Model, known_model, model_of
 from diffquant.convert.lora.peft_config import CONFIG_KEY
+from diffquant.convert.lora.strangers import refuse_strangers
 from diffquant.convert.recognise import recognise_part
 from diffquant.core.errors import ArchitectureError, MalformedFile, UsageError
 from diffquant.core.tensors import TensorSource
@@ -49,6 +50,7 @@ def open_lora(path: Path) -> Iterator[OpenLora]:
         MalformedFile: a layer whose tensors contradict each other or lack a half; with its name.
     """
     with open_source(path) as source:
+        refuse_strangers(source)
         file = group_adapters(source)
         if file is None or not (file.adapters or file.broken):
             first = next(iter(source.specs), "no tensors")
