@@ -153,7 +153,8 @@ def width(flux):
 def merged(base, lora, out):
     """Weights that the LoRA changes, after it."""
     with merging(base, (LoraInput(lora),)) as found:
-        run_job(base, out, found.into(Request(container="safetensors")), beside=found.paths)
+        request = found.into(Request(container="safetensors"))
+        run_job(base, out, request, beside=found.paths, force=True)
     with open_source(out) as source, open_source(base) as before:
         values = {key: source.read(key).view("<f4") for key in source.specs}
         return {
@@ -266,3 +267,41 @@ def test_rows_that_are_mixed_and_parted_are_refused_in_the_plan(kind, flux, widt
             run_job(flux, tmp_path / "out", request, dry_run=True)
     tensors = named(KINDS[kind](width, width), f"{TO}k")
     assert merged(flux, write(tmp_path / "k.safetensors", tensors), tmp_path / "m.safetensors")
+
+
+NORM = "down_blocks.0.resnets.0.norm1"
+NORM_OWN = "input_blocks.1.0.in_layers.0"
+
+
+@pytest.fixture(scope="module")
+def unet(examples, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sd15") / "sd15.safetensors"
+    request = Request(container="safetensors", dtype="f32", parts=("denoiser",))
+    run_job(examples / "sd15-shapes", out, request)
+    return out
+
+
+@pytest.mark.parametrize("parts", [("w_norm",), ("b_norm",), ("w_norm", "b_norm"), ("diff_b",)])
+def test_norms_and_biases_keep_what_they_do(parts, unet, write, tmp_path):
+    name = "lora_unet_" + (NORM if "diff_b" not in parts else "conv_out").replace(".", "_")
+    size = 4 if "diff_b" in parts else 64
+    lora = write(tmp_path / "a.safetensors", named({one: numbers(size) for one in parts}, name))
+    there, back = tmp_path / "b.safetensors", tmp_path / "c.safetensors"
+    convert_lora(lora, there, to="comfy", base=unet)
+    own = NORM_OWN if "diff_b" not in parts else "out.2"
+    with open_source(there) as source:
+        assert set(source.specs) == {f"diffusion_model.{own}.{one}" for one in parts}
+    convert_lora(there, back, to="kohya", base=unet)
+    assert_same(unet, lora, there, tmp_path)
+    assert_same(unet, lora, back, tmp_path)
+
+
+def test_norms_need_the_model(write, tmp_path):
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {
+        **named(lora(320, 320), name),
+        **named({"w_norm": numbers(320)}, "lora_unet_conv_norm_out"),
+    }
+    path = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(DiffquantError, match=r"conv_norm_out \(.*: give the model\)"):
+        convert_lora(path, tmp_path / "b.safetensors", to="comfy")
