@@ -1,5 +1,7 @@
 """Adapters that are not read are refused by name, by every command."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from diffquant.convert.lora.conversion import convert_lora
 from diffquant.convert.lora.merge import LoraInput, merging
 from diffquant.convert.lora.parse import parse_lora
 from diffquant.core.errors import ArchitectureError
+from diffquant.inspect.describe import describe
 from diffquant.inspect.lora_check import check_lora
 from diffquant.inspect.subject import open_subject
 from diffquant.io import open_source
@@ -42,6 +45,8 @@ def refused(path, base, message, tmp_path):
         parse_lora(source)
     with open_subject(path) as subject, pytest.raises(ArchitectureError, match=message):
         check_lora(subject)
+    if ".lora_A" in path.read_bytes().decode("latin-1"):  # inspect reads it as LoRA, and warns
+        assert re.search(f"not read: .*{message}", " ".join(describe(path).warnings))
 
 
 @pytest.mark.oracle

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from diffquant.core.errors import ArchitectureError
 from diffquant.core.tensors import TensorSource
 
-__all__ = ["refuse_strangers"]
+__all__ = ["refuse_strangers", "stranger_of"]
 
 _SEED = "all layers share projections drawn at random from a seed"
 _REMEDY = "merge it with PEFT (merge_and_unload) and take `lora extract` of the result"
@@ -59,9 +59,16 @@ def refuse_strangers(source: TensorSource) -> None:
     Raises:
         ArchitectureError: with the kind, the reason and a tensor's name.
     """
-    if found := _stranger(source.specs):
+    if (found := stranger_of(source.specs)) is not None:
+        raise ArchitectureError(f"{source.path} is {found}; {_REMEDY}")
+
+
+def stranger_of(keys: Iterable[str]) -> str | None:
+    """What kind that is not read these keys are of, and why; None where they are of none."""
+    if found := _stranger(keys):
         key, title, reason = found
-        raise ArchitectureError(f"{source.path} is {title}: {reason} (tensor {key}); {_REMEDY}")
+        return f"{title}: {reason} (tensor {key})"
+    return None
 
 
 def _stranger(keys: Iterable[str]) -> tuple[str, str, str] | None:
