@@ -14,11 +14,10 @@ from diffquant.convert.lora.base import guess_base
 from diffquant.convert.lora.conversion import convert_lora
 from diffquant.convert.lora.extraction import extract_lora
 from diffquant.convert.lora.group import group_adapters
-from diffquant.convert.lora.match import match_lora
+from diffquant.convert.lora.match import match_adapters, match_lora
 from diffquant.convert.lora.modules import known_model
 from diffquant.convert.lora.pairs import scale_of
 from diffquant.convert.lora.parse import parse_lora
-from diffquant.convert.lora.placing import place_adapters
 from diffquant.convert.lora.ranks import Keep, keep_of
 from diffquant.convert.lora.resizing import resize_lora
 from diffquant.core.errors import (
@@ -82,7 +81,7 @@ def factors_of(path):
     with open_source(path) as source:
         adapters = group_adapters(source).adapters
         found = {}
-        for one in place_adapters(adapters, known_model(guess_base(adapters))):
+        for one in match_adapters(adapters, known_model(guess_base(adapters))).placed:
             up, down = (values(source, one.adapter.parts[role]) for role in ("up", "down"))
             key = one.part, one.module.pieces[0].key
             found[key] = scale_of(one.adapter) * up.squeeze(), down.squeeze()
@@ -227,14 +226,14 @@ def test_other_kinds_keep_their_parts_or_are_refused_by_name(tmp_path, write, fl
 
 
 def test_a_kind_that_cannot_be_joined_is_refused_by_name(tmp_path, write, flux, shapes_of):
-    rows, columns = shapes_of(flux)[1]["denoiser"][f"{DOUBLE}.weight"]
+    rows, _ = shapes_of(flux)[1]["denoiser"][f"{DOUBLE}.weight"]
     name = "lycoris_transformer_blocks_0_attn_to_q"
     tensors = {
-        f"{name}.lokr_w1": numbers(0, 2, 2),
-        f"{name}.lokr_w2": numbers(1, rows // 6, columns // 2),
+        f"{name}.oft_blocks": numbers(0, 2, rows // 12, 4, 4),
+        f"{name}.alpha": np.array(0, np.float32),
     }
     source = write(tmp_path / "a.safetensors", tensors)
-    with pytest.raises(MappingError, match=f"{name}: LoKr cannot be cut or joined"):
+    with pytest.raises(MappingError, match=f"{name}: .* BOFT cannot be cut or joined"):
         convert_lora(source, tmp_path / "b.safetensors", to="kohya", base=flux)
 
 

@@ -58,7 +58,7 @@ def command(
     kohya      sd-scripts, ComfyUI, Forge, stable-diffusion.cpp, Diffusers
     comfy      ComfyUI (diffusion_model.)
     diffusers  Diffusers (unet. or transformer.)
-    peft       PEFT (base_model.model.)
+    peft       PEFT (base_model.model.); OUTPUT without an extension is a folder as PEFT saves it
     bfl        PEFT around Black Forest Labs' names, Flux.1 alone
 
     Modules that other programs fuse or split are joined or cut: the deltas stay what they were.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from diffquant.cli.frame import Options, Outcome, common, echo, human, run, table
+from diffquant.cli.values import check_device
 from diffquant.convert.lora.extraction import ExtractReport, extract_lora
 from diffquant.convert.lora.ranks import keep_of
 from diffquant.convert.lora.spelling import SPELLINGS
@@ -33,6 +35,9 @@ _LISTED = 5
 @click.option(
     "--dtype", type=click.Choice(["f32", "f16", "bf16"]), default="f16", show_default=True
 )
+@click.option(
+    "--device", default="cpu", show_default=True, help="Where factors are found: cpu, cuda or mps."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be kept, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @common
@@ -47,6 +52,7 @@ def command(
     sv_ratio: float | None,
     to: str,
     dtype: str,
+    device: str,
     dry_run: bool,
     force: bool,
     options: Options,
@@ -59,6 +65,12 @@ def command(
 
     def work() -> Outcome:
         measures = {"energy": energy, "sv_fro": sv_fro, "sv_ratio": sv_ratio}
+        more: dict[str, Any] = {}
+        if device != "cpu":
+            check_device(device)
+            from diffquant.runtime.factors import factors_on
+
+            more["factors"] = factors_on(device)
         report = extract_lora(
             tuned,
             base,
@@ -69,6 +81,7 @@ def command(
             force=force,
             dry_run=dry_run,
             progress=options.bar(),
+            **more,
         )
         return Outcome(report)
 

@@ -7,12 +7,13 @@ chunk.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ROWS", "WHOLE", "Adapter"]
+__all__ = ["ROWS", "WHOLE", "Adapter", "Mixing"]
 
 ROWS = "rows"
 WHOLE = "whole"
@@ -43,5 +44,18 @@ class Adapter(Protocol):
             weight: (R, K) float32, rows `rows[0]` to `rows[1]` of the target; not modified. A
                 vector is a column: its rows are its elements.
             rows: half-open row range; where the reach is WHOLE, it holds every row that changes.
+        """
+        ...
+
+
+@runtime_checkable
+class Mixing(Protocol):
+    """An adapter that knows which rows it mixes, so that a plan can refuse what would part them."""
+
+    def parted(self, rows: Sequence[tuple[int, int]]) -> str:
+        """Why a tensor of these rows alone cannot be changed; empty where it can.
+
+        Args:
+            rows: half-open ranges of the weight's rows.
         """
         ...

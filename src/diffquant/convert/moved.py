@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffquant.convert.adapters import ROWS, WHOLE, Adapter
+from diffquant.convert.adapters import ROWS, WHOLE, Adapter, Mixing
 from diffquant.convert.rules import Assignment
 from diffquant.core.errors import PolicyError
 
-__all__ = ["Moved", "changes_for"]
+__all__ = ["Moved", "Turned", "changes_for"]
 
 _Changes = Mapping[str, tuple[Adapter, ...]]
 
@@ -68,13 +68,35 @@ class Moved:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """An adapter of a canonical weight, for a tensor that is its transpose."""
+
+    adapter: Adapter
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.adapter.name
+
+    @property
+    def reach(self) -> str:
+        """WHOLE: rows of the one are columns of the other."""
+        return WHOLE
+
+    def apply(self, weight: NDArray[np.float32], rows: tuple[int, int]) -> NDArray[np.float32]:
+        """Return the adapted weight."""
+        found = self.adapter.apply(np.ascontiguousarray(weight.T), (0, weight.shape[1]))
+        return np.ascontiguousarray(found.T)
+
+
 def changes_for(
     changes: _Changes, canonical: Sequence[Assignment], written: Sequence[Assignment]
 ) -> dict[str, tuple[Adapter, ...]]:
     """Adapters by target of `written`, which is made of the same source rows as `canonical`.
 
     Raises:
-        PolicyError: a changed weight is transposed or sliced between the two.
+        PolicyError: a changed weight is sliced between the two, or rows that are mixed are parted.
     """
     if not changes:
         return {}
@@ -87,15 +109,27 @@ def changes_for(
             if key in changes:
                 runs.setdefault(key, []).append(run)
         for key, rows in runs.items():
-            if (one.transpose, one.axis) != (by_target[key].transpose, by_target[key].axis):
+            canonical_one = by_target[key]
+            if _is_turned(one, canonical_one):
+                turned = tuple(Turned(change) for change in changes[key])
+                found[one.target] = found.get(one.target, ()) + turned
+                continue
+            if (one.transpose, one.axis) != (canonical_one.transpose, canonical_one.axis):
                 raise PolicyError(
                     f"{one.target} is {key} with its axes exchanged, to which "
                     f"{changes[key][0].name} cannot be applied: write a single file in its place"
                 )
             found[one.target] = found.get(one.target, ()) + _moved(
-                changes[key], one, by_target[key], tuple(rows)
+                changes[key], one, canonical_one, tuple(rows)
             )
     return found
+
+
+def _is_turned(written: Assignment, canonical: Assignment) -> bool:
+    """Whether a matrix is the whole canonical one, transposed."""
+    alike = written.pieces == canonical.pieces and written.axis == canonical.axis == 0
+    exchanged = written.shape == canonical.shape[::-1] and len(written.shape) == 2
+    return alike and exchanged and written.transpose != canonical.transpose
 
 
 def _places(canonical: Sequence[Assignment]) -> dict[str, list[tuple[int, int, str, int]]]:
@@ -132,6 +166,10 @@ def _moved(
     rows = canonical.shape[0] if canonical.shape else 1
     if runs == (_Run(0, rows, 0),) and written.shape == canonical.shape:
         return adapters
+    held = [(run.at, run.at + run.stop - run.start) for run in runs]
+    for one in adapters:
+        if isinstance(one, Mixing) and (why := one.parted(held)):
+            raise PolicyError(f"{written.target}: {why}: write a single file in its place")
     have = sum(run.stop - run.start for run in runs)
     if have < rows and any(one.reach != ROWS for one in adapters):
         first = min(run.at for run in runs)

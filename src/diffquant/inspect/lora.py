@@ -18,6 +18,7 @@ from diffquant.convert.lora.base import UNKNOWN, BaseGuess, guess_base
 from diffquant.convert.lora.claims import claims_of, denied
 from diffquant.convert.lora.distilled import distilled_of
 from diffquant.convert.lora.group import Adapter, AdapterFile, group_adapters
+from diffquant.convert.lora.strangers import stranger_of
 from diffquant.convert.lora.values import odd_values
 from diffquant.core.errors import MalformedFile, shorten
 from diffquant.inspect.lora_parts import LoraBlocks, LoraPart, touched_blocks, touched_parts
@@ -203,3 +204,5 @@ def _warnings(
     if file.ignored:
         listed = shorten([f"{key} ({why})" for key, why in file.ignored], 2)
         yield f"{len(file.ignored)} tensors belong to no layer: {listed}"
+        if (why := stranger_of(key for key, _ in file.ignored)) is not None:
+            yield f"not LoRA as it looks, and not read: {why}"

@@ -8,18 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffquant.convert.lora.match import Placed, match_adapters
 from diffquant.convert.lora.modules import Model
 from diffquant.convert.lora.pairs import scale_of, write
-from diffquant.convert.lora.placing import Placed, place_adapters
+from diffquant.convert.lora.peft_config import WEIGHTS_FILE, PeftPart, config_file, config_pair
+from diffquant.convert.lora.peft_folder import check_folder, is_folder, new_folder, put_config
 from diffquant.convert.lora.rewrite import Layer, plan_layers, rewritten
 from diffquant.convert.lora.spelling import SPELLINGS, Spelling
 from diffquant.convert.lora.workshop import (
     OpenLora,
     base_model,
+    check_apart,
     check_output,
     header_of,
     open_lora,
-    peft_config_of,
 )
 from diffquant.convert.lora.written import lora_header
 from diffquant.core.errors import ArchitectureError, UsageError, shorten
@@ -84,7 +86,7 @@ def convert_lora(
 
     Args:
         src: a LoRA or kin in any naming.
-        out: a safetensors file.
+        out: a safetensors file; or, to PEFT, a folder as PEFT saves one.
         to: SPELLINGS name.
         dtype: f32, f16 or bf16 for the factors; None keeps what they have.
         base: checkpoint it is for, where no known model has its widths.
@@ -101,33 +103,45 @@ def convert_lora(
     spelling = SPELLINGS[to]
     if adapter and spelling.alpha:
         raise UsageError(f"--adapter-name: {spelling.title} files name no adapters")
-    check_output(out, [src, *([base] if base else [])], force=force or dry_run)
+    inputs = [src, *([base] if base else [])]
+    folder = to == "peft" and is_folder(out)
+    if folder:
+        check_apart(out, inputs)
+        check_folder(out, force=force or dry_run)
+    else:
+        check_output(out, inputs, force=force or dry_run)
     with open_lora(src) as lora:
         model = base_model(lora, base)
-        placed = place_adapters(lora.adapters, model)
-        fitting = tuple(one for one in placed if one.verdict == "matched")
-        lost = [one for one in placed if one.verdict != "matched"]
+        match = match_adapters(lora.adapters, model)
+        fitting = match.fitting
+        lost = [one for one in match.placed if one.verdict != "matched"]
         _refuse_lost(src, lost, model, allow_missing=allow_missing)
-        layers = plan_layers(
-            lora.source,
-            fitting,
-            model,
-            spelling,
-            original=original,
-            dtype=_STORED[dtype] if dtype else None,
-            adapter=adapter,
-        )
-        specs = [spec for layer in layers for spec in layer.specs]
-        if not dry_run:
-            header = _header(lora, model, layers, spelling, out.stem)
-            write(
-                out,
-                specs,
-                rewritten(lora.source, layers, spelling),
-                header,
-                force=force,
-                progress=progress,
+        groups = [fitting]
+        if folder:
+            groups = [tuple(one for one in fitting if one.part == part) for part in model.parts]
+        planned = [
+            plan_layers(
+                lora.source,
+                group,
+                model,
+                spelling,
+                original=original,
+                dtype=_STORED[dtype] if dtype else None,
+                adapter=adapter,
             )
+            for group in groups
+            if group
+        ]
+        layers = tuple(layer for some in planned for layer in some)
+        specs = [spec for layer in layers for spec in layer.specs]
+        if not spelling.alpha:
+            _peft_parts(model, layers)  # refused before anything is written
+        if not dry_run:
+            if folder:
+                with new_folder(out) as building:
+                    _write_parts(building, lora, model, planned, spelling, progress)
+            else:
+                _write(out, lora, model, layers, spelling, out.stem, progress, force=force)
         return ConversionReport(
             source=str(src),
             output=str(out),
@@ -148,6 +162,60 @@ def convert_lora(
             dry_run=dry_run,
             notes=tuple(_notes(fitting, layers, spelling)),
         )
+
+
+def _write(
+    out: Path,
+    lora: OpenLora,
+    model: Model,
+    layers: Sequence[Layer],
+    spelling: Spelling,
+    title: str,
+    progress: Progress,
+    *,
+    force: bool = False,
+) -> None:
+    specs = [spec for layer in layers for spec in layer.specs]
+    numbers = rewritten(lora.source, layers, spelling)
+    header = _header(lora, model, layers, spelling, title)
+    write(out, specs, numbers, header, force=force, progress=progress)
+
+
+def _write_parts(
+    folder: Path,
+    lora: OpenLora,
+    model: Model,
+    planned: Sequence[Sequence[Layer]],
+    spelling: Spelling,
+    progress: Progress,
+) -> None:
+    """Weights and configuration of each part as PEFT saves them."""
+    for layers in planned:
+        [[name, part]] = _peft_parts(model, layers).items()
+        target = folder / name if len(planned) > 1 else folder
+        target.mkdir(exist_ok=True)
+        _write(target / WEIGHTS_FILE, lora, model, layers, spelling, name, progress)
+        put_config(target, config_file(part))
+
+
+def _peft_parts(model: Model, layers: Sequence[Layer]) -> dict[str, PeftPart]:
+    """Diffusers' folder -> what is written for that part."""
+    ranks: dict[str, dict[str, int]] = {}
+    dora: dict[str, list[bool]] = {}
+    for layer in layers:
+        ranks.setdefault(layer.part, {})[layer.module.name] = layer.rank or 0
+        keys = {spec.key for spec in layer.specs}
+        dora.setdefault(layer.part, []).append(layer.keys.get("magnitude") in keys)
+    for name, marks in dora.items():
+        if any(marks) and not all(marks):
+            raise UsageError(
+                f"--to peft, diffusers: {marks.count(True)} of {len(marks)} layers for {name} are "
+                "DoRA, and PEFT has it for all or none; --to kohya has it for each"
+            )
+    return {
+        model.parts[name].folder: PeftPart(ranks[name], model.parts[name].diffusers, all(marks))
+        for name, marks in dora.items()
+    }
 
 
 def _refuse_lost(src: Path, lost: Sequence[Placed], model: Model, *, allow_missing: bool) -> None:
@@ -173,12 +241,9 @@ def _header(
         }
     if spelling.alpha or not ranks:
         return found
-    by_folder: dict[str, dict[str, int]] = {}
-    for layer in layers:
-        folder = model.parts[layer.part].folder
-        by_folder.setdefault(folder, {})[layer.module.name] = layer.rank or 0
-    alone = spelling.slug != "diffusers" and len(by_folder) == 1
-    return {**found, **peft_config_of(by_folder, alone=alone)}
+    parts = _peft_parts(model, layers)
+    alone = spelling.slug != "diffusers" and len(parts) == 1
+    return {**found, **config_pair(parts, alone=alone)}
 
 
 def _split(layers: Sequence[Layer]) -> int:
@@ -206,6 +271,11 @@ def _notes(placed: Sequence[Placed], layers: Sequence[Layer], spelling: Spelling
         most = max(one.rank or 0 for one in grown)
         notes.append(
             f"{len(grown)} modules join layers with different down factors: rank up to {most}"
+        )
+    if spelling.slug == "peft" and any("text_model." in one.module.name for one in layers):
+        notes.append(
+            "CLIP's modules have transformers 4's names (text_model.), which its own class has no "
+            "more in transformers 5; Diffusers reads both: --to diffusers"
         )
     if spelling.slug == "bfl":
         notes.append("Diffusers reads this naming only where the file has every layer of the model")

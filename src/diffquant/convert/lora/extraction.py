@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -24,11 +25,13 @@ from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.canonical_rows import canonical_rows
 from diffquant.convert.jobs import opened
 from diffquant.convert.logical import LogicalSource
-from diffquant.convert.lora.modules import Model, Module, model_of
+from diffquant.convert.lora.modules import Model, model_of
 from diffquant.convert.lora.pairs import Matrix, stored_bytes, write
+from diffquant.convert.lora.peft_config import PeftPart, config_pair
+from diffquant.convert.lora.places import Module
 from diffquant.convert.lora.ranks import Keep
 from diffquant.convert.lora.spelling import SPELLINGS, keys_of, module_prefix, modules_for
-from diffquant.convert.lora.workshop import check_output, peft_config_of
+from diffquant.convert.lora.workshop import check_output
 from diffquant.convert.lora.written import lora_header
 from diffquant.convert.match import Match, to_canonical
 from diffquant.convert.rules import Assignment
@@ -40,6 +43,7 @@ from diffquant.quant.lowrank import best_factors
 
 __all__ = ["ExtractReport", "ExtractedLayer", "extract_lora"]
 
+Factors: TypeAlias = Callable[..., tuple[Matrix, Matrix]]
 _STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _FIRST_RANK = 64  # that a measure is tried with; doubled until it is met
 _ROWS = 1 << 22  # numbers compared at once
@@ -101,6 +105,7 @@ def extract_lora(
     dtype: str = "f16",
     force: bool = False,
     dry_run: bool = False,
+    factors: Factors = best_factors,
     progress: Progress = NO_PROGRESS,
 ) -> ExtractReport:
     """Make a LoRA of what a fine-tune changed.
@@ -114,6 +119,7 @@ def extract_lora(
         dtype: f32, f16 or bf16 for the factors.
         force: replace an existing output.
         dry_run: measure, write nothing.
+        factors: finds the factors of a difference: `best_factors`, or the same on a device.
         progress: told about bytes of differences.
 
     Raises:
@@ -128,7 +134,7 @@ def extract_lora(
                 f"{tuned} is {one.architecture}, {base} is {two.architecture}: a difference needs "
                 "two models of one architecture"
             )
-        work = _Work(left, right, one, two, keep, to, _STORED[dtype])
+        work = _Work(left, right, one, two, keep, to, _STORED[dtype], factors)
         work.run(progress)
         if not work.rows:
             raise UsageError(f"{tuned} and {base} do not differ in any weight a LoRA can hold")
@@ -170,6 +176,7 @@ class _Work:
         keep: Keep,
         to: str,
         held: str,
+        factors: Factors,
     ) -> None:
         self.sides = (left, right)
         self.matches = (tuned, base)
@@ -177,6 +184,7 @@ class _Work:
         self.keep = keep
         self.spelling = SPELLINGS[to]
         self.held = held
+        self.factors = factors
         self.rows: list[ExtractedLayer] = []
         self.stored: dict[str, tuple[TensorSpec, ByteArray]] = {}
         self.left_out: list[tuple[str, str]] = []
@@ -253,6 +261,7 @@ class _Work:
         delta = np.concatenate(
             [self._difference(weights[p.key], (p.start, p.stop)) for p in module.pieces]
         )
+        delta = np.ascontiguousarray(delta.T) if module.transposed else delta
         total = float(np.einsum("ij,ij->", delta, delta, dtype=np.float64))
         if not math.isfinite(total):
             raise MalformedFile(f"{module.name}: NaN or infinity in the difference")
@@ -260,7 +269,9 @@ class _Work:
             self.same += 1
             return
         conv = math.prod(module.shape[2:]) > 1
-        up, down, kept = _factors(delta, self.keep, total, conv=conv, seed=module.name)
+        up, down, kept = _factors(
+            self.factors, delta, self.keep, total, conv=conv, seed=module.name
+        )
         rank = len(down)
         keys = keys_of(self.spelling, prefix, module.name)
         tail = module.shape[2:]
@@ -321,12 +332,16 @@ class _Work:
             found |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
         if self.spelling.alpha:
             return found
-        folders: dict[str, dict[str, int]] = {}
+        ranks: dict[str, dict[str, int]] = {}
         for row in self.rows:
-            folder = self.model.parts[row.part].folder
-            folders.setdefault(folder, {})[row.module] = row.rank
-        alone = self.spelling.slug != "diffusers" and len(folders) == 1
-        return {**found, **peft_config_of(folders, alone=alone)}
+            ranks.setdefault(row.part, {})[row.module] = row.rank
+        parts = {
+            part.folder: PeftPart(ranks[part.name], part.diffusers)
+            for part in self.model.parts.values()
+            if part.name in ranks
+        }
+        alone = self.spelling.slug != "diffusers" and len(parts) == 1
+        return {**found, **config_pair(parts, alone=alone)}
 
     def notes(self) -> Iterator[str]:
         """What a user should know of the result."""
@@ -349,7 +364,7 @@ def _is_table(module: str) -> bool:
 
 
 def _factors(
-    delta: Matrix, keep: Keep, total: float, *, conv: bool, seed: str
+    factors: Factors, delta: Matrix, keep: Keep, total: float, *, conv: bool, seed: str
 ) -> tuple[Matrix, Matrix, float]:
     """The factors that `keep` asks for, and the squared size they keep.
 
@@ -361,7 +376,7 @@ def _factors(
     if keep.measure == "sv_cumulative":  # a share of all of them
         tried = most
     while True:
-        up, down = best_factors(delta, tried, seed=zlib.crc32(seed.encode()))
+        up, down = factors(delta, tried, seed=zlib.crc32(seed.encode()))
         values = np.linalg.norm(up.astype(np.float64), axis=0) * np.linalg.norm(down, axis=1)
         count = keep.count(values, total, conv=conv)
         met = count < tried or tried == limit

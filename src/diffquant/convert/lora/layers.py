@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from diffquant.convert.adapters import ROWS, WHOLE
 from diffquant.convert.lora.deltas import Parts, bias_change, reach_of, weight_change
 from diffquant.convert.lora.match import Span
-from diffquant.core.errors import PolicyError
 
 __all__ = ["LayerChange", "MergedLayer", "Tally"]
 
@@ -33,6 +32,7 @@ class LayerChange:
         spans: rows of the weight that are rows of the module.
         strength: of the file.
         bias: whether it is the bias of the module that is changed.
+        transposed: the weight is the transpose of the module's, all of it.
     """
 
     file: int
@@ -40,27 +40,42 @@ class LayerChange:
     spans: tuple[Span, ...]
     strength: float
     bias: bool = False
+    transposed: bool = False
 
     @property
     def reach(self) -> str:
         """ROWS or WHOLE."""
+        if self.transposed:
+            return WHOLE
         return ROWS if self.bias else reach_of(self.parts.adapter)
+
+    def parted(self, rows: Sequence[tuple[int, int]]) -> str:
+        """Why a tensor of these rows alone cannot be changed; empty where it can."""
+        if self.reach != WHOLE:
+            return ""
+        have = sum(
+            max(min(span.stop, stop) - max(span.start, start), 0)
+            for span in self.spans
+            for start, stop in rows
+        )
+        if have in (0, sum(span.stop - span.start for span in self.spans)):
+            return ""
+        adapter = self.parts.adapter
+        return f"{adapter.name}: {adapter.label} mixes rows that are several tensors there"
 
     def change(self, weight: NDArray[np.float32], rows: tuple[int, int]) -> NDArray[np.float32]:
         """What is added to rows of the weight; zero where it is not the module's."""
         found = np.zeros_like(weight)
         calculate = bias_change if self.bias else weight_change
+        if self.transposed:
+            module = np.ascontiguousarray(weight.T)
+            return calculate(self.parts, module, (0, len(module)), self.strength).T
         if self.reach == WHOLE:
             order = np.concatenate([np.arange(s.start, s.stop) for s in self.spans]) - rows[0]
             here = (order >= 0) & (order < len(weight))
+            assert here.all() or not here.any()  # a plan has refused it: see parted
             if here.all():
-                changed = calculate(self.parts, weight[order], (0, len(order)), self.strength)
-                found[order] = changed
-            elif here.any():
-                raise PolicyError(
-                    f"{self.parts.adapter.name}: {self.parts.adapter.label} mixes rows that this "
-                    "output keeps in several tensors: write a single file in its place"
-                )
+                found[order] = calculate(self.parts, weight[order], (0, len(order)), self.strength)
             return found
         for span in self.spans:
             start, stop = max(span.start, rows[0]), min(span.stop, rows[1])
@@ -137,6 +152,10 @@ class MergedLayer:
     def reach(self) -> str:
         """WHOLE if any change needs all rows."""
         return WHOLE if any(one.reach == WHOLE for one in self.changes) else ROWS
+
+    def parted(self, rows: Sequence[tuple[int, int]]) -> str:
+        """Why a tensor of these rows alone cannot be changed; empty where it can."""
+        return next((why for one in self.changes if (why := one.parted(rows))), "")
 
     def apply(self, weight: NDArray[np.float32], rows: tuple[int, int]) -> NDArray[np.float32]:
         """Return the changed rows, and count how much that is."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.lora.group import Adapter, group_adapters
+from diffquant.convert.lora.strangers import refuse_strangers
 from diffquant.core.errors import ArchitectureError, MalformedFile
 from diffquant.core.tensors import TensorSource
 
@@ -94,6 +95,7 @@ def parse_lora(source: TensorSource) -> LoraFile:
         ArchitectureError: no LoRA in it, or another kind of adapter.
         MalformedFile: factors or scalars that contradict each other.
     """
+    refuse_strangers(source)
     file = group_adapters(source)
     if file is None or not (file.adapters or file.broken):
         first = next(iter(source.specs), "no tensors")

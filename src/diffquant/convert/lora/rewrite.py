@@ -8,7 +8,8 @@ for several of the file's (q, k and v in one), their factors are put together:
          |  0     0    up_v |            | down_v |
 
 and where it has several for one, each gets its rows of the up factor and the whole down factor.
-Modules of which the file has only some rows get zeros in the others.
+Modules of which the file has only some rows get zeros in the others. What other kinds have for each
+row is told by rowwise.py; what cannot be cut or joined is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffquant.convert.lora.modules import Model, Module
+from diffquant.convert.lora.deltas.magnitude import is_by_columns
+from diffquant.convert.lora.group import Adapter
+from diffquant.convert.lora.match import Placed
+from diffquant.convert.lora.modules import Model
 from diffquant.convert.lora.pairs import Matrix, read_pair, read_part, scale_of
-from diffquant.convert.lora.placing import Placed
+from diffquant.convert.lora.places import Module
+from diffquant.convert.lora.rowwise import Run, Unit, cut_refusal, row_parts
 from diffquant.convert.lora.spelling import (
     Spelling,
     keys_of,
@@ -44,6 +49,11 @@ class Share:
     placed: Placed
     up: tuple[int, int]
     at: int
+
+    @property
+    def run(self) -> Run:
+        """The same without the place."""
+        return Run(self.placed.adapter, *self.up, self.at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +133,16 @@ def _shares(
     placed: Sequence[Placed], targets: Mapping[str, Module]
 ) -> Iterator[tuple[Module, tuple[Share, ...]]]:
     """Output modules, in the order of the source's layers, with what each is made of."""
-    by_key: dict[str, list[Module]] = {}
+    by_key: dict[tuple[str, bool], list[Module]] = {}
     for module in targets.values():
         for key in dict.fromkeys(piece.key for piece in module.pieces):
-            by_key.setdefault(key, []).append(module)
+            by_key.setdefault((key, module.transposed), []).append(module)
     found: dict[str, list[Share]] = {}
     for one in placed:
         assert one.module is not None
         start = 0
         for piece in one.module.pieces:
-            for module in by_key.get(piece.key, ()):
+            for module in by_key.get((piece.key, one.module.transposed), ()):
                 at = 0
                 for goal in module.pieces:
                     low, high = max(piece.start, goal.start), min(piece.stop, goal.stop)
@@ -180,35 +190,70 @@ def _layer(
     spelling: Spelling,
     dtype: str | None,
 ) -> Layer:
-    first = shares[0].placed.adapter
-    plain = all(
-        share.placed.adapter.kind == "lora" and share.placed.adapter.parts.keys() <= _PLAIN
-        for share in shares
-    )
-    if not plain:
-        if not _whole(module, shares):
+    adapters = [share.placed.adapter for share in shares]
+    if all(_has_factors(one) for one in adapters):
+        return _of_factors(source, part, module, shares, keys, spelling, dtype)
+    if not _whole(module, shares):
+        runs = [share.run for share in shares]
+        if why := cut_refusal(source, runs, module.shape[0]):
             raise MappingError(
-                f"{first.name}: {first.label} cannot be cut or joined, and {spelling.title} files "
-                f"name its rows otherwise ({module.name}); use a naming that has the same modules",
-                keys=(first.name,),
+                f"{adapters[0].name}: {spelling.title} files name its rows otherwise "
+                f"({module.name}): {why}",
+                keys=tuple(one.name for one in adapters),
             )
-        return _copied(source, part, module, shares, keys, dtype)
-    scales = {scale_of(share.placed.adapter) for share in shares}
+    return _of_parts(source, part, module, shares, keys, dtype)
+
+
+def _has_factors(adapter: Adapter) -> bool:
+    """Whether an adapter is two factors with at most what belongs to single rows."""
+    if adapter.kind != "lora" or adapter.parts.keys() - _FACTORS:
+        return False
+    return "magnitude" not in adapter.parts or not is_by_columns(adapter)
+
+
+_FACTORS = frozenset({"down", "up", "alpha", "magnitude", "diff_b"})
+_ROWS = ("magnitude", "diff_b")
+
+
+def _of_factors(
+    source: TensorSource,
+    part: str,
+    module: Module,
+    shares: tuple[Share, ...],
+    keys: Mapping[str, str],
+    spelling: Spelling,
+    dtype: str | None,
+) -> Layer:
+    """Factors are joined and cut, and with them a magnitude and a bias of each row."""
+    adapters = [share.placed.adapter for share in shares]
+    first = adapters[0]
+    dora = [one for one in adapters if "magnitude" in one.parts]
+    covered = sum(share.up[1] - share.up[0] for share in shares)
+    if dora and (len(dora) < len(adapters) or covered < module.shape[0]):
+        why = "a magnitude is needed for every row of it, and the file has some"
+        raise MappingError(
+            f"{dora[0].name}: DoRA cannot be joined into {module.name}: {why}; merge it into the "
+            "checkpoint instead (lora merge)",
+            keys=tuple(one.name for one in adapters),
+        )
+    scales = {scale_of(one) for one in adapters}
     groups = _groups(source, shares)
-    ranks = {groups[share.placed.adapter.name]: share.placed.adapter.rank or 0 for share in shares}
+    ranks = {groups[one.name]: one.rank or 0 for one in adapters}
     rank = sum(ranks.values())
     scale = scales.pop() if spelling.alpha and len(scales) == 1 else 1.0
     held = dtype or source.specs[first.parts["up"]].dtype
+    tail = tuple(1 for _ in module.shape[2:])
     specs = [
         TensorSpec(keys["down"], held, (rank, *module.shape[1:])),
-        TensorSpec(keys["up"], held, (module.shape[0], rank, *(1 for _ in module.shape[2:]))),
+        TensorSpec(keys["up"], held, (module.shape[0], rank, *tail)),
     ]
+    if dora:
+        specs.append(TensorSpec(keys["magnitude"], held, spelling.magnitude(module.shape)))
+    if any("diff_b" in one.parts for one in adapters):
+        specs.append(TensorSpec(keys["diff_b"], held, (module.shape[0],)))
     if spelling.alpha:
         specs.append(TensorSpec(keys["alpha"], "F32", ()))
     return Layer(part, module, shares, rank, scale, keys, tuple(specs))
-
-
-_PLAIN = frozenset({"down", "up", "alpha"})
 
 
 def _groups(source: TensorSource, shares: Sequence[Share]) -> dict[str, int]:
@@ -226,7 +271,7 @@ def _groups(source: TensorSource, shares: Sequence[Share]) -> dict[str, int]:
     return found
 
 
-def _copied(
+def _of_parts(
     source: TensorSource,
     part: str,
     module: Module,
@@ -234,11 +279,15 @@ def _copied(
     keys: Mapping[str, str],
     dtype: str | None,
 ) -> Layer:
+    """Parts as they are, but for those that have rows: of these, the module's own."""
     adapter = shares[0].placed.adapter
+    units = {} if _whole(module, shares) else row_parts(adapter)
     specs = []
     for role, key in adapter.parts.items():
         spec = source.specs[key]
-        shape = _magnitude(spec.shape, module.shape) if role == "magnitude" else spec.shape
+        shape = _lycoris_magnitude(spec.shape, module.shape) if role == "magnitude" else spec.shape
+        if role in units and role != "magnitude":
+            shape = _resized(shape, units[role], module.shape[0])
         held = dtype if dtype and role not in ("alpha", "on_input") and shape else spec.dtype
         specs.append(TensorSpec(keys[role], held, shape))
     if "alpha" not in adapter.parts and adapter.alpha is not None:
@@ -246,12 +295,18 @@ def _copied(
     return Layer(part, module, shares, None, scale_of(adapter), keys, tuple(specs))
 
 
-def _magnitude(shape: Shape, weight: Shape) -> Shape:
-    """PEFT writes a vector, a number for each row; lycoris a column.
+def _resized(shape: Shape, unit: Unit, rows: int) -> Shape:
+    return (*shape[: unit.axis], rows // unit.size, *shape[unit.axis + 1 :])
+
+
+def _lycoris_magnitude(shape: Shape, weight: Shape) -> Shape:
+    """PEFT writes a vector, a number for each row, or (1, N, 1, 1); lycoris a column.
 
     Sources: peft 0.21.2, tuners/lora/dora.py; lycoris-lora 4.1.3, modules/locon.py, dora_scale.
     """
-    return (shape[0], *(1 for _ in weight[1:])) if len(shape) == 1 else shape
+    rows = weight[0]
+    by_rows = len(shape) == 1 or (shape[0] == 1 and shape[1] == rows and shape[1] != weight[1])
+    return (rows, *(1 for _ in weight[1:])) if by_rows else shape
 
 
 def rewritten(
@@ -262,7 +317,7 @@ def rewritten(
         if layer.rank is None:
             yield _copy(source, layer)
             continue
-        found: dict[str, Matrix | ByteArray] = dict(_factors(source, layer))
+        found: dict[str, Matrix | ByteArray] = {**_factors(source, layer), **_rows(source, layer)}
         if spelling.alpha:
             found[layer.keys["alpha"]] = np.array(layer.scale * layer.rank, np.float32)
         yield found
@@ -292,15 +347,53 @@ def _factors(source: TensorSource, layer: Layer) -> dict[str, Matrix]:
     return {layer.keys["down"]: down, layer.keys["up"]: up}
 
 
+def _rows(source: TensorSource, layer: Layer) -> dict[str, Matrix]:
+    """What a layer of factors has for each row besides them: a magnitude, a bias."""
+    planned = {spec.key for spec in layer.specs}
+    found = {}
+    for role in _ROWS:
+        key = layer.keys.get(role, "")
+        if key not in planned:
+            continue
+        values = np.zeros(layer.module.shape[0], np.float32)
+        for share in layer.shares:
+            if role in share.placed.adapter.parts:
+                part = read_part(source, share.placed.adapter, role).reshape(-1)[slice(*share.up)]
+                values[share.at : share.at + len(part)] = part
+        found[key] = values
+    return found
+
+
 def _copy(source: TensorSource, layer: Layer) -> dict[str, Matrix | ByteArray]:
-    """Parts as they are; cast where the plan says so."""
+    """Parts as they are, or rows of them; cast where the plan says so."""
     adapter = layer.shares[0].placed.adapter
     specs = {spec.key: spec for spec in layer.specs}
+    units = {} if _whole(layer.module, layer.shares) else row_parts(adapter)
     found: dict[str, Matrix | ByteArray] = {}
     for role, key in adapter.parts.items():
-        same = specs[layer.keys[role]].dtype == source.specs[key].dtype
-        found[layer.keys[role]] = source.read(key) if same else read_part(source, adapter, role)
+        target = specs[layer.keys[role]]
+        if role in units:
+            found[target.key] = _placed_rows(source, layer, role, units[role], target)
+        elif target.dtype == source.specs[key].dtype:
+            found[target.key] = source.read(key)
+        else:
+            found[target.key] = read_part(source, adapter, role)
     alpha = layer.keys.get("alpha", "")
     if "alpha" not in adapter.parts and alpha in specs:
         found[alpha] = np.array(layer.scale * (adapter.rank or 1), np.float32)
     return found
+
+
+def _placed_rows(
+    source: TensorSource, layer: Layer, role: str, unit: Unit, target: TensorSpec
+) -> Matrix:
+    """A part that has rows: those of every share where they belong, zeros elsewhere."""
+    values = np.zeros(target.shape, np.float32)
+    goal = np.moveaxis(values, unit.axis, 0)
+    for share in layer.shares:
+        part = read_part(source, share.placed.adapter, role)
+        rows = np.moveaxis(part, unit.axis, 0)[share.up[0] // unit.size : share.up[1] // unit.size]
+        goal[share.at // unit.size : share.at // unit.size + len(rows)] = rows.reshape(
+            len(rows), *goal.shape[1:]
+        )
+    return values

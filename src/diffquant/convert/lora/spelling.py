@@ -30,8 +30,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from diffquant.convert.lora.deltas.magnitude import is_by_columns
 from diffquant.convert.lora.group import Adapter
-from diffquant.convert.lora.modules import Model, Module, Part
+from diffquant.convert.lora.modules import Model, Part
+from diffquant.convert.lora.places import Module
+from diffquant.convert.rules import Shape
 from diffquant.core.errors import UsageError
 
 __all__ = ["SPELLINGS", "Spelling", "keys_of", "module_prefix", "modules_for", "unspeakable"]
@@ -60,7 +63,11 @@ _LYCORIS: Mapping[str, str] = {
     "w_norm": ".w_norm",
     "b_norm": ".b_norm",
 }
-_PEFT: Mapping[str, str] = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
+_PEFT: Mapping[str, str] = {
+    "down": ".lora_A.weight",
+    "up": ".lora_B.weight",
+    "magnitude": ".lora_magnitude_vector",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,16 @@ class Spelling:
     parts: Mapping[str, str]
     alpha: bool
     only: tuple[str, ...] = ()
+
+    def magnitude(self, weight: Shape) -> Shape:
+        """The shape in which DoRA's magnitude of rows is written for a weight.
+
+        Sources: peft 0.21.2, tuners/lora/dora.py: a vector, or (1, N, 1, 1); lycoris-lora 4.1.3,
+        modules/locon.py: dora_scale (N, 1, ...).
+        """
+        if self.alpha:
+            return (weight[0], *(1 for _ in weight[1:]))
+        return (1, weight[0], *(1 for _ in weight[2:])) if len(weight) > 2 else (weight[0],)
 
 
 SPELLINGS: Mapping[str, Spelling] = {
@@ -178,7 +195,8 @@ def keys_of(spelling: Spelling, prefix: str, module: str, *, adapter: str = "") 
     found = {role: name + rest for role, rest in spelling.parts.items()}
     if adapter and not spelling.alpha:
         found = {
-            role: key.removesuffix("weight") + f"{adapter}.weight" for role, key in found.items()
+            role: f"{key.removesuffix('.weight')}.{adapter}" + ".weight" * key.endswith(".weight")
+            for role, key in found.items()
         }
     return found
 
@@ -187,10 +205,13 @@ def unspeakable(spelling: Spelling, adapter: Adapter) -> str:
     """Why a spelling has no names for an adapter; empty where it has."""
     roles = set(adapter.parts)
     if not spelling.alpha:
-        if adapter.kind != "lora" or roles - {"down", "up", "alpha"}:
+        if "magnitude" in roles and is_by_columns(adapter):
+            return f"PEFT's magnitudes are of rows, those of this {adapter.label} of columns"
+        if adapter.kind != "lora" or roles - {"down", "up", "alpha", "magnitude"}:
             extra = " with a bias" if "up_bias" in roles or "diff_b" in roles else ""
             core = " with a core" if "mid" in roles else ""
-            return f"{adapter.label}{core}{extra} has no names in {spelling.title} files"
+            named = f"{adapter.label}{core}{extra}"
+            return f"{named} has no names in {spelling.title} files; --to kohya has"
         return ""
     if "ia3" in roles and "on_input" not in roles:
         return "IA3 of PEFT multiplies by its numbers, that of lycoris by one more: not the same"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +14,16 @@ from diffquant.convert.lora.base import guess_base
 from diffquant.convert.lora.claims import claims_of
 from diffquant.convert.lora.group import Adapter, AdapterFile, group_adapters
 from diffquant.convert.lora.modules import Model, known_model, model_of
+from diffquant.convert.lora.peft_config import CONFIG_KEY
+from diffquant.convert.lora.strangers import refuse_strangers
 from diffquant.convert.recognise import recognise_part
 from diffquant.core.errors import ArchitectureError, MalformedFile, UsageError
 from diffquant.core.tensors import TensorSource
 from diffquant.io import open_source
 from diffquant.io.atomic import check_parent
 
-__all__ = ["OpenLora", "base_model", "check_output", "header_of", "open_lora", "peft_config_of"]
+__all__ = ["OpenLora", "base_model", "check_apart", "check_output", "header_of", "open_lora"]
 
-_CONFIG = "lora_adapter_metadata"
 # What cloneofsimo/lora says of modules by number, and of tokens beside them.
 _NUMBERED = re.compile(r"(unet|text_encoder)(:\d+:rank)?$|<s\d+>$")
 
@@ -51,6 +50,7 @@ def open_lora(path: Path) -> Iterator[OpenLora]:
         MalformedFile: a layer whose tensors contradict each other or lack a half; with its name.
     """
     with open_source(path) as source:
+        refuse_strangers(source)
         file = group_adapters(source)
         if file is None or not (file.adapters or file.broken):
             first = next(iter(source.specs), "no tensors")
@@ -91,12 +91,23 @@ def check_output(out: Path, inputs: Sequence[Path], *, force: bool) -> None:
     """
     if out.suffix.lower() != ".safetensors":
         raise UsageError(f"{out}: a LoRA is written as .safetensors")
-    for one in inputs:
-        if out.resolve() == one.resolve() or one.resolve() in out.resolve().parents:
-            raise UsageError(f"{out} is {one}, which is read, or part of it; choose another name")
+    check_apart(out, inputs)
     check_parent(out)
     if out.is_dir() or (out.exists() and not force):
         raise UsageError(f"{out} exists; use --force to replace it")
+
+
+def check_apart(out: Path, inputs: Sequence[Path]) -> None:
+    """Check that an output is none of the inputs, and neither in one nor around one.
+
+    Raises:
+        UsageError: it is.
+    """
+    target = out.resolve()
+    for one in inputs:
+        source = one.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            raise UsageError(f"{out} is {one}, which is read, or part of it; choose another name")
 
 
 def header_of(source: TensorSource, ranks: Sequence[int]) -> dict[str, str]:
@@ -104,34 +115,9 @@ def header_of(source: TensorSource, ranks: Sequence[int]) -> dict[str, str]:
     found = {
         key: value
         for key, value in source.metadata.items()
-        if isinstance(value, str) and key != _CONFIG and not _NUMBERED.match(key)
+        if isinstance(value, str) and key != CONFIG_KEY and not _NUMBERED.match(key)
     }
     if "ss_network_dim" in found and ranks:
         found["ss_network_dim"] = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
         found["ss_network_alpha"] = found["ss_network_dim"]
     return {**found, "diffquant.version": __version__}
-
-
-def peft_config_of(ranks: Mapping[str, Mapping[str, int]], *, alone: bool) -> dict[str, str]:
-    """PEFT's configuration as Diffusers keeps it in the header; alpha is the rank of each layer.
-
-    Source: diffusers 0.42.1, loaders/lora_base.py, LORA_ADAPTER_METADATA_KEY and
-    pack_lora_adapter_metadata ("unet.r"); peft 0.21.2, tuners/lora/config.py.
-
-    Args:
-        ranks: folder -> module -> rank.
-        alone: whether the fields go without the folder's name, as PEFT itself has them.
-    """
-    fields: dict[str, object] = {}
-    for folder, modules in ranks.items():
-        usual = Counter(modules.values()).most_common(1)[0][0]
-        other = {name: rank for name, rank in modules.items() if rank != usual}
-        prefix = "" if alone else f"{folder}."
-        fields |= {
-            f"{prefix}r": usual,
-            f"{prefix}lora_alpha": usual,
-            f"{prefix}rank_pattern": other,
-            f"{prefix}alpha_pattern": other,
-            f"{prefix}target_modules": sorted(modules),
-        }
-    return {_CONFIG: json.dumps(fields, sort_keys=True), "format": "pt"}

@@ -119,7 +119,10 @@ def refusal(adapter: Adapter) -> str:
             "the file does not hold"
         )
     if adapter.kind == "oft" and len(adapter.shapes.get("oft_r", ())) > 2:
-        return "OFT in square blocks, as PEFT wrote it once, is not read"
+        return (
+            "OFT in square blocks, as PEFT before 0.16 wrote it, is read by nobody any more: merge "
+            "it with PEFT 0.15.2 and take `lora extract` of the result"
+        )
     if adapter.naming == "counted":
         return "numbered layers (cloneofsimo) whose names the shapes do not tell"
     return ""
