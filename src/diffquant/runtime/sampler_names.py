@@ -63,7 +63,7 @@ SAMPLER_NAMES: tuple[Name, ...] = (
         "dpmpp_2m_sde",
         "DPM++ 2M SDE",
         "DPM++ 2M with fresh noise at each step",
-        ("dpm++2m_sde", "dpmpp_2m_sde_gpu", "k_dpmpp_2m_sde"),
+        ("dpm++2m_sde", "dpmpp_2m_sde_gpu", "flow_dpmpp_2m_sde", "k_dpmpp_2m_sde"),
     ),
     Name(
         "dpmpp_sde",

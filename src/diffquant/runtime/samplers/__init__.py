@@ -1,7 +1,7 @@
 """Samplers: from noise to latents, one model call per timestep.
 
 One family of samplers a file; base.py has the loop they all run in. Names are looked up in
-sampler_names.py, noise levels laid out in levels.py.
+sampler_names.py, noise levels laid out in walks.py.
 """
 
 from __future__ import annotations

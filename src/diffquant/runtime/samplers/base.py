@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from diffquant.core.errors import ArchitectureError, UsageError
-from diffquant.runtime.levels import WHOLE, Levels, Part, Walk, diffusion_walk
+from diffquant.runtime.levels import WHOLE, Levels, Part, Walk
 from diffquant.runtime.schedules import SchedulerFacts
+from diffquant.runtime.walks import diffusion_walk
 
 __all__ = ["Draw", "Request", "Sampler", "clean_of", "drawn", "mixed", "noise_of", "table_walk"]
 

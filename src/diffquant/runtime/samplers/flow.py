@@ -11,10 +11,11 @@ import itertools
 
 from torch import Tensor
 
-from diffquant.runtime.levels import Walk, flow_walk
+from diffquant.runtime.levels import Walk
 from diffquant.runtime.samplers.base import Request, drawn, mixed
 from diffquant.runtime.samplers.dpm import Dpm2M, flow_weights
 from diffquant.runtime.samplers.unipc import UniPc
+from diffquant.runtime.walks import flow_walk
 
 __all__ = ["FlowEuler", "FlowHeun", "flow_dpmpp_2m", "flow_dpmpp_2m_sde", "flow_unipc"]
 
