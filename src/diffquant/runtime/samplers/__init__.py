@@ -130,7 +130,7 @@ def make_sampler(
         tokens: of the picture, for shifts that depend on it.
         flow: whether the model predicts a flow's velocity.
         schedule: name in anyone's spelling, or levels; default: what `name` or the checkpoint says.
-        shift: of flows, instead of the checkpoint's.
+        shift: of flows, instead of all the checkpoint says about bending its times.
         part: the stretch of the run that is walked.
         draw: shape -> standard normal noise, for samplers that add some.
         eta: share of fresh noise from 0 to 1, for ddim (default 0) and tcd (0.3).
@@ -165,4 +165,4 @@ def _shifted(facts: SchedulerFacts, shift: float, *, flow: bool) -> SchedulerFac
         raise UsageError("a shift belongs to flow models; this one has a table of noise levels")
     if not 0 < shift < float("inf"):
         raise UsageError(f"shift must be above 0, found {shift:g}")
-    return dataclasses.replace(facts, shift=shift, use_dynamic_shifting=False)
+    return dataclasses.replace(facts, shift=shift, use_dynamic_shifting=False, shift_terminal=None)
