@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffquant.runtime.pipeline.Pipeline.generate", interrupt)
+    monkeypatch.setattr("diffquant.runtime.pipeline.Pipeline.run", interrupt)
     result = generate(SD15, tmp_path / "o.png")
     assert result.exit_code == 130
     assert list(tmp_path.iterdir()) == []

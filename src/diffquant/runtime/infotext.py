@@ -21,6 +21,7 @@ from typing import Any
 
 from diffquant.core.errors import MalformedFile
 from diffquant.runtime.recipe import Recipe, UsedLora
+from diffquant.runtime.sampler_names import SAMPLER_NAMES, SCHEDULE_NAMES
 
 __all__ = ["from_infotext", "to_infotext"]
 
@@ -30,6 +31,11 @@ _LORA = re.compile(r"<(?:lora|lyco):([^:<>]{1,200})(?::([^:<>]{0,40}))?(?::[^<>]
 _NETWORK = re.compile(r"<(\w{1,20}):[^<>]{0,300}>")
 _NEGATIVE = "Negative prompt:"
 _MAX_CHARACTERS = 1 << 20
+_TITLES = {
+    spelling: row.title
+    for row in (*SCHEDULE_NAMES, *SAMPLER_NAMES)  # "lcm" is both; "simple" and kin are one
+    for spelling in (row.name, *row.spellings)
+}
 
 
 def to_infotext(facts: Mapping[str, Any]) -> str:
@@ -44,8 +50,8 @@ def to_infotext(facts: Mapping[str, Any]) -> str:
     denoise = facts.get("strength") if facts.get("image") else hires.get("strength")
     pairs = {
         "Steps": facts["steps"],
-        "Sampler": facts["sampler"],
-        "Schedule type": facts.get("schedule"),
+        "Sampler": _TITLES.get(facts["sampler"], facts["sampler"]),
+        "Schedule type": _TITLES.get(facts.get("schedule") or "", facts.get("schedule")),
         "CFG scale": facts.get("cfg"),
         "Distilled CFG Scale": facts.get("guidance"),
         "Shift": facts.get("shift"),

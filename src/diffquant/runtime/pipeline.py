@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,14 +24,17 @@ from diffquant.runtime.families import (
     TextOptions,
 )
 from diffquant.runtime.families.base import device_of
-from diffquant.runtime.guidance import guided, needs_negative
-from diffquant.runtime.models.autoencoder import to_pixels
+from diffquant.runtime.guidance import Guidance, needs_negative
+from diffquant.runtime.models.autoencoder import from_pixels, to_pixels
 from diffquant.runtime.models.facts import param_dtype
-from diffquant.runtime.samplers import default_sampler, make_sampler
+from diffquant.runtime.request import PictureRequest
+from diffquant.runtime.samplers import Part, default_sampler, make_sampler
 
-__all__ = ["Generated", "OnStep", "Pipeline", "PipelineParts"]
+__all__ = ["Generated", "OnLatents", "OnPhase", "OnStep", "Pipeline", "PipelineParts"]
 
 OnStep: TypeAlias = Callable[[int, int], None]
+OnLatents: TypeAlias = Callable[[int, int, Tensor], None]
+OnPhase: TypeAlias = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,77 +83,132 @@ class Pipeline:
         self.parts = parts
         self.family: Family = FAMILIES[parts.architecture]
 
-    @torch.no_grad()
     def generate(
         self,
         prompt: str | Sequence[str],
         negative: str | None = None,
         *,
-        seed: int | Sequence[int] = 0,
-        steps: int = 20,
-        cfg: float | None = None,
-        width: int = 512,
-        height: int = 512,
-        sampler: str | None = None,
-        guidance: float | None = None,
-        batch: int = 1,
-        text_tokens: int | None = None,
         latents: Tensor | None = None,
         on_step: OnStep | None = None,
+        **fields: Any,  # noqa: ANN401
+    ) -> Generated:
+        """Generate pictures; `fields` are those of PictureRequest.
+
+        One seed draws the noise of the whole batch, as diffusers does; see `run`.
+        """
+        prompts = prompt if isinstance(prompt, str) else tuple(prompt)
+        request = PictureRequest(prompts, negative, **fields)
+        if latents is None:
+            count = request.batch * (1 if isinstance(prompts, str) else len(prompts))
+            shape = self._latent_shape(request.width, request.height)
+            latents = initial_noise(shape, request.seed, count)
+        return self.run(request, latents=latents, on_step=on_step)
+
+    @torch.no_grad()
+    def run(
+        self,
+        request: PictureRequest,
+        *,
+        latents: Tensor | None = None,
+        on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
+        on_phase: OnPhase | None = None,
     ) -> Generated:
         """Generate pictures.
 
         Args:
-            prompt: one, or several that run as one batch.
-            negative: what to stay away from, needs cfg > 1; absent: "" for SD, no guidance for
-                Flux.
-            seed: one for the batch, or one per picture.
-            steps: sampler steps.
-            cfg: strength of classifier-free guidance, 1 is off; default: the family's.
-            width: pixels, a multiple of 8 (SD) or 16 (Flux).
-            height: likewise.
-            sampler: key of SAMPLERS; default: what the checkpoint's scheduler asks for.
-            guidance: distilled guidance of Flux dev, default 3.5.
-            batch: pictures per prompt.
-            text_tokens: T5 tokens of Flux, default 512, schnell 256.
-            latents: (B, C, h, w) noise to start from instead of drawing it.
+            request: what to draw; of one seed, each picture of a batch takes the next.
+            latents: (B, C, h, w) noise to start from instead of drawing it; with `begin`, what the
+                model of the earlier part left.
             on_step: called after each model call with (done, total).
+            on_latents: called after each model call with (index, total, latents (B, C, h, w)).
+            on_phase: called before "encode", "denoise" and "decode" with (name, steps of it).
 
         Raises:
             UsageError: a size, seed count, sampler or guidance the model cannot take.
             VerificationError: latents are not finite; the message says at which step.
         """
         parts, family = self.parts, self.family
-        prompts = [
-            p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(batch)
-        ]
-        shape = self._latent_shape(width, height)
-        cfg = family.cfg if cfg is None else cfg
-        options = TextOptions(text_tokens)
+        tell = on_phase or (lambda _name, _steps: None)
+        if request.mask is not None or request.prompt_style not in ("comfy", "plain"):
+            raise UsageError("masks and prompt styles are not run yet")
+        if request.rng != "cpu":
+            raise UsageError(f"noise {request.rng!r} is not drawn yet, use cpu")
+        named = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+        prompts = [one for one in named for _ in range(request.batch)]
+        seeds = request.seed
+        if isinstance(seeds, int):
+            seeds = tuple(seeds + i for i in range(len(prompts)))
+        shape = self._latent_shape(request.width, request.height)
+        guide = Guidance(
+            family.cfg if request.cfg is None else request.cfg,
+            rescale=request.cfg_rescale,
+            cutoff=request.cfg_cutoff,
+        )
+        options = TextOptions(request.text_tokens, request.clip_skip)
+        tell("encode", 1)
         positive = family.encode(parts, prompts, options)
-        opposite = self._negative(negative, positive, cfg, options)
-        texts = (positive,) if opposite is None else (opposite, positive)
-        call = family.caller(parts, Conditions((width, height), guidance))
-        name = sampler or default_sampler(parts.scheduler, flow=family.flow)
-        tokens = shape[1] * shape[2] // family.patch**2
-        run = make_sampler(name, parts.scheduler, steps=steps, tokens=tokens, flow=family.flow)
-        noise = initial_noise(shape, seed, len(prompts)) if latents is None else latents
+        opposite = self._negative(request.negative, positive, guide.cfg, options)
+        call = family.caller(parts, Conditions((request.width, request.height), request.guidance))
+        name = request.sampler or default_sampler(parts.scheduler, flow=family.flow)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+        def draw(size: Sequence[int]) -> Tensor:
+            each = [torch.randn((1, *size[1:]), generator=one) for one in generators]
+            return torch.cat(each)
+
+        if latents is None:
+            latents = initial_noise(shape, seeds, len(prompts))
+            for generator in generators:  # noise of steps goes on after that of the start
+                torch.randn((1, *shape), generator=generator)
+        run = make_sampler(
+            name,
+            parts.scheduler,
+            steps=request.steps,
+            tokens=shape[1] * shape[2] // family.patch**2,
+            flow=family.flow,
+            schedule=request.schedule,
+            shift=request.shift,
+            part=_part(request),
+            draw=draw,
+            eta=request.eta,
+            architecture=parts.architecture,
+        )
         device = device_of(parts.denoiser)
-        x = noise.to(device, torch.float32) * run.init_scale
+        x = latents.to(device, torch.float32)
+        if request.image is not None:
+            x = run.add_noise(self._encoded(request.image, len(prompts)).to(x), x, 0)
+        elif request.begin == 0:
+            x = x * run.init_scale
+        total = len(run.timesteps)
+        tell("denoise", total)
         for index, t in enumerate(run.timesteps):
+            now = guide.at(index, total) if opposite is not None else Guidance()
+            texts: tuple[Text, ...] = (positive,)
+            if opposite is not None and now.needs_negative:
+                texts = (opposite, positive)
             found = call(run.scale_input(x, index), t, texts)
-            x = run.step(found[0] if len(found) == 1 else guided(found[1], found[0], cfg), x, index)
+            x = run.step(found[0] if len(found) == 1 else now.apply(found[1], found[0]), x, index)
             if not bool(torch.isfinite(x).all()):
-                total = len(run.timesteps)
                 raise VerificationError(
                     f"latents are not finite after step {index + 1} of {total}: "
                     "try compute dtype float32"
                 )
             if on_step is not None:
-                on_step(index + 1, len(run.timesteps))
+                on_step(index + 1, total)
+            if on_latents is not None:
+                on_latents(index, total, x)
         cut = positive.truncated + (opposite.truncated if opposite else ())
+        tell("decode", 1)
         images = self.decode(x)
-        return Generated(images, x.cpu(), name, len(run.timesteps), tuple(dict.fromkeys(cut)))
+        return Generated(images, x.cpu(), name, total, tuple(dict.fromkeys(cut)))
+
+    def _encoded(self, image: Tensor, count: int) -> Tensor:
+        """Latents of a picture (1 or B, H, W, 3) in [0, 1]."""
+        vae = self.parts.vae
+        pixels = from_pixels(image.expand(count, -1, -1, -1))
+        mean, _ = vae.encode(pixels.to(device_of(vae), param_dtype(vae)))
+        return vae.scale(mean.float())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -186,3 +244,10 @@ class Pipeline:
         count = len(positive.states)
         options = replace(options, negative=True)
         return self.family.encode(self.parts, [text or ""] * count, options)
+
+
+def _part(request: PictureRequest) -> Part:
+    """Which part of the noise range is run."""
+    if request.image is not None:
+        return Part(strength=request.strength)
+    return Part(start=request.begin, stop=request.end)
