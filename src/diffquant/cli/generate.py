@@ -130,8 +130,9 @@ def command(
         pairs = lora_pairs(loras)
         parts = pairs_of_parts(added, vae, tokenizer)
         check_device(device)
+        from diffquant.runtime.job import Job, Preview
         from diffquant.runtime.repeat import read_recipe
-        from diffquant.runtime.session import Job, Preview, generate_pictures, numbered
+        from diffquant.runtime.session import generate_pictures, numbered
 
         taken = numbered(output, fields.get("batch", 1))
         if preview is not None:
@@ -162,7 +163,7 @@ def command(
     run("generate", options, work, _render)
 
 
-def _preview(text: str, kind: Any) -> Any:  # noqa: ANN401 - session.Preview, loaded with torch
+def _preview(text: str, kind: Any) -> Any:  # noqa: ANN401 - job.Preview, loaded with torch
     if text == "rgb":
         return kind()
     path = Path(text)

@@ -105,13 +105,13 @@ def facts_of(
         facts["strength"] = request.strength
     if "refiner" in files.models:
         name, digest = files.models["refiner"]
-        switch = settings.get("refiner_switch", 0.8)
+        switch = settings["refiner_switch"]
         facts["refiner"] = {"name": name, "hash": digest, "switch": switch}
     if "hires" in settings:
         name, digest = files.models.get("hires_model", ("", ""))
         facts["hires"] = {
             "factor": settings["hires"],
-            "strength": settings.get("hires_strength", 0.35),
+            "strength": settings["hires_strength"],
             "name": name,
             "hash": digest,
         }
