@@ -128,7 +128,7 @@ def from_parameters(text: str, where: object) -> Recipe:
                 fields[other] = _checked(f"{key}.{name}", part[name], (int, float), where)
         if part.get("name"):
             files[option] = (_text(part, "name", where), _text(part, "hash", where))
-    loras = _checked("loras", facts.get("loras") or [], (list,), where)
+    loras = _checked("loras", facts.get("loras", []), (list,), where)
     return Recipe(
         "diffquant",
         fields,

@@ -26,6 +26,7 @@ __all__ = ["Show", "measured", "published", "shower", "to_colours"]
 Show = Callable[[Tensor], NDArray[np.float32]]
 _ALIKE = 0.5  # correlation from which the table's colours are this VAE's
 _PROBES = 24  # pictures of a fit
+_RIDGE = 1e-4
 
 
 def shower(architecture: str, vae: Autoencoder, tiny: Path | None) -> Show:
@@ -78,10 +79,14 @@ def published(architecture: str, vae: Autoencoder) -> Colours | None:
 def measured(vae: Autoencoder) -> Colours:
     """Fit colours to how a VAE encodes patches of known colour: least squares, bias included."""
     latents, colours = _probe(vae, _PROBES)
-    x = torch.cat((latents, torch.ones(len(latents), 1)), dim=1)
-    solved = torch.linalg.lstsq(x, colours).solution.tolist()
-    *factors, bias = ((red, green, blue) for red, green, blue in solved)
-    return Colours(tuple(factors), bias)
+    centre, mean = latents.mean(0), colours.mean(0)
+    away = latents - centre
+    spread = away.T @ away
+    spread += _RIDGE * spread.diagonal().mean() * torch.eye(len(spread))  # channels may repeat
+    factors = torch.linalg.solve(spread, away.T @ (colours - mean))
+    bias = (mean - centre @ factors).tolist()
+    rows = [(red, green, blue) for red, green, blue in factors.tolist()]
+    return Colours(tuple(rows), (bias[0], bias[1], bias[2]))
 
 
 @torch.no_grad()

@@ -48,7 +48,11 @@ def decoder_from(path: Path, channels: int) -> Callable[[Tensor], Tensor]:
         pattern, shift = (_DIFFUSERS, 1) if whole else (_PLAIN, 0)
         for key in logical.tensors:
             if found := pattern.fullmatch(key):
-                weights[f"{int(found[1]) + shift}.{found[2]}"] = torch.from_numpy(logical.read(key))
+                values = torch.tensor(
+                    logical.read(key)
+                )  # a copy: what is read is not ours to write
+                shaped = values.reshape(logical.tensors[key].shape)
+                weights[f"{int(found[1]) + shift}.{found[2]}"] = shaped
     try:
         with torch.no_grad():
             made = decode(weights, torch.zeros(1, channels, 2, 2))
