@@ -272,8 +272,21 @@ def second_pass(
         max(1, round(side * settings["hires"] / multiple)) * multiple
         for side in (request.width, request.height)
     )
-    if model.pipeline.family.flow != opened.pipeline.family.flow:  # names mean other things there
-        request = replace(request, sampler=None, schedule=None, shift=None, cfg=None, guidance=None)
+    if model is not opened:  # what belongs to a model is left to the other's own
+        request = replace(
+            request,
+            negative=request.negative if pipeline.family.cfg > 1 else None,
+            cfg=None,
+            cfg_cutoff=1.0,
+            cfg_rescale=0.0,
+            guidance=None,
+            sampler=None,
+            schedule=None,
+            shift=None,
+            eta=None,
+            text_tokens=None,
+            clip_skip=None,
+        )
     return replace(
         request,
         width=width,

@@ -235,7 +235,10 @@ def _generated(
     else:
         switch = settings["refiner_switch"]
         first = once(opened, replace(request, end=switch))
-        second = replace(request, begin=switch, image=None, mask=None)
+        # one walk by two models: the same sampler, and no noise between
+        second = replace(
+            request, begin=switch, image=None, mask=None, sampler=first.sampler, clip_skip=None
+        )
         made = once(extra[job.refiner], second, "refine", first.latents)
     if "hires" in settings:
         model = extra[job.hires_model] if job.hires_model is not None else opened
