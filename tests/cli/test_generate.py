@@ -200,6 +200,52 @@ def test_files_that_a_picture_was_made_with_are_asked_for(tmp_path):
     assert "another file than first.png" in other.stderr
 
 
+def test_a_picture_with_a_lora_asks_for_it_and_remembers_its_weight(tmp_path):
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    unet = open_state(SD15 / "unet" / "diffusion_pytorch_model.safetensors")
+    rows, columns = unet["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+    down, up = rng.standard_normal((4, columns)), rng.standard_normal((rows, 4))
+    keys = {"lora_down.weight": down, "lora_up.weight": up, "alpha": np.array(4.0)}
+    lora = tmp_path / "style.safetensors"
+    save_file({f"{name}.{key}": value.astype(np.float32) for key, value in keys.items()}, lora)
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    made = generate(SD15, first, "--lora", f"{lora}:0.3")
+    assert made.exit_code == 0, made.output
+    assert "<lora:style:0.3>" in Image.open(first).text["parameters"]
+    repeat = ("generate", SD15, "--from-image", first, "-o", again, "--force")
+    refused(call(*repeat), 2, "not given", "--lora style:0.3")
+    result = call(*repeat, "--lora", lora)
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(pixels(first), pixels(again))
+    assert "weight 0.9, 0.3 in the picture" in call(*repeat, "--lora", f"{lora}:0.9").stderr
+
+
+def open_state(path):
+    """Shapes by key."""
+    from diffquant.io import open_source
+
+    with open_source(path) as source:
+        return {key: spec.shape for key, spec in source.specs.items()}
+
+
+def test_the_help_lists_every_option_under_a_heading():
+    from diffquant.cli.ask_picture import SECTIONS
+    from diffquant.cli.generate import command
+
+    named = [name for names in SECTIONS.values() for name in names]
+    assert len(named) == len(set(named))
+    options = {one.name for one in command.params if one.param_type_name == "option"}
+    assert set(named) <= options
+    assert options - set(named) == {"as_json", "quiet", "verbose", "no_progress"}
+    shown = call("generate", "--help").output
+    for one in command.params:
+        if one.param_type_name == "option":
+            assert one.opts[-1] in shown
+
+
 def test_a1111_parameters_make_a_picture(tmp_path):
     from PIL.PngImagePlugin import PngInfo
 

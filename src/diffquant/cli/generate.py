@@ -140,6 +140,12 @@ def command(
         for path in taken:
             if path.exists() and not force:
                 raise UsageError(f"{path} exists; use --force to replace it")
+        recipe = read_recipe(from_image) if from_image is not None else None
+        recorded = {one.name: one.weight for one in recipe.loras} if recipe is not None else {}
+        pairs = tuple(  # a weight that is not typed is the picture's
+            (path, recorded.get(path.stem, weight) if text == str(path) else weight)
+            for text, (path, weight) in zip(loras, pairs, strict=True)
+        )
         job = Job(
             model=model,
             output=output,
@@ -155,7 +161,7 @@ def command(
             dtype=dtype,
             preset=preset,
             preview=None if preview is None else _preview(preview, Preview),
-            recipe=read_recipe(from_image) if from_image is not None else None,
+            recipe=recipe,
         )
         made = generate_pictures(job, options.bar())
         return Outcome(_report(made), made.warnings)

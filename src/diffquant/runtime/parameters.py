@@ -32,9 +32,9 @@ def save_png(path: Path, picture: NDArray[np.float32], facts: Mapping[str, Any])
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    # iTXt is UTF-8; A1111 and PIL read it as they do tEXt, which holds Latin-1 alone.
-    chunks.add_itxt("parameters", to_infotext(facts))
-    chunks.add_itxt("diffquant", json.dumps(dict(facts), sort_keys=True, allow_nan=False))
+    # tEXt, which every tool reads, where the text is Latin-1; PIL writes iTXt where it is not.
+    chunks.add_text("parameters", to_infotext(facts))
+    chunks.add_text("diffquant", json.dumps(dict(facts), sort_keys=True, allow_nan=False))
     _write(path, picture, chunks)
 
 
