@@ -121,7 +121,7 @@ def test_a_run_from_a_picture_equals_diffusers(name, strength, oracle, theirs):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("share", [0.5, 0.555, 0.8])  # 0.555: the cut is a timestep
 @pytest.mark.parametrize("name", ["euler", "ddim", "dpmpp_2m", "unipc", "heun"])
 def test_base_and_refiner_share_a_run_as_sdxl_does(name, share, oracle, theirs):
     base = theirs(name)
