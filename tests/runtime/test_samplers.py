@@ -36,10 +36,11 @@ SPACINGS = [
 SPREADS = [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}]
 EXTRA = {
     "ddim": [{"set_alpha_to_one": True, "clip_sample": False}, {"clip_sample": True}],
+    "heun": [{"clip_sample": True}],
     "pndm": [{"set_alpha_to_one": True}],
     "dpmpp_2m": [{"lower_order_final": False, "euler_at_final": True}, {"solver_order": 1}],
     "unipc": [{"solver_order": 3}, {"solver_order": 1}],
-    "lcm": [{"original_inference_steps": 20}, {"timestep_scaling": 0.05}],
+    "lcm": [{"clip_sample": True}, {"original_inference_steps": 20}, {"timestep_scaling": 0.05}],
 }
 BASE = {
     "ddim": {"clip_sample": False},

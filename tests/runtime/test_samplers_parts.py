@@ -79,10 +79,12 @@ def theirs(oracle, monkeypatch):
 
 
 def timesteps_of(scheduler, strength, start=None):
-    """The SDXL pipeline's own choice of where to begin."""
-    from diffusers import StableDiffusionXLImg2ImgPipeline
+    """The pipelines' own choice of where to begin: SDXL's, or Flux's for flows."""
+    from diffusers import FluxImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 
     holder = SimpleNamespace(scheduler=scheduler)
+    if type(scheduler).__name__.startswith("Flow"):
+        return FluxImg2ImgPipeline.get_timesteps(holder, STEPS, strength, "cpu")[0]
     choose = StableDiffusionXLImg2ImgPipeline.get_timesteps
     return choose(holder, STEPS, strength, "cpu", denoising_start=start)[0]
 

@@ -17,7 +17,8 @@ from diffquant.runtime.samplers.base import Draw, Request, Sampler
 from diffquant.runtime.samplers.consistency import Lcm, Tcd
 from diffquant.runtime.samplers.ddim import Ddim
 from diffquant.runtime.samplers.dpm import dpmpp_2m, dpmpp_2m_sde
-from diffquant.runtime.samplers.euler import DpmSde, Euler, EulerAncestral, Heun
+from diffquant.runtime.samplers.dpm_sde import DpmSde
+from diffquant.runtime.samplers.euler import Euler, EulerAncestral, Heun
 from diffquant.runtime.samplers.flow import (
     FlowEuler,
     FlowEulerAncestral,
