@@ -20,7 +20,7 @@ from typing import Any
 from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.detect import detect, detect_part, to_canonical
 from diffquant.convert.lora.bases import template
-from diffquant.convert.lora.match import module_names
+from diffquant.convert.lora.places import modules_of
 from diffquant.core.errors import ArchitectureError, NotInvertible
 from diffquant.core.tensors import TensorSpec
 
@@ -160,9 +160,9 @@ def _row(full: Modules) -> dict[str, Any]:
         canonical = {one.target: one.shape for one in to_canonical(part)}
         component = architecture_named(match.architecture).component(part.name, part.kind)
         other = {
-            key: (sum(piece.stop - piece.start for piece in pieces), *canonical[pieces[0].key][1:])
-            for key, pieces in module_names(component, canonical).items()
-            if pieces
+            key: one.shape
+            for key, one in modules_of(component, canonical).items()
+            if one.pieces and not one.transposed
         }
     except NotInvertible:
         canonical, other = dict(part.shapes), {}

@@ -87,10 +87,13 @@ def test_missing_parts_are_one_line(tmp_path):
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_said(tmp_path):
-    prompt = "a small red circle " * 40
-    result = call("generate", SD15, "-p", prompt, "--steps", 1, "-o", tmp_path / "o.png")
-    assert result.exit_code == 0
+    words = ("-p", "a small red circle " * 40, "--steps", 1)
+    result = call("generate", FLUX, *words, "-o", tmp_path / "flux.png")
+    assert result.exit_code == 0, result.output
     assert "warning: the prompt was cut" in result.stderr
+    result = call("generate", SD15, *words, "-o", tmp_path / "sd.png")  # read in parts of 75
+    assert result.exit_code == 0, result.output
+    assert "was cut" not in result.stderr
 
 
 def test_a_lora_of_another_family_is_one_line(tmp_path):
@@ -120,7 +123,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffquant.runtime.pipeline.Pipeline.run", interrupt)
+    monkeypatch.setattr("diffquant.runtime.pipeline.Pipeline.denoise", interrupt)
     result = generate(SD15, tmp_path / "o.png")
     assert result.exit_code == 130
     assert list(tmp_path.iterdir()) == []

@@ -70,7 +70,7 @@ def test_layers_that_do_not_fit_are_named_with_the_reason(
     ran = command("lora", "check", lora, sd15)
     assert ran.code == 3
     assert "applies in part: 1 of 4 layers fit" in ran.out
-    assert "it is for a weight of shape 320x320, the model has 64x64" in ran.out
+    assert "it is for a weight of shape (320, 320), the model has (64, 64)" in ran.out
     assert "the denoiser has no such layer" in ran.out
     assert "1 layers are for text_encoder_2" in ran.out
     assert max(map(len, ran.out.splitlines()[1:])) <= columns

@@ -14,11 +14,10 @@ from diffquant.convert.lora.base import guess_base
 from diffquant.convert.lora.conversion import convert_lora
 from diffquant.convert.lora.extraction import extract_lora
 from diffquant.convert.lora.group import group_adapters
-from diffquant.convert.lora.match import match_lora
+from diffquant.convert.lora.match import match_adapters, match_lora
 from diffquant.convert.lora.modules import known_model
 from diffquant.convert.lora.pairs import scale_of
 from diffquant.convert.lora.parse import parse_lora
-from diffquant.convert.lora.placing import place_adapters
 from diffquant.convert.lora.ranks import Keep, keep_of
 from diffquant.convert.lora.resizing import resize_lora
 from diffquant.core.errors import (
@@ -82,7 +81,7 @@ def factors_of(path):
     with open_source(path) as source:
         adapters = group_adapters(source).adapters
         found = {}
-        for one in place_adapters(adapters, known_model(guess_base(adapters))):
+        for one in match_adapters(adapters, known_model(guess_base(adapters))).placed:
             up, down = (values(source, one.adapter.parts[role]) for role in ("up", "down"))
             key = one.part, one.module.pieces[0].key
             found[key] = scale_of(one.adapter) * up.squeeze(), down.squeeze()

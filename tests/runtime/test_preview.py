@@ -129,15 +129,9 @@ def test_a_file_that_decodes_other_latents_is_refused(tiny):
 def finite(pipeline, **fields):
     said = []
     request = PictureRequest(DEMO_PROMPTS[0], steps=2, width=64, height=64, cfg=1.0, **fields)
-    made = precision.run_finite(
-        pipeline,
-        request,
-        latents=None,
-        on_step=lambda *_: None,
-        on_latents=None,
-        on_phase=lambda *_: None,
-        warn=said.append,
-    )
+    hooks = precision.Hooks(warn=said.append)
+    found = precision.denoise_finite(pipeline, request, hooks=hooks)
+    made = precision.decode_finite(pipeline, request, found.latents, hooks)
     return made, said
 
 
@@ -155,8 +149,8 @@ def test_a_vae_that_overflows_decodes_again_in_float32():
     vae.decode = overflow
     made, said = finite(opened.pipeline)
     assert said == ["the VAE overflowed in bfloat16, the picture was decoded again in float32"]
-    assert torch.isfinite(made.images).all()
-    assert float((made.images - plain.images).abs().max()) < 0.05
+    assert torch.isfinite(made).all()
+    assert float((made - plain).abs().max()) < 0.05
     assert precision.param_dtype(vae) == torch.bfloat16
     vae.decode = lambda z: decode(vae, z) * float("nan")
     with pytest.raises(VerificationError, match="not finite, in float32 either"):
@@ -172,7 +166,7 @@ def test_float16_overflows_for_real_and_is_caught():
     norm.data.mul_(3e4)  # activations beyond 65504, and not beyond float32's end
     made, said = finite(opened.pipeline)
     assert said == ["the VAE overflowed in float16, the picture was decoded again in float32"]
-    assert torch.isfinite(made.images).all()
+    assert torch.isfinite(made).all()
 
 
 def test_a_denoiser_that_overflows_runs_again_in_float32():
@@ -183,7 +177,7 @@ def test_a_denoiser_that_overflows_runs_again_in_float32():
         forward(unet, x, *rest) * (float("nan") if x.dtype == torch.bfloat16 else 1.0)
     )
     made, said = finite(opened.pipeline)
-    assert torch.isfinite(made.images).all()
+    assert torch.isfinite(made).all()
     (sentence,) = said
     assert "latents are not finite after step 1" in sentence
     assert "the denoiser overflowed in bfloat16, run again in float32" in sentence

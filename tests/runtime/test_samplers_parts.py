@@ -79,10 +79,12 @@ def theirs(oracle, monkeypatch):
 
 
 def timesteps_of(scheduler, strength, start=None):
-    """The SDXL pipeline's own choice of where to begin."""
-    from diffusers import StableDiffusionXLImg2ImgPipeline
+    """The pipelines' own choice of where to begin: SDXL's, or Flux's for flows."""
+    from diffusers import FluxImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 
     holder = SimpleNamespace(scheduler=scheduler)
+    if type(scheduler).__name__.startswith("Flow"):
+        return FluxImg2ImgPipeline.get_timesteps(holder, STEPS, strength, "cpu")[0]
     choose = StableDiffusionXLImg2ImgPipeline.get_timesteps
     return choose(holder, STEPS, strength, "cpu", denoising_start=start)[0]
 
@@ -121,7 +123,7 @@ def test_a_run_from_a_picture_equals_diffusers(name, strength, oracle, theirs):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("share", [0.5, 0.555, 0.8])  # 0.555: the cut is a timestep
 @pytest.mark.parametrize("name", ["euler", "ddim", "dpmpp_2m", "unipc", "heun"])
 def test_base_and_refiner_share_a_run_as_sdxl_does(name, share, oracle, theirs):
     base = theirs(name)

@@ -7,6 +7,7 @@ reads the LoRA's values.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from diffquant.convert.lora.base import UNKNOWN, BaseGuess, guess_base
 from diffquant.convert.lora.claims import claims_of
 from diffquant.convert.lora.distilled import distilled_of
 from diffquant.convert.lora.group import AdapterFile, group_adapters
+from diffquant.convert.lora.match import Placed, Verdict, match_adapters, obstacle
 from diffquant.convert.lora.modules import Model, known_model, model_of
-from diffquant.convert.lora.placing import Placed, Verdict, place_adapters
 from diffquant.convert.lora.strength import delta_norm
 from diffquant.core.errors import ArchitectureError, MalformedFile, UnknownArchitecture
 from diffquant.inspect.subject import Subject
@@ -121,7 +122,7 @@ def check_lora(lora: Subject, base: Subject | None = None, *, strength: bool = F
     claimed = [slug for claim in claims_of(lora.source.metadata) for slug in claim.architectures]
     guess = guess_base(file.adapters, claimed)
     model = _model(lora, base, guess)
-    placed = place_adapters(file.adapters, model)
+    placed = match_adapters(file.adapters, model).placed
     norms = {one.name: delta_norm(lora.source, one) for one in file.adapters} if strength else {}
     matched = sum(one.verdict == "matched" for one in placed)
     parts = tuple(_parts(placed, model))
@@ -154,7 +155,7 @@ def check_lora(lora: Subject, base: Subject | None = None, *, strength: bool = F
         ),
         strengths=tuple(_strengths(placed, model, norms)),
         unmeasured=sum(value is None for value in norms.values()),
-        notes=(*_shorter(placed, model), *_notes(lora, base, guess, file)),
+        notes=(*_unmergeable(placed), *_shorter(placed, model), *_notes(lora, base, guess, file)),
     )
 
 
@@ -297,6 +298,13 @@ def _shorter(placed: Sequence[Placed], model: Model) -> Iterator[str]:
                 f"it touches the first {count} of {len(whole)} blocks of {stack} and no other: "
                 "trained on a smaller member of the family, or on these alone"
             )
+
+
+def _unmergeable(placed: Sequence[Placed]) -> Iterator[str]:
+    """What fits, and yet `lora merge` refuses: the reason once, with how many."""
+    counts = Counter(why for one in placed if one.verdict == "matched" and (why := obstacle(one)))
+    for why, count in counts.items():
+        yield f"{count} layers fit but cannot be merged: {why}"
 
 
 def _key(placed: Placed) -> str:

@@ -7,7 +7,7 @@ asks for what it says, unless an option says otherwise.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from diffquant.core.errors import UsageError
 from diffquant.runtime.facts_of_run import Files, hash_of_file, hash_of_model
 from diffquant.runtime.lora import LoraUse
 from diffquant.runtime.opening import Opened
-from diffquant.runtime.pictures import enlarged, picture_file
+from diffquant.runtime.pictures import picture_file
 from diffquant.runtime.presets import Clues, LoraClue, Preset, contradictions, preset_named
 from diffquant.runtime.recipe import Recipe
 from diffquant.runtime.request import PictureRequest
 
 __all__ = [
     "FIELDS", "HIRES_STRENGTH", "SWITCH", "Job", "Preview", "differences", "files_of", "further",
-    "pictures_of", "request_for", "second_pass", "settings_for",
+    "pictures_of", "request_for", "settings_for",
 ]  # fmt: skip
 
 # Options that describe a picture, as Job.fields and a Recipe name them; `size` is (width, height).
@@ -255,43 +255,4 @@ def request_for(
     direct = {key: settings[key] for key in _DIRECT if key in settings}
     return PictureRequest(
         **direct, width=width, height=height, image=image, mask=pictures.get("mask")
-    )
-
-
-def second_pass(
-    request: PictureRequest,
-    images: Tensor,
-    opened: Opened,
-    model: Opened,
-    settings: Mapping[str, Any],
-) -> PictureRequest:
-    """Image to image from the enlarged picture, at a size the model takes."""
-    pipeline = model.pipeline
-    multiple = pipeline.parts.vae.config.factor * pipeline.family.patch
-    width, height = (
-        max(1, round(side * settings["hires"] / multiple)) * multiple
-        for side in (request.width, request.height)
-    )
-    if model is not opened:  # what belongs to a model is left to the other's own
-        request = replace(
-            request,
-            negative=request.negative if pipeline.family.cfg > 1 else None,
-            cfg=None,
-            cfg_cutoff=1.0,
-            cfg_rescale=0.0,
-            guidance=None,
-            sampler=None,
-            schedule=None,
-            shift=None,
-            eta=None,
-            text_tokens=None,
-            clip_skip=None,
-        )
-    return replace(
-        request,
-        width=width,
-        height=height,
-        image=enlarged(images, width, height),
-        mask=None,
-        strength=settings["hires_strength"],
     )

@@ -7,6 +7,7 @@ it is the flow time itself, from 1 to 0. How walks are laid out is in walks.py; 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -50,11 +51,13 @@ class Part:
     """Which stretch of a run is walked; all of it by default.
 
     Attributes:
-        strength: how much of a given picture is drawn anew: the last int(steps * strength) steps.
+        strength: how much of a given picture is drawn anew: the last steps * strength steps,
+            rounded down for diffusion models and up for flows.
         begin: index of the first step instead; `end`: index of the first step not walked.
         start: share of the training timesteps that another model has walked already.
         stop: share after which this run leaves the rest to another model (base 0.8, refiner 0.8).
-    Source: huggingface/diffusers 0.42 pipelines/stable_diffusion_xl (get_timesteps, denoising_end).
+    Source: huggingface/diffusers 0.42 get_timesteps of pipelines/stable_diffusion_xl and
+    pipelines/flux (img2img), denoising_end of the former.
     """
 
     strength: float = 1.0
@@ -82,7 +85,9 @@ class Part:
             UsageError: nothing would be left.
         """
         steps = len(walk.timesteps) - 1
-        begin = self.begin or steps - min(int(steps * self.strength), steps)
+        share = min(steps * self.strength, steps)
+        # a part of a step counts as one for flows, and not at all for diffusion models
+        begin = self.begin or (int(steps - share) if walk.flow else steps - int(share))
         if self.start > 0:
             cut = round(count - self.start * count)
             begin = sum(t >= cut for t in walk.timesteps[:-1])
@@ -112,6 +117,7 @@ class Walk:
         offset: how many of them come before this part.
         unit: whether the first latents have variance sigma**2 + 1, or sigma**2.
         even: whether timesteps keep one distance, which diffusers' DDIM and PNDM step by.
+        flow: whether levels are flow times.
     """
 
     timesteps: tuple[float, ...]
@@ -120,15 +126,12 @@ class Walk:
     offset: int = 0
     unit: bool = False
     even: bool = False
+    flow: bool = False
 
     def part(self, part: Part, count: int) -> Walk:
         """The stretch of it that `part` asks for."""
         begin, end = part.bounds(self, count)
-        return Walk(
-            self.timesteps[begin : end + 1],
-            self.sigmas[begin : end + 1],
-            self.total,
-            begin,
-            self.unit,
-            self.even,
+        cut = slice(begin, end + 1)
+        return dataclasses.replace(
+            self, timesteps=self.timesteps[cut], sigmas=self.sigmas[cut], offset=begin
         )

@@ -110,24 +110,24 @@ def _prepare(
     with open_source(path) as source:
         file = parse_lora(source)
         match = match_lora(file.layers, ARCHITECTURES[architecture], parts)
-        tables = {
-            target.layer.name
+        unreached = {
+            target.layer.name: why
             for target in match.targets
-            if isinstance(layers[target.part].get(target.key), QuantEmbedding)
+            if (why := _unreached(layers[target.part].get(target.key)))
         }
         unmatched = (
             *match.unmatched,
             *match.shape_mismatch,
-            *((name, "a table of embeddings takes no LoRA yet") for name in sorted(tables)),
+            *sorted(unreached.items()),
         )
         _check_family(path, architecture, file, match)
-        targets = [target for target in match.targets if target.layer.name not in tables]
+        targets = [target for target in match.targets if target.layer.name not in unreached]
         adapters, silent = [], True
         for target, adapter in _adapters(bind(source), targets, weight):
             layer = layers[target.part][target.key]
             adapters.append((layer, adapter.to(layer.bound().device)))
             silent = silent and not bool(adapter.up.any())
-    matched = match.matched - len(tables)
+    matched = match.matched - len(unreached)
     warnings = list(_warnings(path, file, matched, unmatched))
     if silent:
         warnings.append(f"{path.name}: every up factor is zero, so the LoRA changes nothing")
@@ -141,6 +141,14 @@ def _prepare(
         warnings=tuple(warnings),
     )
     return _Prepared(use, tuple(adapters))
+
+
+def _unreached(layer: PackedLayer | None) -> str:
+    """Why no LoRA can lie beside a layer; empty where one can."""
+    if layer is None:
+        return "a bare parameter takes no LoRA here; lora merge does it"
+    is_table = isinstance(layer, QuantEmbedding)
+    return "a table of embeddings takes no LoRA yet" if is_table else ""
 
 
 def _adapters(
@@ -157,6 +165,9 @@ def _adapters(
                 torch.from_numpy(array).to(_STORED.get(source.tensors[key].dtype, torch.float32))
                 for array, key in zip(arrays, keys, strict=True)
             )
+        if target.transposed:  # (up @ down)^T = down^T @ up^T
+            yield target, LowRank(up.T, down.T, weight * last.scale)
+            continue
         rows = slice(*target.up_rows) if target.up_rows else slice(None)
         yield target, LowRank(down, up[rows], weight * last.scale, target.rows)
 

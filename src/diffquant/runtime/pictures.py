@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffquant.core.errors import MalformedFile, UsageError
 
-__all__ = ["enlarged", "picture_file"]
+__all__ = ["picture_file"]
 
 _LARGEST = 1 << 26  # pixels: 8192 x 8192
 
@@ -53,16 +53,3 @@ def picture_file(path: Path, kind: str) -> Tensor:
     except (OSError, SyntaxError, ValueError) as error:
         raise MalformedFile(f"a damaged picture: {error}", path=path) from None
     return torch.from_numpy(np.asarray(picture, np.float32) / 255.0)[None]
-
-
-def enlarged(pictures: Tensor, width: int, height: int) -> Tensor:
-    """Resize (B, H, W, 3) in [0, 1] with Lanczos' filter, channel by channel in float32."""
-    from PIL import Image
-
-    out = torch.empty((len(pictures), height, width, 3))
-    for i, picture in enumerate(pictures):
-        for channel in range(3):
-            plane = Image.fromarray(picture[..., channel].contiguous().numpy())
-            resized = plane.resize((width, height), Image.Resampling.LANCZOS)
-            out[i, ..., channel] = torch.from_numpy(np.array(resized))
-    return out.clamp(0, 1)

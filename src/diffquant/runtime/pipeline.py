@@ -1,8 +1,9 @@
-"""Text to image: encode the prompt, walk from noise to latents, decode.
+"""From a request to pictures: encode the prompt, walk from noise to latents, decode.
 
-Noise is drawn as diffusers draws it: float32 from torch's CPU generator, in the latents' shape, so
+The loop is here; where it starts from is told by inpaint.py, noise by noise.py. Noise is drawn as
+diffusers draws it: float32 from torch's CPU generator, in the latents' shape, so
 `torch.Generator("cpu").manual_seed(seed)` there and `seed` here start from the same noise, on any
-device.
+device. Of a batch each picture has a generator of its own, as if it were made alone.
 """
 
 from __future__ import annotations
@@ -25,16 +26,34 @@ from diffquant.runtime.families import (
 )
 from diffquant.runtime.families.base import device_of
 from diffquant.runtime.guidance import Guidance, needs_negative
-from diffquant.runtime.models.autoencoder import from_pixels, to_pixels
+from diffquant.runtime.inpaint import paste, start
+from diffquant.runtime.models.autoencoder import to_pixels
 from diffquant.runtime.models.facts import param_dtype
+from diffquant.runtime.noise import NoiseSource
 from diffquant.runtime.request import PictureRequest
-from diffquant.runtime.samplers import Part, default_sampler, make_sampler
+from diffquant.runtime.samplers import Part, Sampler, default_sampler, make_sampler
 
-__all__ = ["Generated", "OnLatents", "OnPhase", "OnStep", "Pipeline", "PipelineParts"]
+__all__ = ["Denoised", "Generated", "OnLatents", "OnStep", "Pipeline", "PipelineParts"]
 
 OnStep: TypeAlias = Callable[[int, int], None]
 OnLatents: TypeAlias = Callable[[int, int, Tensor], None]
-OnPhase: TypeAlias = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Denoised:
+    """What a run leaves before it is decoded.
+
+    Attributes:
+        latents: (B, C, h, w) float32 as the denoiser left them, on its device.
+        sampler: name of the sampler used.
+        calls: model evaluations per picture, guidance not counted.
+        truncated: what the tokenizers cut off, "clip: ..." or "t5: ...", negative prompts included.
+    """
+
+    latents: Tensor
+    sampler: str
+    calls: int
+    truncated: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +63,8 @@ class Generated:
     Attributes:
         images: (B, H, W, 3) float32 in [0, 1], on the CPU.
         latents: (B, C, h, w) float32 as the denoiser left them, on the CPU.
-        sampler: name of the sampler used.
-        calls: model evaluations per picture.
-        truncated: what the tokenizers cut off, "clip: ..." or "t5: ...", negative prompts included.
+        sampler, calls, truncated: as in Denoised.
+        seeds: one per picture.
     """
 
     images: Tensor
@@ -54,19 +72,7 @@ class Generated:
     sampler: str
     calls: int
     truncated: tuple[str, ...]
-
-
-def initial_noise(shape: tuple[int, int, int], seed: int | Sequence[int], count: int) -> Tensor:
-    """Draw `count` samples of `shape`: float32 on the CPU.
-
-    One seed draws the whole batch from one generator; a sequence draws each sample from its own.
-    """
-    if isinstance(seed, int):
-        return torch.randn((count, *shape), generator=torch.Generator("cpu").manual_seed(seed))
-    if len(seed) != count:
-        raise UsageError(f"{len(seed)} seeds for {count} pictures: give one, or one per picture")
-    generators = [torch.Generator("cpu").manual_seed(one) for one in seed]
-    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+    seeds: tuple[int, ...] = ()
 
 
 class Pipeline:
@@ -83,6 +89,11 @@ class Pipeline:
         self.parts = parts
         self.family: Family = FAMILIES[parts.architecture]
 
+    @property
+    def multiple(self) -> int:
+        """What width and height must be multiples of, in pixels."""
+        return self.parts.vae.config.factor * self.family.patch
+
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -90,21 +101,15 @@ class Pipeline:
         *,
         latents: Tensor | None = None,
         on_step: OnStep | None = None,
-        **fields: Any,  # noqa: ANN401
+        on_latents: OnLatents | None = None,
+        **fields: Any,  # noqa: ANN401 (what PictureRequest takes)
     ) -> Generated:
-        """Generate pictures; `fields` are those of PictureRequest.
-
-        One seed draws the noise of the whole batch, as diffusers does; see `run`.
-        """
+        """Generate pictures: `run` of a PictureRequest with these fields; lists may be given."""
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         prompts = prompt if isinstance(prompt, str) else tuple(prompt)
         request = PictureRequest(prompts, negative, **fields)
-        if latents is None:
-            count = request.batch * (1 if isinstance(prompts, str) else len(prompts))
-            shape = self._latent_shape(request.width, request.height)
-            latents = initial_noise(shape, request.seed, count)
-        return self.run(request, latents=latents, on_step=on_step)
+        return self.run(request, latents=latents, on_step=on_step, on_latents=on_latents)
 
-    @torch.no_grad()
     def run(
         self,
         request: PictureRequest,
@@ -112,83 +117,66 @@ class Pipeline:
         latents: Tensor | None = None,
         on_step: OnStep | None = None,
         on_latents: OnLatents | None = None,
-        on_phase: OnPhase | None = None,
     ) -> Generated:
-        """Generate pictures.
+        """Make the pictures of a request; see `denoise` for arguments and errors."""
+        found = self.denoise(request, latents=latents, on_step=on_step, on_latents=on_latents)
+        images = paste(request, self.decode(found.latents))
+        return Generated(
+            images=images,
+            latents=found.latents.cpu(),
+            sampler=found.sampler,
+            calls=found.calls,
+            truncated=found.truncated,
+            seeds=request.seeds,
+        )
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        request: PictureRequest,
+        *,
+        latents: Tensor | None = None,
+        on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
+        on_start: Callable[[int], None] | None = None,
+    ) -> Denoised:
+        """Walk from noise, or from a picture, to latents.
 
         Args:
-            request: what to draw; of one seed, each picture of a batch takes the next.
-            latents: (B, C, h, w) noise to start from instead of drawing it; with `begin`, what the
-                model of the earlier part left.
+            request: what is wanted.
+            latents: (B, C, h, w) noise instead of drawing it; with `request.begin`, the latents
+                that another model stopped at.
             on_step: called after each model call with (done, total).
-            on_latents: called after each model call with (index, total, latents (B, C, h, w)).
-            on_phase: called before "encode", "denoise" and "decode" with (name, steps of it).
+            on_latents: called after each model call with (index, total, latents (B, C, h, w)), the
+                latents in the sampler's scale.
+            on_start: called with the number of model calls, once all texts are encoded.
 
         Raises:
-            UsageError: a size, seed count, sampler or guidance the model cannot take.
+            UsageError: a size, sampler, guidance or mask the model cannot take.
             VerificationError: latents are not finite; the message says at which step.
         """
         parts, family = self.parts, self.family
-        tell = on_phase or (lambda _name, _steps: None)
-        if request.mask is not None or request.prompt_style not in ("comfy", "plain"):
-            raise UsageError("masks and prompt styles are not run yet")
-        if request.rng != "cpu":
-            raise UsageError(f"noise {request.rng!r} is not drawn yet, use cpu")
-        named = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-        prompts = [one for one in named for _ in range(request.batch)]
-        seeds = request.seed
-        if isinstance(seeds, int):
-            seeds = tuple(seeds + i for i in range(len(prompts)))
-        shape = self._latent_shape(request.width, request.height)
-        guide = Guidance(
-            family.cfg if request.cfg is None else request.cfg,
-            rescale=request.cfg_rescale,
-            cutoff=request.cfg_cutoff,
-        )
-        options = TextOptions(request.text_tokens, request.clip_skip)
-        tell("encode", 1)
-        positive = family.encode(parts, prompts, options)
-        opposite = self._negative(request.negative, positive, guide.cfg, options)
-        call = family.caller(parts, Conditions((request.width, request.height), request.guidance))
+        count = len(request.prompts)
+        shape = (count, *self._latent_shape(request.width, request.height))
+        cfg = family.cfg if request.cfg is None else request.cfg
+        guide = Guidance(cfg, request.cfg_rescale, request.cfg_cutoff)
+        positive, opposite = self._texts(request, cfg)
+        noise = NoiseSource(request.seeds, request.rng)
         name = request.sampler or default_sampler(parts.scheduler, flow=family.flow)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-
-        def draw(size: Sequence[int]) -> Tensor:
-            each = [torch.randn((1, *size[1:]), generator=one) for one in generators]
-            return torch.cat(each)
-
-        if latents is None:
-            latents = initial_noise(shape, seeds, len(prompts))
-            for generator in generators:  # noise of steps goes on after that of the start
-                torch.randn((1, *shape), generator=generator)
-        run = make_sampler(
-            name,
-            parts.scheduler,
-            steps=request.steps,
-            tokens=shape[1] * shape[2] // family.patch**2,
-            flow=family.flow,
-            schedule=request.schedule,
-            shift=request.shift,
-            part=_part(request),
-            draw=draw,
-            eta=request.eta,
-            architecture=parts.architecture,
-        )
-        device = device_of(parts.denoiser)
-        x = latents.to(device, torch.float32)
-        if request.image is not None:
-            x = run.add_noise(self._encoded(request.image, len(prompts)).to(x), x, 0)
-        elif request.begin == 0:
-            x = x * run.init_scale
-        total = len(run.timesteps)
-        tell("denoise", total)
+        run = self._sampler(name, request, shape, noise)
+        begun = start(parts, family, request, run, noise, shape, latents)
+        size = (request.width, request.height)
+        call = family.caller(parts, Conditions(size, request.guidance, begun.beside))
+        x, total = begun.latents, len(run.timesteps)
+        if on_start is not None:
+            on_start(total)
         for index, t in enumerate(run.timesteps):
-            now = guide.at(index, total) if opposite is not None else Guidance()
-            texts: tuple[Text, ...] = (positive,)
-            if opposite is not None and now.needs_negative:
-                texts = (opposite, positive)
+            now = guide.at(index, total)
+            guided = opposite is not None and now.needs_negative
+            texts = (opposite, positive) if opposite is not None and guided else (positive,)
             found = call(run.scale_input(x, index), t, texts)
-            x = run.step(found[0] if len(found) == 1 else now.apply(found[1], found[0]), x, index)
+            output = now.apply(found[1], found[0]) if guided else found[0]
+            x = begun.protect(run.step(output, x, index), run, index + 1)
             if not bool(torch.isfinite(x).all()):
                 raise VerificationError(
                     f"latents are not finite after step {index + 1} of {total}: "
@@ -199,16 +187,7 @@ class Pipeline:
             if on_latents is not None:
                 on_latents(index, total, x)
         cut = positive.truncated + (opposite.truncated if opposite else ())
-        tell("decode", 1)
-        images = self.decode(x)
-        return Generated(images, x.cpu(), name, total, tuple(dict.fromkeys(cut)))
-
-    def _encoded(self, image: Tensor, count: int) -> Tensor:
-        """Latents of a picture (1 or B, H, W, 3) in [0, 1]."""
-        vae = self.parts.vae
-        pixels = from_pixels(image.expand(count, -1, -1, -1))
-        mean, _ = vae.encode(pixels.to(device_of(vae), param_dtype(vae)))
-        return vae.scale(mean.float())
+        return Denoised(x, name, total, tuple(dict.fromkeys(cut)))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -218,9 +197,30 @@ class Pipeline:
         z = vae.unscale(latents.to(device, torch.float32)).to(param_dtype(vae))
         return torch.cat([to_pixels(vae.decode(one)).cpu() for one in z[:, None]])
 
+    def _sampler(
+        self,
+        name: str,
+        request: PictureRequest,
+        shape: tuple[int, int, int, int],
+        noise: NoiseSource,
+    ) -> Sampler:
+        strength = 1.0 if request.image is None else request.strength
+        return make_sampler(
+            name,
+            self.parts.scheduler,
+            steps=request.steps,
+            tokens=shape[2] * shape[3] // self.family.patch**2,
+            flow=self.family.flow,
+            schedule=request.schedule,
+            shift=request.shift,
+            part=Part(strength=strength, start=request.begin, stop=request.end),
+            draw=noise.draw,
+            eta=request.eta,
+            architecture=self.parts.architecture,
+        )
+
     def _latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        factor = self.parts.vae.config.factor
-        multiple = factor * self.family.patch
+        factor, multiple = self.parts.vae.config.factor, self.multiple
         if min(width, height) < multiple or width % multiple or height % multiple:
             near = [max(1, round(size / multiple)) * multiple for size in (width, height)]
             raise UsageError(
@@ -229,25 +229,22 @@ class Pipeline:
             )
         return self.parts.vae.config.latents, height // factor, width // factor
 
-    def _negative(
-        self, text: str | None, positive: Text, cfg: float, options: TextOptions
-    ) -> Text | None:
-        """Encode the negative prompt, where guidance is on; flows also need one to be given."""
-        if text and not needs_negative(cfg):
+    def _texts(self, request: PictureRequest, cfg: float) -> tuple[Text, Text | None]:
+        """Encode the prompts and, where guidance is on, the negative one.
+
+        Flows are guided only where a negative prompt is given.
+        """
+        if request.negative and not needs_negative(cfg):
             raise UsageError(f"a negative prompt has no effect with cfg {cfg:g}: use cfg above 1")
-        if not needs_negative(cfg) or (text is None and self.family.flow):
-            return None
-        if text is None and self.family.nothing is not None:
-            nothing = self.family.nothing(self.parts, positive)
+        family, prompts = self.family, list(request.prompts)
+        options = TextOptions(request.text_tokens, request.clip_skip, style=request.prompt_style)
+        positive = family.encode(self.parts, prompts, options)
+        text = request.negative
+        if not needs_negative(cfg) or (text is None and family.flow):
+            return positive, None
+        if text is None and family.nothing is not None:
+            nothing = family.nothing(self.parts, positive)
             if nothing is not None:
-                return nothing
-        count = len(positive.states)
+                return positive, nothing
         options = replace(options, negative=True)
-        return self.family.encode(self.parts, [text or ""] * count, options)
-
-
-def _part(request: PictureRequest) -> Part:
-    """Which part of the noise range is run."""
-    if request.image is not None:
-        return Part(strength=request.strength)
-    return Part(start=request.begin, stop=request.end)
+        return positive, family.encode(self.parts, [text or ""] * len(prompts), options)

@@ -8,19 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from diffquant.core.errors import UnknownFormat, VerificationError
+from diffquant.runtime.inpaint import paste
 from diffquant.runtime.judges import defects
 from diffquant.runtime.models.facts import param_dtype
-from diffquant.runtime.pipeline import Generated, OnLatents, OnPhase, OnStep, Pipeline
+from diffquant.runtime.pipeline import Denoised, OnLatents, OnStep, Pipeline
 from diffquant.runtime.request import PictureRequest
 
-__all__ = ["DTYPES", "chosen_dtype", "run_finite", "slow_here"]
+__all__ = ["DTYPES", "Hooks", "chosen_dtype", "decode_finite", "denoise_finite", "slow_here"]
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What is told on the way.
+
+    Attributes:
+        on_phase: "encode", "denoise" or "decode" begins, with its number of steps.
+        on_step, on_latents: as of Pipeline.denoise.
+        warn: a sentence for people.
+    """
+
+    on_phase: Callable[[str, int], None] = lambda _name, _steps: None
+    on_step: OnStep | None = None
+    on_latents: OnLatents | None = None
+    warn: Callable[[str], None] = lambda _text: None
 
 
 def chosen_dtype(name: str, device: str) -> str:
@@ -51,52 +69,67 @@ def _native_bfloat16(device: str) -> bool:
     return device == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def run_finite(
+def denoise_finite(
     pipeline: Pipeline,
     request: PictureRequest,
     *,
-    latents: Tensor | None,
-    on_step: OnStep,
-    on_latents: OnLatents | None,
-    on_phase: OnPhase,
-    warn: Callable[[str], None],
-) -> Generated:
-    """Run a request; what is not finite, or black, is run again in float32, once.
+    latents: Tensor | None = None,
+    hooks: Hooks | None = None,
+) -> Denoised:
+    """Walk to latents; where they are not finite, once more with the denoiser in float32.
 
     Raises:
-        VerificationError: latents or pictures that are not finite in float32 either.
+        VerificationError: they are not finite in float32 either.
     """
+    hooks = hooks or Hooks()
 
-    def run() -> Generated:
-        return pipeline.run(
-            request, latents=latents, on_step=on_step, on_latents=on_latents, on_phase=on_phase
+    def walk() -> Denoised:
+        hooks.on_phase("encode", 1)
+        return pipeline.denoise(
+            request,
+            latents=latents,
+            on_step=hooks.on_step,
+            on_latents=hooks.on_latents,
+            on_start=lambda calls: hooks.on_phase("denoise", calls),
         )
 
-    denoiser, vae = pipeline.parts.denoiser, pipeline.parts.vae
+    denoiser = pipeline.parts.denoiser
     try:
-        made = run()
+        return walk()
     except VerificationError as error:
         if param_dtype(denoiser) == torch.float32:
             raise
-        warn(f"{error}: the denoiser overflowed in {_name(denoiser)}, run again in float32")
+        hooks.warn(f"{error}: the denoiser overflowed in {_name(denoiser)}, run again in float32")
         with _in_float32(denoiser):
-            made = run()
-    if param_dtype(vae) == torch.float32 or not _broken(made.images):
-        return _checked(made)
-    lower = _name(vae)
-    on_phase("decode", 1)
-    with _in_float32(vae):
-        images = pipeline.decode(made.latents)
-    if torch.isfinite(made.images).all() and _broken(images):
-        return made  # black in float32 too: it is a picture of the night
-    warn(f"the VAE overflowed in {lower}, the picture was decoded again in float32")
-    return _checked(Generated(images, made.latents, made.sampler, made.calls, made.truncated))
+            return walk()
 
 
-def _checked(made: Generated) -> Generated:
-    if not bool(torch.isfinite(made.images).all()):
+def decode_finite(
+    pipeline: Pipeline, request: PictureRequest, latents: Tensor, hooks: Hooks | None = None
+) -> Tensor:
+    """Decode latents; what is not finite, or black, once more with the VAE in float32.
+
+    Returns:
+        (B, H, W, 3) float32 in [0, 1], what a mask protects put back.
+
+    Raises:
+        VerificationError: not finite in float32 either.
+    """
+    hooks = hooks or Hooks()
+    hooks.on_phase("decode", 1)
+    vae = pipeline.parts.vae
+    images = pipeline.decode(latents)
+    if param_dtype(vae) != torch.float32 and _broken(images):
+        lower = _name(vae)
+        with _in_float32(vae):
+            again = pipeline.decode(latents)
+        # black in float32 too is a picture of the night
+        if not _broken(again) or not bool(torch.isfinite(images).all()):
+            hooks.warn(f"the VAE overflowed in {lower}, the picture was decoded again in float32")
+            images = again
+    if not bool(torch.isfinite(images).all()):
         raise VerificationError("the decoded picture is not finite, in float32 either")
-    return made
+    return paste(request, images)
 
 
 def _broken(images: Tensor) -> bool:

@@ -50,7 +50,7 @@ SAMPLER_NAMES: tuple[Name, ...] = (
         "euler_a",
         "Euler a",
         "Euler with fresh noise at each step: never settles as steps grow",
-        ("euler_ancestral", "k_euler_a"),
+        ("euler_ancestral", "flow_euler_a", "k_euler_a"),
     ),
     Name("heun", "Heun", "second order, two model calls a step", ("flow_heun",)),
     Name(
@@ -79,7 +79,7 @@ SAMPLER_NAMES: tuple[Name, ...] = (
         "second order, corrects each step with the next call",
         ("uni_pc", "uni_pc_bh2", "flow_unipc"),
     ),
-    Name("lcm", "LCM", "for models and LoRAs distilled for it, 2 to 8 steps", ()),
+    Name("lcm", "LCM", "for models and LoRAs distilled for it, 2 to 8 steps", ("flow_lcm",)),
     Name("tcd", "TCD", "for models and LoRAs distilled for it; eta sets the fresh noise", ()),
 )
 
@@ -91,7 +91,7 @@ SCHEDULE_NAMES: tuple[Name, ...] = (
         "normal",
         "Normal",
         "evenly spaced timesteps, both ends included",
-        ("discrete", "default", "uniform"),
+        ("discrete", "uniform"),
     ),
     Name("sgm_uniform", "SGM Uniform", "evenly spaced timesteps without the last, cleanest one"),
     Name("simple", "Simple", "every k-th noise level of the model's own table"),
@@ -104,7 +104,7 @@ SCHEDULE_NAMES: tuple[Name, ...] = (
         "ays",
         "Align Your Steps",
         "levels optimised for 10 steps of SD1 or SDXL",
-        ("align_your_steps", "alignyoursteps", "ays_sd", "ays_10"),
+        ("align_your_steps",),
     ),
     Name("lcm", "LCM", "a few of the 50 timesteps that LCM and TCD were distilled on"),
 )

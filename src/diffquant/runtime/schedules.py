@@ -62,6 +62,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "predict_x0": (True,),
     "disable_corrector": ([],),
     "solver_p": (),
+    "scale_factors": (),
     "lambda_min_clipped": (-math.inf, "-inf", "-Infinity"),
     "sigma_min": (),
     "sigma_max": (),

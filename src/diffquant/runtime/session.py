@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from diffquant.core.errors import UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.runtime.facts_of_run import facts_of
+from diffquant.runtime.hires import again, enlarged
 from diffquant.runtime.job import (
     Job,
     differences,
@@ -25,7 +26,6 @@ from diffquant.runtime.job import (
     further,
     pictures_of,
     request_for,
-    second_pass,
     settings_for,
 )
 from diffquant.runtime.judges import defects
@@ -33,9 +33,16 @@ from diffquant.runtime.lora import LoraUse, attach
 from diffquant.runtime.opening import Opened, PartOrigin, open_pipeline
 from diffquant.runtime.parameters import save_png, save_preview
 from diffquant.runtime.pipeline import Generated, OnLatents
-from diffquant.runtime.precision import chosen_dtype, run_finite, slow_here
+from diffquant.runtime.precision import (
+    Hooks,
+    chosen_dtype,
+    decode_finite,
+    denoise_finite,
+    slow_here,
+)
 from diffquant.runtime.presets import Preset
 from diffquant.runtime.preview import Show, shower
+from diffquant.runtime.refine import parted
 from diffquant.runtime.request import PictureRequest
 
 __all__ = ["Made", "generate_pictures", "numbered"]
@@ -136,7 +143,6 @@ def _generate(job: Job, run: _Run) -> Made:
     request = request_for(job, opened, settings, pictures)
     shown = _previews(job, opened, run)
     made = _generated(job, opened, extra, request, settings, shown, run)
-    seeds = _seeds(request, len(made.images))
     paths = numbered(job.output, len(made.images))
     facts = facts_of(
         request,
@@ -149,7 +155,7 @@ def _generate(job: Job, run: _Run) -> Made:
     )
     embedded = []
     run.enter("save", len(paths), "picture")
-    for path, image, seed in zip(paths, made.images, seeds, strict=True):
+    for path, image, seed in zip(paths, made.images, made.seeds, strict=True):
         picture = image.numpy()
         run.warnings += [f"{path.name} looks {word}" for word in defects(picture)]
         embedded.append({**facts, "seed": seed})
@@ -182,12 +188,6 @@ def _opened(job: Job, path: Path, dtype: str) -> Opened:
     )
 
 
-def _seeds(request: PictureRequest, count: int) -> tuple[int, ...]:
-    if isinstance(request.seed, int):
-        return tuple(request.seed + i for i in range(count))
-    return request.seed
-
-
 def _previews(job: Job, opened: Opened, run: _Run) -> OnLatents | None:
     """What writes OUT.preview.png, at most ten times a run."""
     if job.preview is None:
@@ -213,36 +213,42 @@ def _generated(
 ) -> Generated:
     """The picture, its refiner and its second pass."""
 
-    def once(
-        one: Opened, asked: PictureRequest, label: str = "", latents: Tensor | None = None
-    ) -> Generated:
+    def hooks(label: str) -> Hooks:
         def on_phase(name: str, steps: int) -> None:
-            name = label if label and name == "denoise" else name
-            run.enter(name, steps, "step" if steps > 1 else "part")
+            run.enter(label if name == "denoise" else name, steps, "step" if steps > 1 else "part")
 
-        return run_finite(
-            one.pipeline,
-            asked,
-            latents=latents,
-            on_step=lambda _done, _total: run.progress.advance(1),
-            on_latents=shown if one is opened else None,
+        return Hooks(
             on_phase=on_phase,
+            on_step=lambda _done, _total: run.progress.advance(1),
+            on_latents=shown if label == "denoise" else None,
             warn=run.warnings.append,
         )
 
+    pipeline, last, label = opened.pipeline, request, "denoise"
     if job.refiner is None:
-        made = once(opened, request)
+        found = denoise_finite(pipeline, request, hooks=hooks(label))
     else:
+        refiner = extra[job.refiner].pipeline
         switch = settings["refiner_switch"]
-        first = once(opened, replace(request, end=switch))
-        # one walk by two models: the same sampler, and no noise between
-        second = replace(
-            request, begin=switch, image=None, mask=None, sampler=first.sampler, clip_skip=None
-        )
-        made = once(extra[job.refiner], second, "refine", first.latents)
+        first, last = parted(pipeline, refiner, request, switch=switch)
+        left = denoise_finite(pipeline, first, hooks=hooks(label)).latents
+        pipeline, label = refiner, "refine"
+        found = denoise_finite(pipeline, last, latents=left, hooks=hooks(label))
+    images = decode_finite(pipeline, last, found.latents, hooks(label))
     if "hires" in settings:
         model = extra[job.hires_model] if job.hires_model is not None else opened
-        made = once(model, second_pass(request, made.images, opened, model, settings), "hires")
+        larger = again(
+            model.pipeline,
+            request,
+            images,
+            size=enlarged(model.pipeline, request, settings["hires"]),
+            strength=settings["hires_strength"],
+            same=model is opened,
+        )
+        found = denoise_finite(model.pipeline, larger, hooks=hooks("hires"))
+        images = decode_finite(model.pipeline, larger, found.latents, hooks("hires"))
     elif job.hires_model is not None:
         raise UsageError("--hires-model needs --hires, such as --hires 2")
-    return made
+    return Generated(
+        images, found.latents.cpu(), found.sampler, found.calls, found.truncated, request.seeds
+    )

@@ -11,6 +11,7 @@ schedulers/scheduling_utils.py).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -231,7 +232,7 @@ def flow_walk(
     if spread in _SPREADS:
         sigmas = _SPREADS[spread](float(sigmas[0]), float(sigmas[-1]), steps)
     told = sigmas.astype(np.float32) * np.float32(facts.num_train_timesteps)
-    return _finish(told, sigmas, 0.0, unit=False)
+    return dataclasses.replace(_finish(told, sigmas, 0.0, unit=False), flow=True)
 
 
 def _flow_sigmas(

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffquant.convert.lora.match import Placed, match_adapters
 from diffquant.convert.lora.modules import Model
 from diffquant.convert.lora.pairs import scale_of, write
-from diffquant.convert.lora.placing import Placed, place_adapters
 from diffquant.convert.lora.rewrite import Layer, plan_layers, rewritten
 from diffquant.convert.lora.spelling import SPELLINGS, Spelling
 from diffquant.convert.lora.workshop import (
@@ -104,9 +104,9 @@ def convert_lora(
     check_output(out, [src, *([base] if base else [])], force=force or dry_run)
     with open_lora(src) as lora:
         model = base_model(lora, base)
-        placed = place_adapters(lora.adapters, model)
-        fitting = tuple(one for one in placed if one.verdict == "matched")
-        lost = [one for one in placed if one.verdict != "matched"]
+        match = match_adapters(lora.adapters, model)
+        fitting = match.fitting
+        lost = [one for one in match.placed if one.verdict != "matched"]
         _refuse_lost(src, lost, model, allow_missing=allow_missing)
         layers = plan_layers(
             lora.source,

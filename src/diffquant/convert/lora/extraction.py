@@ -24,8 +24,9 @@ from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.canonical_rows import canonical_rows
 from diffquant.convert.jobs import opened
 from diffquant.convert.logical import LogicalSource
-from diffquant.convert.lora.modules import Model, Module, model_of
+from diffquant.convert.lora.modules import Model, model_of
 from diffquant.convert.lora.pairs import Matrix, stored_bytes, write
+from diffquant.convert.lora.places import Module
 from diffquant.convert.lora.ranks import Keep
 from diffquant.convert.lora.spelling import SPELLINGS, keys_of, module_prefix, modules_for
 from diffquant.convert.lora.workshop import check_output, peft_config_of
@@ -253,6 +254,7 @@ class _Work:
         delta = np.concatenate(
             [self._difference(weights[p.key], (p.start, p.stop)) for p in module.pieces]
         )
+        delta = np.ascontiguousarray(delta.T) if module.transposed else delta
         total = float(np.einsum("ij,ij->", delta, delta, dtype=np.float64))
         if not math.isfinite(total):
             raise MalformedFile(f"{module.name}: NaN or infinity in the difference")

@@ -33,6 +33,7 @@ class LayerChange:
         spans: rows of the weight that are rows of the module.
         strength: of the file.
         bias: whether it is the bias of the module that is changed.
+        transposed: the weight is the transpose of the module's, all of it.
     """
 
     file: int
@@ -40,16 +41,22 @@ class LayerChange:
     spans: tuple[Span, ...]
     strength: float
     bias: bool = False
+    transposed: bool = False
 
     @property
     def reach(self) -> str:
         """ROWS or WHOLE."""
+        if self.transposed:
+            return WHOLE
         return ROWS if self.bias else reach_of(self.parts.adapter)
 
     def change(self, weight: NDArray[np.float32], rows: tuple[int, int]) -> NDArray[np.float32]:
         """What is added to rows of the weight; zero where it is not the module's."""
         found = np.zeros_like(weight)
         calculate = bias_change if self.bias else weight_change
+        if self.transposed:
+            module = np.ascontiguousarray(weight.T)
+            return calculate(self.parts, module, (0, len(module)), self.strength).T
         if self.reach == WHOLE:
             order = np.concatenate([np.arange(s.start, s.stop) for s in self.spans]) - rows[0]
             here = (order >= 0) & (order < len(weight))

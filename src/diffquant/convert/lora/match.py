@@ -1,23 +1,26 @@
-"""Find the weights of a model that a LoRA's layers mean, in whatever naming the LoRA uses.
+"""Find the weights of a model that an adapter's layers mean, in whatever naming they have.
 
-What a name means is told by places.py. A LoRA of Diffusers' `to_q` reaches rows [0, N) of a fused
-`qkv`; where rows are in another order it is cut into several spans.
+One matcher serves `lora check`, `lora convert`, `lora merge`, `quantize --lora` and `generate
+--lora`: what fits, fits everywhere. What a name means is told by places.py. A layer of Diffusers'
+`to_q` reaches rows [0, N) of a fused `qkv`; where rows are in another order it is cut into several
+spans.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from diffquant.convert.adapters import WHOLE
 from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.lora.base import UNKNOWN, guess_base
 from diffquant.convert.lora.deltas import has_bias_change, has_weight_change, reach_of, refusal
 from diffquant.convert.lora.group import Adapter
+from diffquant.convert.lora.misfits import bias_misfit, misfit
+from diffquant.convert.lora.modules import Model, Part, model_with
 from diffquant.convert.lora.parse import LoraLayer
-from diffquant.convert.lora.places import Names, module_names
+from diffquant.convert.lora.places import Module
 from diffquant.convert.rules import Piece, Shape, Shapes
 
 __all__ = [
@@ -25,15 +28,41 @@ __all__ = [
     "AdapterTarget",
     "LoraMatch",
     "LoraTarget",
+    "Placed",
     "Span",
+    "Verdict",
     "looks_like",
     "match_adapters",
     "match_lora",
-    "module_names",
+    "obstacle",
 ]
 
 Rows: TypeAlias = tuple[int, int]
 Named: TypeAlias = tuple[str, str]
+Verdict: TypeAlias = Literal["matched", "unmatched", "shape_mismatch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One adapter and the module it means.
+
+    Attributes:
+        adapter: as grouped.
+        part: of the model, or the one the adapter names.
+        module: of the model, by its weight; None where there is none.
+        bias: the module's bias, where the adapter changes that and the model has it.
+        verdict: whether it fits.
+        reason: why it does not.
+        absent: the model does not have the part at all.
+    """
+
+    adapter: Adapter
+    part: str
+    module: Module | None
+    bias: Module | None
+    verdict: Verdict
+    reason: str = ""
+    absent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +75,7 @@ class LoraTarget:
         rows: rows of the weight that are changed; None: all.
         up_rows: rows of the layer's up factor that say how; None: all.
         layer: the layer.
+        transposed: the weight is the transpose of the layer's.
     """
 
     part: str
@@ -53,6 +83,7 @@ class LoraTarget:
     rows: Rows | None
     up_rows: Rows | None
     layer: LoraLayer
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +124,10 @@ class AdapterTarget:
         key: canonical part-local key.
         spans: where the module's rows are in it, in the module's order.
         rows: of the module, in this weight and others.
-        tail: shape of a row.
+        tail: shape of a row of the module.
         adapter: the adapter.
         bias: whether it is the module's bias.
+        transposed: the weight is the transpose of the module's, all of it.
     """
 
     part: str
@@ -105,23 +137,45 @@ class AdapterTarget:
     tail: Shape
     adapter: Adapter
     bias: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterMatch:
-    """Which adapters fit.
+    """Which adapters fit; `placed` in file order."""
 
-    Attributes:
-        targets: in file order; an adapter of a fused module may have several.
-        absent: (name, part) of adapters for parts that the model does not have.
-        unmatched: (name, reason) of adapters that the model has no weight for.
-        mismatched: (name, reason) of adapters whose weight has another shape.
-    """
+    placed: tuple[Placed, ...]
 
-    targets: tuple[AdapterTarget, ...]
-    absent: tuple[Named, ...]
-    unmatched: tuple[Named, ...]
-    mismatched: tuple[Named, ...]
+    @property
+    def fitting(self) -> tuple[Placed, ...]:
+        """Adapters that fit."""
+        return tuple(one for one in self.placed if one.verdict == "matched")
+
+    @property
+    def absent(self) -> tuple[Named, ...]:
+        """(name, part) of adapters for parts that the model does not have."""
+        return tuple((one.adapter.name, one.part) for one in self.placed if one.absent)
+
+    @property
+    def unmatched(self) -> tuple[Named, ...]:
+        """(name, reason) of adapters that the model has no weight for."""
+        return tuple(
+            (one.adapter.name, one.reason)
+            for one in self.placed
+            if one.verdict == "unmatched" and not one.absent
+        )
+
+    @property
+    def mismatched(self) -> tuple[Named, ...]:
+        """(name, reason) of adapters whose weight has another shape."""
+        return tuple(
+            (one.adapter.name, one.reason) for one in self.placed if one.verdict == "shape_mismatch"
+        )
+
+    @property
+    def targets(self) -> tuple[AdapterTarget, ...]:
+        """What the adapters that fit change; that of a fused module may be several weights."""
+        return tuple(target for one in self.fitting for target in _targets(one))
 
 
 def match_lora(
@@ -134,7 +188,7 @@ def match_lora(
         architecture: the model's.
         parts: part name -> canonical part-local key -> shape, norms and biases included.
     """
-    found = match_adapters([layer.adapter for layer in layers], architecture, parts)
+    found = match_adapters([layer.adapter for layer in layers], model_with(architecture, parts))
     by_adapter = {id(layer.adapter): layer for layer in layers}
     targets = [
         one
@@ -150,62 +204,118 @@ def _layer_targets(target: AdapterTarget, layer: LoraLayer, shapes: Shapes) -> I
         length = span.stop - span.start
         rows = None if length == shapes[target.key][0] else (span.start, span.stop)
         up = None if length == target.rows else (span.at, span.at + length)
-        yield LoraTarget(target.part, target.key, rows, up, layer)
+        yield LoraTarget(target.part, target.key, rows, up, layer, target.transposed)
 
 
-def match_adapters(
-    adapters: Sequence[Adapter],
-    architecture: Architecture,
-    parts: Mapping[str, Shapes],
-    *,
-    kinds: Mapping[str, str] | None = None,
-) -> AdapterMatch:
-    """Match adapters of any kind with the weights and biases of a model.
+def match_adapters(adapters: Sequence[Adapter], model: Model) -> AdapterMatch:
+    """Find the module of each adapter of any kind; no two may mean the same rows.
 
-    Args:
-        adapters: as grouped.
-        architecture: the model's.
-        parts: part name -> canonical part-local key -> shape, norms and biases included.
-        kinds: part name -> `Component.kind`, where an architecture has several of a name.
+    Whether what fits can also be merged is told by `obstacle`.
     """
-    named = Names(architecture, parts, kinds or {})
-    targets: list[AdapterTarget] = []
-    absent: list[Named] = []
-    unmatched: list[Named] = []
-    mismatched: list[Named] = []
     taken: dict[tuple[str, Piece], str] = {}
+    placed = []
     for adapter in adapters:
-        if why := refusal(adapter):
-            unmatched.append((adapter.name, why))
-            continue
-        found: list[AdapterTarget] = []
-        for bias in _sides(adapter):
-            part, place = named.find(adapter, bias=bias)
-            shapes = parts.get(part, {})
-            if part not in parts:
-                absent.append((adapter.name, part))
-            elif place is None and bias and adapter.kind == "ia3":
-                continue  # PEFT scales a bias where there is one
-            elif place is None or place.reason:
-                what = "such layer" if not bias else "bias in this layer"
-                why = place.reason if place else f"the {part} has no {what}"
-                unmatched.append((adapter.name, why))
-            elif why := _misfit(adapter, place.pieces, shapes, bias=bias):
-                mismatched.append((adapter.name, why))
-            elif other := next((taken[part, p] for p in place.pieces if (part, p) in taken), None):
-                unmatched.append((adapter.name, f"{other} already means the same weight"))
+        one = _place(adapter, model)
+        if one.verdict == "matched":
+            rows = [(one.part, piece) for side in _sides_of(one) for piece in side.pieces]
+            if other := next((taken[row] for row in rows if row in taken), ""):
+                why = f"{other} already means the same weight"
+                one = Placed(adapter, one.part, one.module, one.bias, "unmatched", why)
             else:
-                taken.update({(part, piece): adapter.name for piece in place.pieces})
-                found += _targets(part, adapter, place.pieces, shapes, bias=bias)
-                continue
-            found = []
-            break
-        if reach_of(adapter) == WHOLE and len(found) > 1:
-            why = f"its rows are {len(found)} weights here, and {adapter.label} mixes rows"
-            unmatched.append((adapter.name, why))
-        else:
-            targets += found
-    return AdapterMatch(tuple(targets), tuple(absent), tuple(unmatched), tuple(mismatched))
+                taken.update(dict.fromkeys(rows, adapter.name))
+        placed.append(one)
+    return AdapterMatch(tuple(placed))
+
+
+def obstacle(placed: Placed) -> str:
+    """Why an adapter that fits cannot be merged; empty where it can."""
+    if why := refusal(placed.adapter):
+        return why
+    keys = {piece.key for side in _sides_of(placed) for piece in side.pieces}
+    if reach_of(placed.adapter) == WHOLE and len(keys) > 1:
+        label = placed.adapter.label
+        return f"its rows are {len(keys)} weights here, and {label} mixes rows"
+    return ""
+
+
+def _place(adapter: Adapter, model: Model) -> Placed:
+    if adapter.naming == "counted":
+        why = "its layers are numbered, and the shapes do not tell which is which"
+        return Placed(adapter, adapter.part, None, None, "unmatched", why)
+    if adapter.part and adapter.part not in model.parts:
+        why = f"the model has no {adapter.part}"
+        return Placed(adapter, adapter.part, None, None, "unmatched", why, absent=True)
+    searched = _searched(adapter.part, model)
+    name = next((part.name for part in searched if _named(adapter, part)), "")
+    if not name:
+        why = f"the {adapter.part or 'model'} has no such layer"
+        if model.known and adapter.kind == "norm":
+            why = "published models are known without their norms: give the model"
+        return Placed(adapter, adapter.part, None, None, "unmatched", why)
+    part = model.parts[name]
+    module, bias = _lookup(adapter, part, bias=False), _lookup(adapter, part, bias=True)
+    verdict, why = _judged(adapter, model, part, module, bias)
+    changed = bias if has_bias_change(adapter) else None
+    return Placed(adapter, name, module, changed, verdict, why)
+
+
+def _searched(part: str, model: Model) -> list[Part]:
+    """Parts in which a name is looked for.
+
+    Trainers count text encoders differently: a name that the one has not is looked for in the
+    others. Files that name no part mean any.
+    """
+    if part == "denoiser":
+        return [model.parts[part]]
+    first = [model.parts[part]] if part else []
+    return first + [
+        one
+        for one in model.parts.values()
+        if one.name != part and (not part or one.name.startswith("text_encoder"))
+    ]
+
+
+def _named(adapter: Adapter, part: Part) -> bool:
+    """Whether a part has a module of that name, or a bias, if that is what is changed."""
+    return any(
+        adapter.module in (names.underscored if adapter.naming == "underscored" else names.dotted)
+        for names in (part.weights, part.biases)
+    )
+
+
+def _lookup(adapter: Adapter, part: Part, *, bias: bool) -> Module | None:
+    names = part.biases if bias else part.weights
+    index = names.underscored if adapter.naming == "underscored" else names.dotted
+    return index.get(adapter.module)
+
+
+def _judged(
+    adapter: Adapter, model: Model, part: Part, module: Module | None, bias: Module | None
+) -> tuple[Verdict, str]:
+    """Hold both things an adapter may change against the model."""
+    for is_bias in _sides(adapter):
+        found = bias if is_bias else module
+        if is_bias and found is None and (adapter.kind == "ia3" or model.known):
+            continue  # PEFT scales a bias where there is one; the table of models has none
+        if found is None:
+            names = part.biases if is_bias else part.weights
+            spelled = {**names.dotted, **names.underscored}
+            what = "bias in this layer" if is_bias else "such layer"
+            why = f"the {part.name} has no {what}"
+            if adapter.module in spelled:
+                why = "the name means more than one weight"
+            return "unmatched", why
+        if not found.pieces:
+            return "unmatched", "the model keeps these numbers in another order than rows"
+        if why := bias_misfit(adapter, found.shape[0]) if is_bias else misfit(adapter, found):
+            return "shape_mismatch", why
+    return "matched", ""
+
+
+def _sides_of(placed: Placed) -> tuple[Module, ...]:
+    """The modules of what is changed: weight, bias or both."""
+    wanted = ((placed.bias if is_bias else placed.module) for is_bias in _sides(placed.adapter))
+    return tuple(one for one in wanted if one is not None)
 
 
 def _sides(adapter: Adapter) -> tuple[bool, ...]:
@@ -214,74 +324,28 @@ def _sides(adapter: Adapter) -> tuple[bool, ...]:
     return (*((False,) if weight else ()), *((True,) if bias else ()))
 
 
-def _misfit(adapter: Adapter, pieces: Sequence[Piece], shapes: Shapes, *, bias: bool) -> str:
-    """Why the parts do not fit the weight; empty when they do."""
-    rows = sum(piece.stop - piece.start for piece in pieces)
-    tail = shapes[pieces[0].key][1:]
-    if bias:
-        return _bias_misfit(adapter, rows)
-    wanted = adapter.shape
-    if wanted[0] in (None, rows) and _tail_fits(adapter, tail):
-        return _inner_misfit(adapter, tail)
-    found = tuple("?" if one is None else one for one in wanted)
-    if all(isinstance(one, int) for one in found):
-        return f"it is for a weight of shape {found}, the model has {(rows, *tail)}"
-    listed = " x ".join(map(str, found))
-    return f"it is for a weight of {listed}, the model has {(rows, *tail)}"
-
-
-def _tail_fits(adapter: Adapter, tail: Shape) -> bool:
-    """Whether rows have the length, or the kernel, that the parts say; None says nothing."""
-    wanted = adapter.shape[1:]
-    if all(one is None for one in wanted):
-        return True
-    if None in wanted:
-        return False
-    inner = tuple(one for one in wanted if one is not None)
-    if _trim(inner) == _trim(tail) or inner == (math.prod(tail),):
-        return True
-    return adapter.kind == "ia3" and inner == tail[:1]
-
-
-def _inner_misfit(adapter: Adapter, tail: Shape) -> str:
-    """What the weight's shape has to be beyond what `Adapter.shape` says."""
-    if adapter.kind == "oft" and "oft_r" in adapter.parts:
-        numbers = adapter.shapes["oft_r"][1]
-        size = (1 + math.isqrt(1 + 8 * numbers)) // 2
-        if math.prod(tail) % size:
-            return f"its blocks have {size} columns, the weight's rows {math.prod(tail)}"
-    return ""
-
-
-def _bias_misfit(adapter: Adapter, rows: int) -> str:
-    for role in ("diff_b", "b_norm", "up_bias"):
-        size = math.prod(adapter.shapes[role]) if role in adapter.parts else rows
-        if size != rows:
-            return f"its bias has {size} numbers, the model's {rows}"
-    return ""
-
-
-def _trim(shape: Shape) -> Shape:
-    """Without trailing ones: a 1x1 convolution is a matrix."""
-    while len(shape) > 1 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
-def _targets(
-    part: str, adapter: Adapter, pieces: Sequence[Piece], shapes: Shapes, *, bias: bool
-) -> list[AdapterTarget]:
-    """One target for each weight that holds rows of the module."""
-    rows = sum(piece.stop - piece.start for piece in pieces)
-    spans: dict[str, list[Span]] = {}
-    at = 0
-    for piece in pieces:
-        spans.setdefault(piece.key, []).append(Span(piece.start, piece.stop, at))
-        at += piece.stop - piece.start
-    return [
-        AdapterTarget(part, key, tuple(found), rows, shapes[key][1:], adapter, bias)
-        for key, found in spans.items()
-    ]
+def _targets(placed: Placed) -> Iterator[AdapterTarget]:
+    """One target for each weight, and bias, that holds rows of the module."""
+    for is_bias in _sides(placed.adapter):
+        module = placed.bias if is_bias else placed.module
+        if module is None:
+            continue
+        spans: dict[str, list[Span]] = {}
+        at = 0
+        for piece in module.pieces:
+            spans.setdefault(piece.key, []).append(Span(piece.start, piece.stop, at))
+            at += piece.stop - piece.start
+        for key, found in spans.items():
+            yield AdapterTarget(
+                placed.part,
+                key,
+                tuple(found),
+                module.shape[0],
+                module.shape[1:],
+                placed.adapter,
+                is_bias,
+                module.transposed,
+            )
 
 
 def looks_like(layers: Sequence[LoraLayer]) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diffquant.convert.adapters import Adapter as Change
-from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.binding import bind
 from diffquant.convert.job_report import JobReport
 from diffquant.convert.jobs import opened
@@ -27,12 +26,12 @@ from diffquant.convert.lora.deltas import Parts
 from diffquant.convert.lora.distilled import distilled_of
 from diffquant.convert.lora.group import Adapter, AdapterFile, group_adapters
 from diffquant.convert.lora.layers import LayerChange, MergedLayer
-from diffquant.convert.lora.match import AdapterMatch, match_adapters
+from diffquant.convert.lora.match import AdapterMatch, match_adapters, obstacle
 from diffquant.convert.lora.merge_report import LayerRow, LoraRow, MergeReport
+from diffquant.convert.lora.modules import Model, model_of
 from diffquant.convert.match import Match, to_canonical
 from diffquant.convert.output import fingerprint
 from diffquant.convert.request import Request
-from diffquant.convert.rules import Shapes
 from diffquant.convert.several import SeveralReport
 from diffquant.core.errors import ArchitectureError, MalformedFile, UsageError, shorten
 from diffquant.io import open_source
@@ -215,19 +214,24 @@ def merging(
             raise UsageError(f"{given.path}: expected finite weights, found {given.label}")
     with contextlib.ExitStack() as stack:
         with opened(base, arch=arch) as (_, logical, match):
-            shapes = _shapes(match)
+            model = model_of(match)
             packed = _packed(match, logical)
         changes: dict[_Place, list[LayerChange]] = {}
         found = []
         for index, given in enumerate(loras):
             source = bind(stack.enter_context(open_source(given.path)))
-            one = _read(given, source, match, shapes, allow_missing=allow_missing)
+            one = _read(given, source, model, allow_missing=allow_missing)
             found.append(one)
             config = peft_config(source.source)
             for target in one.match.targets:
                 parts = Parts(target.adapter, source, target.rows, target.tail, config)
                 change = LayerChange(
-                    index, parts, target.spans, given.strength(target.part), target.bias
+                    index,
+                    parts,
+                    target.spans,
+                    given.strength(target.part),
+                    target.bias,
+                    target.transposed,
                 )
                 changes.setdefault((target.part, target.key), []).append(change)
         yield Merge(
@@ -245,15 +249,6 @@ def _name(changes: Sequence[LayerChange], loras: Sequence[LoraInput]) -> str:
     return "merged " + ", ".join(loras[index].label for index in files)
 
 
-def _shapes(match: Match) -> dict[str, Shapes]:
-    """Part -> canonical shapes, of parts that LoRAs are for."""
-    return {
-        part.name: {one.target: one.shape for one in to_canonical(part)}
-        for part in match.parts
-        if part.name == "denoiser" or part.name.startswith("text_encoder")
-    }
-
-
 def _packed(match: Match, logical: LogicalSource) -> frozenset[_Place]:
     return frozenset(
         (part.name, one.target)
@@ -266,8 +261,7 @@ def _packed(match: Match, logical: LogicalSource) -> frozenset[_Place]:
 def _read(
     given: LoraInput,
     source: LogicalSource,
-    match: Match,
-    shapes: Mapping[str, Shapes],
+    model: Model,
     *,
     allow_missing: bool,
 ) -> _Found:
@@ -280,24 +274,34 @@ def _read(
     for one in file.broken:
         if not (one.half and allow_missing):
             raise MalformedFile(f"{one.name}: {one.reason} (tensor {one.key})", path=path)
-    kinds = {part.name: part.kind for part in match.parts}
-    architecture = architecture_named(match.architecture)
-    fitting = match_adapters(file.adapters, architecture, shapes, kinds=kinds)
+    fitting = _mergeable(match_adapters(file.adapters, model))
     guess = guess_base(file.adapters)
     base = guess.architecture
-    _check_fit(given, file.adapters, fitting, match, base, allow_missing=allow_missing)
+    _check_fit(given, file.adapters, fitting, model, base, allow_missing=allow_missing)
     metadata = source.source.metadata
     titles = [str(metadata.get(key, "")) for key in ("modelspec.title", "ss_output_name")]
-    hint = distilled_of([path.stem, *titles], match.architecture)
+    hint = distilled_of([path.stem, *titles], model.architecture)
     recipe = f"{hint.title}: {hint.advice} ({hint.source})" if hint else ""
     return _Found(given, fingerprint(source.source), file, fitting, base, recipe)
+
+
+def _mergeable(match: AdapterMatch) -> AdapterMatch:
+    """With what fits and cannot be merged among the unmatched, by its reason."""
+    return AdapterMatch(
+        tuple(
+            replace(one, verdict="unmatched", reason=why, absent=False)
+            if (why := obstacle(one)) and not one.absent
+            else one
+            for one in match.placed
+        )
+    )
 
 
 def _check_fit(
     given: LoraInput,
     adapters: Sequence[Adapter],
     fitting: AdapterMatch,
-    match: Match,
+    model: Model,
     base: str,
     *,
     allow_missing: bool,
@@ -308,16 +312,16 @@ def _check_fit(
         return
     listed = [f"{name} ({why})" for name, why in bad]
     listed += [f"{name} (the base has no {part})" for name, part in fitting.absent if none]
-    looks = f"; it looks made for {base}" if base not in (UNKNOWN, match.architecture) else ""
+    looks = f"; it looks made for {base}" if base not in (UNKNOWN, model.architecture) else ""
     if none:
         raise ArchitectureError(
-            f"{given.path}: none of its {len(adapters)} layers fits this {match.architecture} "
+            f"{given.path}: none of its {len(adapters)} layers fits this {model.architecture} "
             f"base{looks}: {shorten(listed, 2)}"
         )
     if not allow_missing:
         raise ArchitectureError(
             f"{given.path}: {len(bad)} of its {len(adapters)} layers do not fit this "
-            f"{match.architecture} base{looks}: {shorten(listed, 3)}; --allow-missing merges the "
+            f"{model.architecture} base{looks}: {shorten(listed, 3)}; --allow-missing merges the "
             "others"
         )
 

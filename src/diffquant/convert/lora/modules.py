@@ -11,36 +11,21 @@ checkpoint's header, or from the table of known models.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from diffquant.convert.architectures.base import Component
+from diffquant.convert.architectures.base import Architecture, Component
 from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.lora.base import BaseGuess
 from diffquant.convert.lora.bases import Base, bases
-from diffquant.convert.lora.match import module_names
+from diffquant.convert.lora.places import Module, Names, module_of, modules_of, names_of
 from diffquant.convert.match import Match, to_canonical
 from diffquant.convert.rules import Piece, Shape, Shapes
 from diffquant.core.errors import NotInvertible
 
-__all__ = ["Model", "Module", "Part", "known_model", "model_of"]
+__all__ = ["Model", "Part", "known_model", "model_of", "model_with"]
 
 _LINEAR1 = re.compile(r"single_blocks\.\d+\.linear1$")
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """One module under one of its names.
-
-    Attributes:
-        name: dotted.
-        pieces: rows of canonical weights; empty where the model keeps the weight transposed.
-        shape: of its weight, (N, K, ...).
-    """
-
-    name: str
-    pieces: tuple[Piece, ...]
-    shape: Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +36,20 @@ class Part:
         name: denoiser, text_encoder ...
         kind: as in Component.kind.
         folder: where Diffusers keeps it.
+        shapes: canonical key -> shape; of a known model, of its matrices alone.
         own: name -> module, in the architecture's own naming.
         diffusers: the same in Diffusers'; that of `own` where there is no other.
-        dotted, underscored: every name that is understood -> module; None where it is ambiguous.
+        weights, biases: what every name that is understood means.
     """
 
     name: str
     kind: str
     folder: str
+    shapes: Shapes
     own: Mapping[str, Module]
     diffusers: Mapping[str, Module]
-    dotted: Mapping[str, Module | None]
-    underscored: Mapping[str, Module | None]
+    weights: Names
+    biases: Names
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +63,36 @@ class Model:
 
 
 def model_of(match: Match) -> Model:
-    """The modules of an opened checkpoint."""
-    architecture = architecture_named(match.architecture)
-    parts = {}
-    for one in match.parts:
-        if one.name == "denoiser" or one.name.startswith("text_encoder"):
-            shapes = {row.target: row.shape for row in to_canonical(one)}
-            parts[one.name] = _part(architecture.component(one.name, one.kind), shapes)
-    return Model(match.architecture, match.variant, parts, known=False)
+    """The modules of an opened checkpoint, in the parts that LoRAs are for."""
+    parts = {
+        one.name: {row.target: row.shape for row in to_canonical(one)}
+        for one in match.parts
+        if one.name == "denoiser" or one.name.startswith("text_encoder")
+    }
+    kinds = {one.name: one.kind for one in match.parts}
+    return model_with(architecture_named(match.architecture), parts, match.variant, kinds=kinds)
+
+
+def model_with(
+    architecture: Architecture,
+    parts: Mapping[str, Shapes],
+    variant: str = "",
+    *,
+    kinds: Mapping[str, str] | None = None,
+) -> Model:
+    """The modules of weights that are there.
+
+    Args:
+        architecture: the model's.
+        parts: part name -> canonical part-local key -> shape, norms and biases included.
+        variant: of the architecture.
+        kinds: part name -> `Component.kind`, where an architecture has several of a name.
+    """
+    found = {
+        name: _part(architecture.component(name, (kinds or {}).get(name, "")), shapes)
+        for name, shapes in parts.items()
+    }
+    return Model(architecture.slug, variant, found, known=False)
 
 
 def known_model(guess: BaseGuess) -> Model | None:
@@ -116,55 +125,37 @@ def _weights(base: Base) -> dict[str, Shape]:
             found[f"{name.removesuffix('2')}0.weight"] = (shape[1],)
         elif name.endswith(".attn.out_proj"):  # OpenCLIP: q, k and v are one bare parameter
             found[f"{name.removesuffix('out_proj')}in_proj_weight"] = (3 * shape[0], shape[1])
+            if base.encoder == "openclip_g":  # as wide as the encoder; H's is not read
+                found["text_projection"] = shape
     return found
 
 
 def _part(component: Component, shapes: Shapes) -> Part:
-    try:
-        pieces = module_names(component, shapes)
-    except NotInvertible:  # the names there are
-        pieces = {
-            key.removesuffix(".weight"): (Piece(key, 0, shape[0]),)
-            for key, shape in shapes.items()
-            if key.endswith(".weight") and shape
-        }
-    pieces.update(_flux_heads(shapes))
-    everything = {name: Module(name, rows, _shape(rows, shapes)) for name, rows in pieces.items()}
-    own = {name: one for name, one in everything.items() if f"{name}.weight" in shapes}
-    other = _diffusers(component, shapes)
-    flat: dict[str, Module | None] = {}
-    for name, one in everything.items():
-        spelled = name.replace(".", "_")
-        known = flat.setdefault(spelled, one)
-        if known is not None and known.pieces != one.pieces:
-            flat[spelled] = None
+    weights = modules_of(component, shapes)
+    weights |= {one.name: one for one in _flux_heads(shapes)}
+    own = {name: one for name, one in weights.items() if f"{name}.weight" in shapes}
     return Part(
         name=component.name,
         kind=component.kind,
         folder=component.folder,
+        shapes=shapes,
         own=own,
-        diffusers=other or own,
-        dotted=dict(everything),
-        underscored=flat,
+        diffusers=_diffusers(component, shapes) or own,
+        weights=names_of(weights.values()),
+        biases=names_of(modules_of(component, shapes, ".bias").values()),
     )
 
 
-def _flux_heads(shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
-    """USO's `linear1_qkv`: the rows of linear1 before the MLP's; attention is as wide as K.
+def _flux_heads(shapes: Shapes) -> Iterable[Module]:
+    """USO's and XLabs' `linear1_qkv`: linear1 before the MLP's rows; attention is as wide as K.
 
     Source: Comfy-Org/ComfyUI@17358c8:comfy/lora.py, model_lora_keys_unet.
     """
-    return {
-        f"{key.removesuffix('.weight')}_qkv": (Piece(key, 0, 3 * shape[1]),)
-        for key, shape in shapes.items()
-        if _LINEAR1.search(key.removesuffix(".weight")) and len(shape) == 2
-    }
-
-
-def _shape(pieces: tuple[Piece, ...], shapes: Shapes) -> Shape:
-    if not pieces:
-        return ()
-    return (sum(one.stop - one.start for one in pieces), *shapes[pieces[0].key][1:])
+    for key, shape in shapes.items():
+        name = key.removesuffix(".weight")
+        if _LINEAR1.search(name) and len(shape) == 2:
+            rows = 3 * shape[1]
+            yield Module(f"{name}_qkv", (Piece(key, 0, rows),), (rows, shape[1]))
 
 
 def _diffusers(component: Component, shapes: Shapes) -> dict[str, Module]:
@@ -175,10 +166,10 @@ def _diffusers(component: Component, shapes: Shapes) -> dict[str, Module]:
         rules = component.rules(shapes, "canonical", "diffusers")
     except NotInvertible:
         return {}
-    return {
-        name: Module(name, one.pieces, one.shape)
+    found = (
+        module_of(one, shapes)
         for rule in rules
         for one in rule.assignments(shapes)
-        if one.target.endswith(".weight") and not one.transpose
-        for name in (one.target.removesuffix(".weight"),)
-    }
+        if one.target.endswith(".weight")
+    )
+    return {one.name: one for one in found if one.pieces}

@@ -7,94 +7,44 @@ both again with underscores for dots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from diffquant.convert.architectures.base import Architecture, Component
+from diffquant.convert.architectures.base import Component
 from diffquant.convert.architectures.links import backward
-from diffquant.convert.lora.group import Adapter
-from diffquant.convert.rules import Piece, Rule, Shapes
+from diffquant.convert.rules import Assignment, Piece, Rule, Shape, Shapes
+from diffquant.core.errors import NotInvertible
 
-__all__ = ["Names", "Place", "module_names"]
-
-_Naming: TypeAlias = Literal["underscored", "dotted"]
+__all__ = ["Module", "Names", "module_of", "modules_of", "names_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """What a name means: rows of weights, or the reason why nothing can be done."""
+class Module:
+    """One module under one of its names.
 
-    pieces: tuple[Piece, ...]
-    reason: str = ""
-
-
-_Index: TypeAlias = Mapping[tuple[_Naming, str], Place]
-
-
-class Names:
-    """What names mean in each part; made when they are first looked for."""
-
-    def __init__(
-        self, architecture: Architecture, parts: Mapping[str, Shapes], kinds: Mapping[str, str]
-    ) -> None:
-        self._architecture = architecture
-        self._kinds = kinds
-        self._parts = parts
-        self._made: dict[tuple[str, str], _Index] = {}
-
-    def _index(self, part: str, ending: str) -> _Index:
-        if (part, ending) not in self._made:
-            component = self._architecture.component(part, self._kinds.get(part, ""))
-            self._made[part, ending] = _index(component, self._parts[part], ending)
-        return self._made[part, ending]
-
-    def find(self, adapter: Adapter, *, bias: bool) -> tuple[str, Place | None]:
-        """The part an adapter is for and its place there; files that name no part mean any.
-
-        Trainers count text encoders differently: a name that the one has not is looked for in the
-        others.
-        """
-        ending = ".bias" if bias else ".weight"
-        naming: _Naming = "underscored" if adapter.naming == "underscored" else "dotted"
-        if adapter.part and adapter.part not in self._parts:
-            return adapter.part, None
-        others = [
-            part for part in self._parts if not adapter.part or part.startswith("text_encoder")
-        ]
-        first = [adapter.part] if adapter.part else []
-        searched = first + (others if adapter.part != "denoiser" else [])
-        for part in searched:
-            index = self._index(part, ending)
-            if place := index.get((naming, adapter.module)):
-                return part, place
-            if place := _of_fused(adapter, index):
-                return part, place
-        return searched[0], None
-
-
-def _of_fused(adapter: Adapter, index: _Index) -> Place | None:
-    """XLabs' and USO's `linear1_qkv`: the first rows of a weight that holds more than qkv.
-
-    Source: Comfy-Org/ComfyUI@17358c8:comfy/lora.py (model_lora_keys_unet keeps qkv first).
+    Attributes:
+        name: dotted.
+        pieces: rows of canonical tensors, in the module's order; empty where it is no whole rows.
+        shape: of its weight, (N, K, ...), or its bias.
+        transposed: the one canonical weight is the transpose of the module's, all of it.
     """
-    module = adapter.module.removesuffix("_qkv")
-    place = index.get(("dotted", module))
-    rows = adapter.shape[0] if adapter.shape else None
-    if module == adapter.module or place is None or rows is None or len(place.pieces) != 1:
-        return None
-    piece = place.pieces[0]
-    if piece.start + rows > piece.stop:
-        return None
-    return Place((Piece(piece.key, piece.start, piece.start + rows),))
+
+    name: str
+    pieces: tuple[Piece, ...]
+    shape: Shape
+    transposed: bool = False
 
 
-def module_names(
-    component: Component, shapes: Shapes, ending: str = ".weight"
-) -> dict[str, tuple[Piece, ...]]:
-    """Every dotted module name of a part, canonical, Diffusers and alternate, and what it means.
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Every name that is understood -> module; None where it means more than one."""
 
-    Weights that Diffusers keeps transposed mean no rows: their pieces are empty.
+    dotted: Mapping[str, Module | None]
+    underscored: Mapping[str, Module | None]
+
+
+def modules_of(component: Component, shapes: Shapes, ending: str = ".weight") -> dict[str, Module]:
+    """Every dotted module name of a part, canonical, Diffusers' and alternate, and what it means.
 
     Args:
         component: the part.
@@ -102,18 +52,51 @@ def module_names(
         ending: ".weight", or ".bias" for what the names' biases are.
     """
     endings = (ending, ".scale") if ending == ".weight" else (ending,)  # BFL's norms have a scale
-    found: dict[str, tuple[Piece, ...]] = {
-        key.removesuffix(last): (Piece(key, 0, shape[0]),)
+    found = {
+        name: Module(name, (Piece(key, 0, shape[0]),), shape)
         for last in endings
         for key, shape in shapes.items()
         if key.endswith(last) and shape
+        for name in (key.removesuffix(last),)
     }
-    for rule in _other_namings(component, shapes):
-        for one in rule.assignments(shapes):
-            if one.target.endswith(ending):
-                pieces = () if one.transpose or one.axis else one.pieces
-                found.setdefault(one.target.removesuffix(ending), pieces)
+    try:
+        rules = _other_namings(component, shapes)
+        for one in _assigned(rules, shapes, ending):
+            module = _as_canonical(module_of(one, shapes, ending), shapes)
+            found.setdefault(module.name, module)
+    except NotInvertible:  # the names there are
+        pass
     return found
+
+
+def module_of(one: Assignment, shapes: Shapes, ending: str = ".weight") -> Module:
+    """The module whose weight, or bias, an assignment makes of canonical tensors."""
+    name = one.target.removesuffix(ending)
+    if one.transpose and len(one.pieces) == 1:
+        piece = one.pieces[0]
+        whole = (piece.start, piece.stop) == (0, shapes[piece.key][0])
+        return Module(name, one.pieces if whole else (), one.shape, transposed=True)
+    return Module(name, () if one.transpose or one.axis else one.pieces, one.shape)
+
+
+def _as_canonical(module: Module, shapes: Shapes) -> Module:
+    """With the kernel that the canonical weight has: Diffusers may write 1x1 ones as matrices."""
+    if module.transposed or not module.pieces:
+        return module
+    rows = sum(piece.stop - piece.start for piece in module.pieces)
+    return replace(module, shape=(rows, *shapes[module.pieces[0].key][1:]))
+
+
+def names_of(modules: Iterable[Module]) -> Names:
+    """An index of modules by dotted and by underscored names."""
+    dotted: dict[str, Module | None] = {}
+    underscored: dict[str, Module | None] = {}
+    for one in modules:
+        dotted[one.name] = one
+        known = underscored.setdefault(one.name.replace(".", "_"), one)
+        if known is not None and known.pieces != one.pieces:
+            underscored[one.name.replace(".", "_")] = None
+    return Names(dotted, underscored)
 
 
 def _other_namings(component: Component, shapes: Shapes) -> Sequence[Rule]:
@@ -125,12 +108,7 @@ def _other_namings(component: Component, shapes: Shapes) -> Sequence[Rule]:
     return ()
 
 
-def _index(component: Component, shapes: Shapes, ending: str) -> _Index:
-    found: dict[tuple[_Naming, str], Place] = {}
-    for name, pieces in module_names(component, shapes, ending).items():
-        place = Place(pieces, "" if pieces else "the model keeps this weight transposed")
-        found["dotted", name] = place
-        flat: tuple[_Naming, str] = ("underscored", name.replace(".", "_"))
-        if found.setdefault(flat, place) != place:
-            found[flat] = Place((), "the name means more than one weight")
-    return found
+def _assigned(rules: Sequence[Rule], shapes: Shapes, ending: str) -> Iterable[Assignment]:
+    return (
+        one for rule in rules for one in rule.assignments(shapes) if one.target.endswith(ending)
+    )

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffquant.convert.lora.modules import Model, Module
+from diffquant.convert.lora.match import Placed
+from diffquant.convert.lora.modules import Model
 from diffquant.convert.lora.pairs import Matrix, read_pair, read_part, scale_of
-from diffquant.convert.lora.placing import Placed
+from diffquant.convert.lora.places import Module
 from diffquant.convert.lora.spelling import (
     Spelling,
     keys_of,
@@ -123,16 +124,16 @@ def _shares(
     placed: Sequence[Placed], targets: Mapping[str, Module]
 ) -> Iterator[tuple[Module, tuple[Share, ...]]]:
     """Output modules, in the order of the source's layers, with what each is made of."""
-    by_key: dict[str, list[Module]] = {}
+    by_key: dict[tuple[str, bool], list[Module]] = {}
     for module in targets.values():
         for key in dict.fromkeys(piece.key for piece in module.pieces):
-            by_key.setdefault(key, []).append(module)
+            by_key.setdefault((key, module.transposed), []).append(module)
     found: dict[str, list[Share]] = {}
     for one in placed:
         assert one.module is not None
         start = 0
         for piece in one.module.pieces:
-            for module in by_key.get(piece.key, ()):
+            for module in by_key.get((piece.key, one.module.transposed), ()):
                 at = 0
                 for goal in module.pieces:
                     low, high = max(piece.start, goal.start), min(piece.stop, goal.stop)

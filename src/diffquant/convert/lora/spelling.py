@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from diffquant.convert.lora.group import Adapter
-from diffquant.convert.lora.modules import Model, Module, Part
+from diffquant.convert.lora.modules import Model, Part
+from diffquant.convert.lora.places import Module
 from diffquant.core.errors import UsageError
 
 __all__ = ["SPELLINGS", "Spelling", "keys_of", "module_prefix", "modules_for", "unspeakable"]

@@ -17,10 +17,13 @@ from diffquant.runtime.samplers.base import Draw, Request, Sampler
 from diffquant.runtime.samplers.consistency import Lcm, Tcd
 from diffquant.runtime.samplers.ddim import Ddim
 from diffquant.runtime.samplers.dpm import dpmpp_2m, dpmpp_2m_sde
-from diffquant.runtime.samplers.euler import DpmSde, Euler, EulerAncestral, Heun
+from diffquant.runtime.samplers.dpm_sde import DpmSde
+from diffquant.runtime.samplers.euler import Euler, EulerAncestral, Heun
 from diffquant.runtime.samplers.flow import (
     FlowEuler,
+    FlowEulerAncestral,
     FlowHeun,
+    FlowLcm,
     flow_dpmpp_2m,
     flow_dpmpp_2m_sde,
     flow_unipc,
@@ -80,9 +83,17 @@ SAMPLERS: Mapping[str, SamplerRow] = {
     "lcm": SamplerRow(Lcm, flow=False, classes=("LCMScheduler",), draws=True),
     "tcd": SamplerRow(Tcd, flow=False, classes=("TCDScheduler",), draws=True, eta=True),
     "flow_euler": SamplerRow(FlowEuler, flow=True, classes=("FlowMatchEulerDiscreteScheduler",)),
+    "flow_euler_a": SamplerRow(
+        FlowEulerAncestral,
+        flow=True,
+        classes=("LTXEulerAncestralRFScheduler",),
+        draws=True,
+        eta=True,
+    ),
     "flow_heun": SamplerRow(FlowHeun, flow=True, classes=("FlowMatchHeunDiscreteScheduler",)),
     "flow_dpmpp_2m": SamplerRow(flow_dpmpp_2m, flow=True, classes=("DPMSolverMultistepScheduler",)),
     "flow_dpmpp_2m_sde": SamplerRow(flow_dpmpp_2m_sde, flow=True, classes=(), draws=True),
+    "flow_lcm": SamplerRow(FlowLcm, flow=True, classes=("FlowMatchLCMScheduler",), draws=True),
     "flow_unipc": SamplerRow(flow_unipc, flow=True, classes=("UniPCMultistepScheduler",)),
 }
 
@@ -133,7 +144,8 @@ def make_sampler(
         shift: of flows, instead of all the checkpoint says about bending its times.
         part: the stretch of the run that is walked.
         draw: shape -> standard normal noise, for samplers that add some.
-        eta: share of fresh noise from 0 to 1, for ddim (default 0) and tcd (0.3).
+        eta: share of fresh noise from 0 to 1, for ddim (default 0), tcd (0.3) and flow_euler_a
+            (1).
         architecture: slug, for schedules made for one model ("ays").
 
     Raises:

@@ -13,6 +13,7 @@ clean * a + noise * s in one of three conventions: a = 1 (Euler and its kin over
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ def table_walk(request: Request, spacing: str) -> Walk:
         raise UsageError(
             f"{request.steps} steps are too many for whole timesteps: two would coincide"
         )
-    return Walk(told, walk.sigmas, walk.total, walk.offset, walk.unit, walk.even)
+    return dataclasses.replace(walk, timesteps=told)
 
 
 def clean_of(kind: str, output: Tensor, x: Tensor, a: float, s: float) -> Tensor:
@@ -171,7 +172,7 @@ def noise_of(kind: str, output: Tensor, x: Tensor, a: float, s: float) -> Tensor
 
 
 def mixed(clean: Tensor, noise: Tensor, a: float, s: float) -> Tensor:
-    """A clean + s noise."""
+    """Latents of `a` parts of the clean ones and `s` parts of noise."""
     return a * clean + s * noise
 
 

@@ -32,7 +32,8 @@ class Lcm(AlphaTable):
     def __init__(self, request: Request) -> None:
         """Plan a run."""
         facts = request.facts
-        super().__init__(facts, _walk(request), last_is_one=True)
+        clips = bool(facts.clip_sample)
+        super().__init__(facts, _walk(request), last_is_one=True, clips=clips)
         self.draw = request.draw
 
     def step(self, output: Tensor, x: Tensor, index: int) -> Tensor:

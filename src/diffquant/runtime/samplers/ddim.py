@@ -22,13 +22,16 @@ class AlphaTable:
 
     init_scale = 1.0
 
-    def __init__(self, facts: SchedulerFacts, walk: Walk, *, last_is_one: bool) -> None:
-        """Keep the table, and the level below its first entry."""
-        self.facts, self.walk = facts, walk
+    def __init__(
+        self, facts: SchedulerFacts, walk: Walk, *, last_is_one: bool, clips: bool = False
+    ) -> None:
+        """Keep the table, the level below its first entry, and whether estimates are clipped."""
+        self.facts, self.walk, self.clips = facts, walk, clips
         self.timesteps: tuple[float, ...] = walk.timesteps[:-1]
         alphas = alphas_cumprod(facts)
-        self.roots = [(float(alpha**0.5), float((1 - alpha) ** 0.5)) for alpha in alphas]
-        self.alphas = [float(alpha) for alpha in alphas]
+        self.alphas: list[float] = alphas.tolist()
+        roots, noise = (alphas**0.5).tolist(), ((1 - alphas) ** 0.5).tolist()
+        self.roots: list[tuple[float, float]] = list(zip(roots, noise, strict=True))
         self.last = (1.0, 0.0) if last_is_one else self.roots[0]
         self.stride = facts.num_train_timesteps // walk.total
 
@@ -56,7 +59,7 @@ class AlphaTable:
     def clean(self, output: Tensor, x: Tensor, t: float) -> Tensor:
         """The clean estimate at timestep `t`, clipped where the checkpoint asks for it."""
         clean = clean_of(self.facts.prediction_type, output, x, *self.weights(t))
-        if self.facts.clip_sample:
+        if self.clips:
             return clean.clamp(-self.facts.clip_sample_range, self.facts.clip_sample_range)
         return clean
 
@@ -72,17 +75,18 @@ class Ddim(AlphaTable):
         """Plan a run."""
         facts = request.facts
         walk = table_walk(request, "leading")
-        super().__init__(facts, walk, last_is_one=facts.set_alpha_to_one is not False)
+        super().__init__(
+            facts,
+            walk,
+            last_is_one=facts.set_alpha_to_one is not False,
+            clips=facts.clip_sample is not False,  # a silent config clips, as its class does
+        )
         self.eta, self.draw = request.stochasticity(0.0), request.draw
-        self.clips = facts.clip_sample is not False  # a silent config clips, as its class does
 
     def step(self, output: Tensor, x: Tensor, index: int) -> Tensor:
         """Estimate the clean latents, then noise them to the next level."""
         t = self.timesteps[index]
-        clean = clean_of(self.facts.prediction_type, output, x, *self.weights(t))
-        if self.clips:
-            clean = clean.clamp(-self.facts.clip_sample_range, self.facts.clip_sample_range)
-        noise = self.noise(output, x, t)
+        clean, noise = self.clean(output, x, t), self.noise(output, x, t)
         a, s = self.weights(self.after(index))
         if self.eta == 0:
             return mixed(clean, noise, a, s)

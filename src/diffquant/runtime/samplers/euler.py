@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 from torch import Tensor
 
 from diffquant.runtime.levels import Walk
 from diffquant.runtime.samplers.base import Request, clean_of, drawn, mixed
-from diffquant.runtime.schedules import SchedulerFacts, sigma_table
+from diffquant.runtime.schedules import SchedulerFacts
 
-__all__ = ["DpmSde", "Euler", "EulerAncestral", "Heun", "OverSigmas"]
+__all__ = ["Euler", "EulerAncestral", "Heun", "OverSigmas", "ancestral", "single"]
 
 
 class OverSigmas:
@@ -39,16 +38,15 @@ class OverSigmas:
         return mixed(clean, noise, 1.0, self.levels[index])
 
     def clean(self, output: Tensor, x: Tensor, sigma: float) -> Tensor:
-        """The clean estimate at `sigma`, clipped where the checkpoint asks for it."""
+        """The clean estimate at `sigma`."""
         if self.facts.prediction_type == "epsilon":  # in the scale of x, for its float32
-            clean = x - sigma * output
-        else:
-            a = 1 / (sigma**2 + 1) ** 0.5
-            clean = clean_of(self.facts.prediction_type, output, x * a, a, sigma * a)
-        return clean
+            return x - sigma * output
+        a = 1 / math.sqrt(sigma**2 + 1)
+        return clean_of(self.facts.prediction_type, output, x * a, a, sigma * a)
 
 
-def _single(walk: Walk) -> list[tuple[float, float]]:
+def single(walk: Walk) -> list[tuple[float, float]]:
+    """One call a step: its timestep and sigma."""
     return list(zip(walk.timesteps, walk.sigmas, strict=True))[:-1]
 
 
@@ -58,7 +56,7 @@ class Euler(OverSigmas):
     def __init__(self, request: Request) -> None:
         """Plan a run."""
         walk = request.walk("linspace")
-        super().__init__(request.facts, walk, _single(walk))
+        super().__init__(request.facts, walk, single(walk))
 
     def step(self, output: Tensor, x: Tensor, index: int) -> Tensor:
         """Follow the line from the clean estimate down to the next sigma."""
@@ -67,7 +65,7 @@ class Euler(OverSigmas):
         return x + slope * (following - sigma)
 
 
-def _ancestral(sigma: float, following: float) -> tuple[float, float]:
+def ancestral(sigma: float, following: float) -> tuple[float, float]:
     """Split a step in two: how far down to go, and how much fresh noise leads back up."""
     up = min(following, (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5)
     return (following**2 - up**2) ** 0.5, up
@@ -79,13 +77,13 @@ class EulerAncestral(OverSigmas):
     def __init__(self, request: Request) -> None:
         """Plan a run."""
         walk = request.walk("linspace")
-        super().__init__(request.facts, walk, _single(walk))
+        super().__init__(request.facts, walk, single(walk))
         self.draw = request.draw
 
     def step(self, output: Tensor, x: Tensor, index: int) -> Tensor:
         """Go further down than the next sigma, then up to it with fresh noise."""
         sigma, following = self.levels[index], self.levels[index + 1]
-        down, up = _ancestral(sigma, following)
+        down, up = ancestral(sigma, following)
         slope = (x - self.clean(output, x, sigma)) / sigma
         x = x + slope * (down - sigma)
         return x + up * drawn(self.draw, x) if up > 0 else x
@@ -97,11 +95,18 @@ class Heun(OverSigmas):
     def __init__(self, request: Request) -> None:
         """Plan a run of two calls a step, the last alone where it ends at 0."""
         walk = request.walk("linspace")
-        calls = _single(walk)
+        calls = single(walk)
         seen = list(zip(walk.timesteps, walk.sigmas, strict=True))
         pairs = [call for now, then in zip(calls, seen[1:], strict=True) for call in (now, then)]
         super().__init__(request.facts, walk, pairs if walk.sigmas[-1] > 0 else pairs[:-1])
         self.began: tuple[Tensor, Tensor, float] | None = None
+
+    def clean(self, output: Tensor, x: Tensor, sigma: float) -> Tensor:
+        """The clean estimate at `sigma`, clipped where the checkpoint asks for it."""
+        clean = super().clean(output, x, sigma)
+        if self.facts.clip_sample:
+            return clean.clamp(-self.facts.clip_sample_range, self.facts.clip_sample_range)
+        return clean
 
     def step(self, output: Tensor, x: Tensor, index: int) -> Tensor:
         """Try a step, then take it with the mean of the slopes at both its ends."""
@@ -116,49 +121,3 @@ class Heun(OverSigmas):
         start, first, length = self.began
         self.began = None
         return start + (first + slope) / 2 * length
-
-
-class DpmSde(OverSigmas):
-    """DPM++ SDE: half a step in log sigma with fresh noise, a look, and the whole step from it.
-
-    The noise of both halves is one Brownian path over sigma, as k-diffusion draws it: two draws a
-    step, and the whole step's noise is made of them.
-    Source: arXiv:2211.01095 algorithm 1 in its stochastic form, crowsonkb/k-diffusion
-    k_diffusion/sampling.py (sample_dpmpp_sde); huggingface/diffusers 0.42
-    schedulers/scheduling_dpmsolver_sde.py.
-    """
-
-    def __init__(self, request: Request) -> None:
-        """Plan a run of two calls a step, the last alone where it ends at 0."""
-        walk = request.walk("linspace")
-        logs = np.log(sigma_table(request.facts))
-        calls: list[tuple[float, float]] = []
-        for index, (t, sigma) in enumerate(_single(walk)):
-            calls.append((t, sigma))
-            if (following := walk.sigmas[index + 1]) > 0:
-                middle = (sigma * following) ** 0.5
-                calls.append((float(np.interp(np.log(middle), logs, np.arange(len(logs)))), middle))
-        super().__init__(request.facts, walk, calls)
-        self.draw = request.draw
-        self.began: tuple[Tensor, float, Tensor] | None = None
-
-    def step(self, output: Tensor, x: Tensor, index: int) -> Tensor:
-        """Go half a step, or with the clean estimate seen from there the whole one."""
-        sigma, following = self.levels[index], self.levels[index + 1]
-        clean = self.clean(output, x, sigma)
-        if following == 0:
-            return clean
-        fresh = drawn(self.draw, x)
-        if self.began is None:
-            self.began = (x, sigma, fresh)
-            return self._move(x, clean, fresh, sigma, following)
-        start, top, first = self.began
-        self.began = None
-        early, late = top - sigma, sigma - following  # the path's time is sigma
-        path = (first * early**0.5 + fresh * late**0.5) / (early + late) ** 0.5
-        return self._move(start, clean, path, top, following)
-
-    @staticmethod
-    def _move(x: Tensor, clean: Tensor, noise: Tensor, sigma: float, following: float) -> Tensor:
-        down, up = _ancestral(sigma, following)
-        return down / sigma * x + (1 - down / sigma) * clean + up * noise

@@ -1,13 +1,14 @@
 """Samplers of flows (Flux, SD3, Qwen-Image): Euler, Heun, DPM++ 2M, UniPC and their stochastic kin.
 
 Source: arXiv:2403.03206; huggingface/diffusers 0.42
-schedulers/scheduling_flow_match_{euler,heun}_discrete.py, and the flow sigmas of
-scheduling_{dpmsolver,unipc}_multistep.py.
+schedulers/scheduling_flow_match_{euler,heun}_discrete.py, scheduling_ltx_euler_ancestral_rf.py,
+scheduling_flow_match_lcm.py, and the flow sigmas of scheduling_{dpmsolver,unipc}_multistep.py.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 
 from torch import Tensor
 
@@ -17,7 +18,15 @@ from diffquant.runtime.samplers.dpm import Dpm2M, flow_weights
 from diffquant.runtime.samplers.unipc import UniPc
 from diffquant.runtime.walks import flow_walk
 
-__all__ = ["FlowEuler", "FlowHeun", "flow_dpmpp_2m", "flow_dpmpp_2m_sde", "flow_unipc"]
+__all__ = [
+    "FlowEuler",
+    "FlowEulerAncestral",
+    "FlowHeun",
+    "FlowLcm",
+    "flow_dpmpp_2m",
+    "flow_dpmpp_2m_sde",
+    "flow_unipc",
+]
 
 
 def _walk(request: Request) -> Walk:
@@ -69,6 +78,45 @@ class FlowHeun(FlowEuler):
             return x + length * output
         (start, first, length), self.began = self.began, None
         return start + length * (first + output) / 2
+
+
+class FlowEulerAncestral(FlowEuler):
+    """Follow the velocity below the next time, then go back up to it with fresh noise.
+
+    Going up, the picture's weight shrinks from 1 - down to 1 - following; what the noise then lacks
+    is drawn.
+    """
+
+    def __init__(self, request: Request) -> None:
+        """Plan a run; eta 0 is Euler."""
+        super().__init__(request)
+        self.draw, self.eta = request.draw, request.stochasticity(1.0)
+
+    def step(self, output: Tensor, x: Tensor, index: int) -> Tensor:
+        """Follow the velocity below the next time, then go back up to it with fresh noise."""
+        now, following = self.levels[index], self.levels[index + 1]
+        down = following * (1 + (following / now - 1) * self.eta)
+        x = x + (down - now) * output
+        if following == 0 or self.eta == 0:
+            return x
+        shrunk = (1 - following) / (1 - down)
+        up = math.sqrt(max(following**2 - (down * shrunk) ** 2, 0.0))
+        return mixed(x, drawn(self.draw, x), shrunk, up)
+
+
+class FlowLcm(FlowEuler):
+    """Jump to the picture, then noise it to the next flow time."""
+
+    def __init__(self, request: Request) -> None:
+        """Plan a run."""
+        super().__init__(request)
+        self.draw = request.draw
+
+    def step(self, output: Tensor, x: Tensor, index: int) -> Tensor:
+        """Jump to the picture, then noise it to the next flow time."""
+        clean = x - self.levels[index] * output
+        following = self.levels[index + 1]
+        return mixed(clean, drawn(self.draw, x), 1 - following, following) if following else clean
 
 
 def flow_dpmpp_2m(request: Request) -> Dpm2M:
