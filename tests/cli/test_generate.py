@@ -88,7 +88,7 @@ def test_missing_parts_are_one_line(tmp_path):
 
 def test_a_prompt_that_is_too_long_is_cut_and_said(tmp_path):
     prompt = "a small red circle " * 40
-    result = call("generate", SD15, "-p", prompt, "--steps", 1, "-o", tmp_path / "o.png")
+    result = call("generate", FLUX, "-p", prompt, "--steps", 1, "-o", tmp_path / "o.png")
     assert result.exit_code == 0
     assert "warning: the prompt was cut" in result.stderr
 
