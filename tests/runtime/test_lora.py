@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.core.errors import ArchitectureError, MalformedFile
 from diffquant.runtime.layers import PackedLayer
 from diffquant.runtime.loading import build
 from diffquant.runtime.lora import attach
+from diffquant.runtime.lora_reach import view_of
 from diffquant.runtime.models import flux
 from diffquant.runtime.opening import Opened, open_pipeline
 
@@ -407,6 +409,24 @@ def test_second_encoder_of_sdxl_equals_merged_weights(sdxl, tmp_path, prefix, co
     assert [(use.matched, use.unmatched) for use in uses] == [(len(SECOND), ())] * count
     wanted = sdxl.theirs_text(merged(sdxl.text, deltas))
     assert_same(sdxl.call_text(ours), wanted, sdxl.theirs_text(sdxl.text))
+
+
+def test_rows_of_a_fused_weight_are_told_to_each_layer(sdxl):
+    encoder = sdxl.ours[2]
+    view = view_of(encoder, ARCHITECTURES["sdxl"].component("text_encoder_2"))
+    key = "transformer.resblocks.1.attn.in_proj_weight"
+    assert view.shapes[key] == (144, 48)
+    attention = encoder.text_model.encoder.layers[1].self_attn
+    q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+
+    def reached(rows):
+        return [(one.layer, one.rows, one.start, one.stop) for one in view.reach(key, rows)]
+
+    assert reached(None) == [(q, None, 0, 48), (k, None, 48, 96), (v, None, 96, 144)]
+    assert reached((48, 96)) == [(k, None, 0, 48)]
+    assert reached((40, 100)) == [(q, (40, 48), 0, 8), (k, None, 8, 56), (v, (0, 4), 56, 60)]
+    [norm] = view.reach("ln_final.weight", None)
+    assert norm.layer is None
 
 
 @pytest.mark.oracle
