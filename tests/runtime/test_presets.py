@@ -44,7 +44,7 @@ def test_models_by_their_name(architecture, name, slug, steps, cfg, sampler, sch
     recipe = found.recipe
     assert (found.name, recipe.steps, recipe.cfg, recipe.sampler) == (slug, steps, cfg, sampler)
     if schedule is not None:
-        assert found.schedule == schedule
+        assert found.schedule_for(steps) == schedule
     assert repr(name) in found.why
     assert found.source
 
@@ -80,12 +80,13 @@ def test_loras_by_their_name(architecture, name, slug, steps, cfg, sampler, weig
 
 def test_levels_of_a_recipe_go_with_its_own_steps():
     four = auto("sdxl", "dmd2_sdxl_4step_unet")
-    assert four.schedule == Levels(timesteps=(999.0, 749.0, 499.0, 249.0))
-    assert auto("sdxl", "dmd2_sdxl_1step_unet").schedule == Levels(timesteps=(399.0,))
+    assert four.schedule_for(4) == Levels(timesteps=(999.0, 749.0, 499.0, 249.0))
+    assert auto("sdxl", "dmd2_sdxl_1step_unet").schedule_for(1) == Levels(timesteps=(399.0,))
     turbo = preset_named("auto", lora("flux2", "flux.2-turbo-lora"))
-    assert isinstance(turbo.schedule, Levels)
-    assert turbo.schedule.bent
-    assert len(turbo.schedule.sigmas) == turbo.recipe.steps
+    levels = turbo.schedule_for(turbo.recipe.steps)
+    assert levels.bent
+    assert len(levels.sigmas) == 8
+    assert turbo.schedule_for(12) is None
     assert auto("sdxl", "sdxl_lightning_1step_unet_x0").recipe.prediction == "sample"
 
 

@@ -62,6 +62,15 @@ def test_hostile_prompts_are_refused(prompt, message):
         parse(prompt)
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["x" + " " * 300_000 + "x", "(a:" + "1" * 300_000, "(a:1" + " " * 300_000, "()" * 100_000],
+    ids=["spaces", "digits", "spaces in a weight", "brackets"],
+)
+def test_a_huge_prompt_takes_no_quadratic_time(prompt):
+    assert len(parse(prompt)) == 1  # would take many minutes
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     path = Path(__file__).with_name("test_tokenizers.py")

@@ -175,8 +175,11 @@ def test_levels_that_do_not_fall_are_refused(levels):
 
 
 def test_levels_outside_the_table_are_refused():
-    with pytest.raises(UsageError, match="outside the table of 1000"):
+    with pytest.raises(UsageError, match="outside the table, which ends at 999"):
         diffusion_walk(SD, 1, Levels(timesteps=(1000.0, 1.0)))
+    for sigmas in ((20.0, 1.0), (14.0, 0.001)):
+        with pytest.raises(UsageError, match=r"outside the table, which goes from 14.6146 to 0.02"):
+            diffusion_walk(SD, 1, Levels(sigmas=sigmas))
 
 
 def test_sigmas_one_by_one_find_their_timesteps(table):
@@ -229,6 +232,34 @@ def test_a_silent_config_takes_each_class_default():
 def test_config_fields_that_would_be_ignored_are_refused(config):
     with pytest.raises(ArchitectureError, match=next(iter(config))):
         SchedulerFacts.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_train_timesteps": 10**15}, "between 1 and 100000"),
+        ({"num_train_timesteps": "1000"}, "must be int"),
+        ({"num_train_timesteps": True}, "must be int"),
+        ({"num_train_timesteps": 1000.5}, "must be int"),
+        ({"beta_start": float("nan")}, "between 1e-12"),
+        ({"beta_end": [0.1]}, "must be float"),
+        ({"beta_schedule": 3}, "must be str"),
+        ({"steps_offset": -1}, "between 0"),
+        ({"clip_sample": "no"}, "must be bool"),
+        ({"shift": 0}, "between 1e-06"),
+        ({"shift_terminal": 1.0}, "between 0 and 0.999"),
+        ({"use_flow_sigmas": True, "flow_shift": "3"}, "shift='3' must be float"),
+    ],
+)
+def test_hostile_configs_are_refused(config, message):
+    with pytest.raises(ArchitectureError, match=message):
+        SchedulerFacts.from_config(config)
+
+
+def test_a_dynamic_shift_needs_two_sizes():
+    facts = SchedulerFacts(use_dynamic_shifting=True, max_image_seq_len=256)
+    with pytest.raises(ArchitectureError, match="max_image_seq_len must be above"):
+        make_sampler("euler", facts, steps=4, tokens=256, flow=True)
 
 
 def test_a_config_that_contradicts_itself_is_refused():

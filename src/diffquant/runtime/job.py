@@ -171,14 +171,10 @@ def settings_for(
             "cfg": one.cfg,
             "guidance": one.guidance,
             "sampler": one.sampler or None,
-            "schedule": preset.schedule,
+            "schedule": preset.schedule_for(asked.get("steps") or one.steps),
             "shift": one.shift,
             "eta": one.eta,
         }
-        if opened.pipeline.family.flow and "cfg" not in asked and one.cfg <= 1:
-            settings["cfg"] = None
-        if asked.get("steps", one.steps) != one.steps and not isinstance(preset.schedule, str):
-            settings["schedule"] = None  # a list of levels is for its own number of steps
     settings |= {key: value for key, value in asked.items() if value is not None}
     for key, value in _DEFAULTS.items():
         settings.setdefault(key, value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.base import Sampling
@@ -78,16 +78,13 @@ class Preset:
     why: str
     source: str
     lora: int | None = None
-    schedule: str | Levels | None = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Name the schedule as `make_sampler` takes it."""
+    def schedule_for(self, steps: int) -> str | Levels | None:
+        """The schedule as `make_sampler` takes it: levels one by one are for their own steps."""
         one = self.recipe
-        levels: str | Levels | None = one.schedule or None
-        # a list of levels is for its own number of steps
-        if len(one.timesteps or one.sigmas) == one.steps:
-            levels = Levels(one.timesteps, one.sigmas, one.bent)
-        object.__setattr__(self, "schedule", levels)
+        if len(one.timesteps or one.sigmas) == steps:
+            return Levels(one.timesteps, one.sigmas, one.bent)
+        return one.schedule or None
 
 
 def preset_named(name: str, clues: Clues) -> Preset | None:

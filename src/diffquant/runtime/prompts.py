@@ -30,9 +30,9 @@ __all__ = ["STYLES", "Line", "Piece", "chunked", "line", "parse", "plain_text", 
 STYLES = ("comfy", "a1111", "plain")
 
 _SYNTAX = re.compile(
-    r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[^\\()\[\]:]+|[\\:]"
+    r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[^\\()\[\]:]+|[\\:]"
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 _UP = 1.1
 _DEEPEST = 64  # brackets in brackets; bounds the work that a hostile prompt causes
 _MOST_CHUNKS = 64
@@ -108,10 +108,14 @@ def parse(prompt: str, style: str = "comfy") -> tuple[tuple[Piece, ...], ...]:
 
 
 def _broken(text: str) -> Iterator[_Open]:
-    """Cut plain words at every BREAK."""
-    for index, part in enumerate(_BREAK.split(text)):
+    """Cut plain words at every BREAK; white space around it goes with it."""
+    parts = _BREAK.split(text)
+    for index, part in enumerate(parts):
         if index:
             yield _Open(None)
+            part = part.lstrip()
+        if index < len(parts) - 1:
+            part = part.rstrip()
         if part:
             yield _Open(part)
 

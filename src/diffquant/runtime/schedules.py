@@ -53,12 +53,9 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "skip_prk_steps": (True,),
     "time_shift_type": ("exponential", "linear"),
     "use_lu_lambdas": (False,),
-    "algorithm_type": (
-        "dpmsolver++",
-        "sde-dpmsolver++",
-        "deis",
-    ),  # diffusers runs deis as the first
-    "solver_type": ("midpoint", "bh2", "logrho"),  # likewise
+    # diffusers runs deis as dpmsolver++, and logrho as midpoint
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+    "solver_type": ("midpoint", "bh2", "logrho"),
     "predict_x0": (True,),
     "disable_corrector": ([],),
     "solver_p": (),
@@ -68,6 +65,47 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "sigma_max": (),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
 }
+
+
+# What numbers of a scheduler config may be: outside, arithmetic would fail or fill the memory.
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "num_train_timesteps": (1, 100_000),
+    "beta_start": (1e-12, 0.999),
+    "beta_end": (1e-12, 0.999),
+    "steps_offset": (0, 100_000),
+    "clip_sample_range": (1e-6, 1e6),
+    "solver_order": (1, 3),
+    "original_inference_steps": (1, 100_000),
+    "timestep_scaling": (1e-6, 1e6),
+    "shift": (1e-6, 1e6),
+    "base_shift": (-20, 20),
+    "max_shift": (-20, 20),
+    "base_image_seq_len": (0, 1e9),
+    "max_image_seq_len": (1, 1e9),
+    "shift_terminal": (0, 0.999),
+}
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+}
+
+
+def _check(name: str, value: object, kind: str) -> None:
+    """Check one field of a config.
+
+    Raises:
+        ArchitectureError: not of its kind, or out of range.
+    """
+    fits = isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
+    if not fits:
+        raise ArchitectureError(f"scheduler config field {name}={value!r} must be {kind}")
+    low, high = _RANGES.get(name, (-math.inf, math.inf))
+    if isinstance(value, int | float) and not low <= value <= high:
+        raise ArchitectureError(
+            f"scheduler config field {name}={value!r} must lie between {low:g} and {high:g}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +183,7 @@ class SchedulerFacts:
         """Read a scheduler_config.json.
 
         Raises:
-            ArchitectureError: a field asks for what is not implemented.
+            ArchitectureError: a field asks for what is not implemented, or makes no sense.
         """
         for name, neutral in _NEUTRAL.items():
             value = config.get(name)
@@ -157,10 +195,12 @@ class SchedulerFacts:
             "clip_sample": None,
             "steps_offset": 0,
         }
-        fields = {field.name for field in dataclasses.fields(cls)}
+        fields = {field.name: str(field.type).split(" ")[0] for field in dataclasses.fields(cls)}
         given = {key: value for key, value in config.items() if key in fields and value is not None}
         if config.get("use_flow_sigmas") and config.get("flow_shift") is not None:
             given["shift"] = config["flow_shift"]
+        for key, value in given.items():
+            _check(key, value, fields[key])
         return cls(**{**silent, **given, "name": str(config.get("_class_name") or "")})
 
 
@@ -250,6 +290,11 @@ def flow_shift(facts: SchedulerFacts, tokens: int, steps: int = 0) -> float:
     match facts.shift_rule:
         case "linear":
             span = facts.max_image_seq_len - facts.base_image_seq_len
+            if span <= 0:
+                raise ArchitectureError(
+                    "scheduler config: max_image_seq_len must be above base_image_seq_len, found "
+                    f"{facts.max_image_seq_len} and {facts.base_image_seq_len}"
+                )
             slope = (facts.max_shift - facts.base_shift) / span
             mu = facts.base_shift + slope * (tokens - facts.base_image_seq_len)
         case "flux2":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -126,8 +127,31 @@ def _lcm(facts: SchedulerFacts, steps: int) -> _Array:
     return np.asarray(taught[picked], float)
 
 
-def _final(facts: SchedulerFacts, table: NDArray[np.float32]) -> float:
-    return float(table[0]) if facts.final_sigmas_type == "sigma_min" else 0.0
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The noise levels of a model, rising, and the one that a run ends at."""
+
+    sigmas: NDArray[np.float32]
+    last: float
+
+    def at(self, places: NDArray[Any]) -> NDArray[Any]:
+        """Levels between timesteps as diffusers has them: even in sigma."""
+        return np.asarray(np.interp(places, np.arange(len(self.sigmas)), self.sigmas))
+
+    def at_even_logs(self, places: NDArray[Any]) -> NDArray[Any]:
+        """Levels between timesteps as ComfyUI has them: even in the logarithm."""
+        logs = np.interp(places, np.arange(len(self.sigmas)), np.log(self.sigmas))
+        return np.asarray(np.exp(logs))
+
+    def timesteps(self, levels: NDArray[Any]) -> NDArray[Any]:
+        """Where levels lie, even in the logarithm in every program."""
+        places = np.interp(np.log(levels), np.log(self.sigmas), np.arange(len(self.sigmas)))
+        return np.asarray(places)
+
+
+def _table_of(facts: SchedulerFacts) -> _Table:
+    sigmas = sigma_table(facts)
+    return _Table(sigmas, float(sigmas[0]) if facts.final_sigmas_type == "sigma_min" else 0.0)
 
 
 def _finish(
@@ -163,40 +187,72 @@ def diffusion_walk(
     """
     if not 1 <= steps <= facts.num_train_timesteps:
         raise UsageError(f"steps must be between 1 and {facts.num_train_timesteps}, found {steps}")
-    table = sigma_table(facts)
-    places, logs, last = np.arange(len(table)), np.log(table), _final(facts, table)
+    table = _table_of(facts)
     if isinstance(schedule, Levels):
-        if schedule.sigmas:
-            levels = np.array(schedule.sigmas)
-            return _finish(np.interp(np.log(levels), logs, places), levels, last, unit=True)
-        if schedule.timesteps[0] > len(table) - 1:
-            raise UsageError(
-                f"timestep {schedule.timesteps[0]:g} is outside the table of {len(table)}"
-            )
-        told = np.array(schedule.timesteps)
-        return _finish(told, np.interp(told, places, table), last, unit=False)
+        return _given(schedule, table)
     name = schedule_named(schedule) if schedule else facts.spread
     if name in _POSITIONS:
-        told = _POSITIONS[name](steps, len(table))
-        return _finish(told, np.exp(np.interp(told, places, logs)), last, unit=True)
+        told = _POSITIONS[name](steps, len(table.sigmas))
+        return _finish(told, table.at_even_logs(told), table.last, unit=True)
     if name == "ays":
         levels = _ays(steps, architecture)
-        return _finish(np.interp(np.log(levels), logs, places), levels, last, unit=True)
+        return _finish(table.timesteps(levels), levels, table.last, unit=True)
     if name == "lcm":
         told = _lcm(facts, steps)
-        return _finish(told, np.interp(told, places, table), last, unit=False)
-    default = facts.timestep_spacing or spacing
-    chosen = name if name in SPACINGS else "linspace" if schedule else default
-    told = spaced(facts, steps, chosen, spare=spare)
-    levels = np.interp(told, places, table)
-    if name in _SPREADS:
-        ends = (table[-1], table[0]) if spare else (levels[0], levels[-1])
-        levels = _SPREADS[name](float(ends[0]), float(ends[1]), steps)
-        told = np.interp(np.log(levels), logs, places)
-        if spare:  # the model sees whole timesteps, by rounding or, for these, by cutting off
-            told = np.round(told) if name == "karras" else np.floor(told)
-        return _finish(told, levels, last, unit=chosen == "leading")
-    return _finish(told, levels, last, unit=chosen == "leading", even=True)
+        return _finish(told, table.at(told), table.last, unit=False)
+    default = "linspace" if schedule else facts.timestep_spacing or spacing
+    chosen = name if name in SPACINGS else default
+    told = np.asarray(spaced(facts, steps, chosen, spare=spare), float)
+    levels, unit = table.at(told), chosen == "leading"
+    if name not in _SPREADS:
+        return _finish(told, levels, table.last, unit=unit, even=True)
+    # diffusers' DPM++ and UniPC spread over the whole table, its others over what spacing visits
+    first, final = (table.sigmas[-1], table.sigmas[0]) if spare else (levels[0], levels[-1])
+    levels = _SPREADS[name](float(first), float(final), steps)
+    told = table.timesteps(levels)
+    if spare:  # the model sees whole timesteps there, by rounding or else by cutting off
+        told = np.round(told) if name == "karras" else np.floor(told)
+    return _finish(told, levels, table.last, unit=unit)
+
+
+def _given(given: Levels, table: _Table) -> Walk:
+    """Levels one by one, within a hundredth of the table's ends."""
+    top, low = float(table.sigmas[-1]), float(table.sigmas[0])
+    if given.timesteps:
+        told = np.array(given.timesteps)
+        if told[0] > len(table.sigmas) - 1:
+            raise UsageError(
+                f"timestep {told[0]:g} is outside the table, which ends at {len(table.sigmas) - 1}"
+            )
+        return _finish(told, table.at(told), table.last, unit=False)
+    levels = np.array(given.sigmas)
+    if levels[0] > top * 1.01 or levels[-1] < low * 0.99:
+        raise UsageError(
+            f"sigmas from {levels[0]:g} to {levels[-1]:g} are outside the table, which goes from "
+            f"{top:g} to {low:g}"
+        )
+    return _finish(table.timesteps(levels), levels, table.last, unit=True)
+
+
+def _to_share(steps: int, low: float) -> _Array:
+    return np.linspace(1.0, 1.0 / steps, steps)
+
+
+def _to_low(steps: int, low: float) -> _Array:
+    return np.linspace(1.0, low, steps)
+
+
+def _before_low(steps: int, low: float) -> _Array:
+    return np.linspace(1.0, low, steps + 1)[:-1]
+
+
+# (steps, lowest time of the shifted table) -> even times, which the shift bends (again: ComfyUI and
+# diffusers both measure the lowest one after shifting)
+_EVEN: Mapping[str, Callable[[int, float], _Array]] = {
+    **dict.fromkeys(("", "trailing", *_SPREADS), _to_share),
+    **dict.fromkeys(("normal", "linspace"), _to_low),
+    "sgm_uniform": _before_low,
+}
 
 
 def _flow_table(facts: SchedulerFacts, shift: float) -> _Array:
@@ -242,19 +298,12 @@ def _flow_sigmas(
         given = np.array(schedule.sigmas, np.float32)
         return bend(facts, given, shift) if schedule.bent else given
     table = _flow_table(facts, shift)
-    match name:
-        case "" | "trailing" | "karras" | "exponential" | "beta_sigmas":
-            even = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
-        case "normal" | "linspace":
-            even = np.linspace(1.0, table[0], steps).astype(np.float32)
-        case "sgm_uniform":
-            even = np.linspace(1.0, table[0], steps + 1)[:-1].astype(np.float32)
-        case "simple" | "beta" | "ddim_uniform":
-            return np.asarray(table[_POSITIONS[name](steps, len(table)).astype(int)])
-        case _:
-            known = [*_SPREADS, *_POSITIONS, "trailing", "linspace"]
-            raise UnknownFormat(name, sorted(known), what="schedule for flows")
-    sigmas = bend(facts, even, shift)
+    if name in ("simple", "beta", "ddim_uniform"):
+        return np.asarray(table[_POSITIONS[name](steps, len(table)).astype(int)])
+    if name not in _EVEN:
+        known = sorted({*_EVEN, *_POSITIONS} - {""})
+        raise UnknownFormat(name, known, what="schedule for flows")
+    sigmas = bend(facts, _EVEN[name](steps, float(table[0])).astype(np.float32), shift)
     if facts.shift_terminal and steps > 1:  # a single step begins at 1, it cannot end elsewhere
         sigmas = 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - facts.shift_terminal))
     return sigmas
