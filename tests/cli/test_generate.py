@@ -87,10 +87,13 @@ def test_missing_parts_are_one_line(tmp_path):
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_said(tmp_path):
-    prompt = "a small red circle " * 40
-    result = call("generate", SD15, "-p", prompt, "--steps", 1, "-o", tmp_path / "o.png")
-    assert result.exit_code == 0
+    words = ("-p", "a small red circle " * 40, "--steps", 1)
+    result = call("generate", FLUX, *words, "-o", tmp_path / "flux.png")
+    assert result.exit_code == 0, result.output
     assert "warning: the prompt was cut" in result.stderr
+    result = call("generate", SD15, *words, "-o", tmp_path / "sd.png")  # read in parts of 75
+    assert result.exit_code == 0, result.output
+    assert "was cut" not in result.stderr
 
 
 def test_a_lora_of_another_family_is_one_line(tmp_path):
@@ -120,10 +123,260 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffquant.runtime.pipeline.Pipeline.generate", interrupt)
+    monkeypatch.setattr("diffquant.runtime.pipeline.Pipeline.denoise", interrupt)
     result = generate(SD15, tmp_path / "o.png")
     assert result.exit_code == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--seed", 5, "--cfg", 4, "-n", "a green star", "--sampler", "DPM++ 2M Karras"),
+        ("--sampler", "euler_a", "--dtype", "float32", "--size", "64x128", "--cfg-cutoff", 0.5),
+        ("--hires", 1.5, "--hires-strength", 0.5, "--steps", 4),
+    ],
+    ids=["plain", "guided", "stochastic", "hires"],
+)
+def test_a_picture_repeats_itself_bit_by_bit(tmp_path, more):
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    assert generate(SD15, first, *more).exit_code == 0
+    result = call("generate", SD15, "--from-image", first, "-o", again)
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(pixels(first), pixels(again))
+    assert Image.open(first).text == Image.open(again).text
+    assert str(tmp_path) not in json.dumps(Image.open(first).text)
+    assert str(EXAMPLES) not in json.dumps(Image.open(first).text)
+    other = tmp_path / "other.png"
+    assert call("generate", SD15, "--from-image", first, "--seed", 99, "-o", other).exit_code == 0
+    assert not np.array_equal(pixels(first), pixels(other))
+
+
+def test_a_picture_of_a_batch_repeats_alone(tmp_path):
+    result = generate(SD15, tmp_path / "o.png", "--batch", 2, "--seed", 7, "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert "o-1.png, " in result.stdout
+    assert json.loads(Image.open(tmp_path / "o-2.png").text["diffquant"])["seed"] == 8
+    again = tmp_path / "again.png"
+    call("generate", SD15, "--from-image", tmp_path / "o-2.png", "-o", again)
+    difference = pixels(again).astype(int) - pixels(tmp_path / "o-2.png")
+    assert np.abs(difference).max() <= 1  # another batch size may round otherwise
+    refused(generate(SD15, tmp_path / "o.png", "--batch", 2), 2, "o-1.png exists", "--force")
+    named = generate(SD15, tmp_path / "s.png", "--seed", "8,7", "--dtype", "float32")
+    assert named.exit_code == 0
+    difference = pixels(tmp_path / "s-1.png").astype(int) - pixels(tmp_path / "o-2.png")
+    assert np.abs(difference).max() <= 1
+    refused(generate(SD15, tmp_path / "x.png", "--seed", "1,2", "--batch", 3), 2, "2 seeds")
+
+
+def test_another_model_is_said_when_a_picture_is_repeated(tmp_path):
+    first = tmp_path / "first.png"
+    assert generate(SD15, first).exit_code == 0
+    result = call(
+        "generate", EXAMPLES / "sdxl-shapes", "--from-image", first, "-o", tmp_path / "b.png"
+    )
+    assert result.exit_code == 0, result.output
+    assert "made with another model (sd15-shapes)" in result.stderr
+
+
+def test_files_that_a_picture_was_made_with_are_asked_for(tmp_path):
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    assert generate(SD15, first).exit_code == 0
+    made = generate(SD15, second, "--image", first, "--strength", 0.5, "--steps", 4)
+    assert made.exit_code == 0, made.output
+    refused(
+        call("generate", SD15, "--from-image", second, "-o", tmp_path / "x.png"),
+        2, "not given", "--image (first.png)",
+    )  # fmt: skip
+    again = tmp_path / "again.png"
+    result = call("generate", SD15, "--from-image", second, "--image", first, "-o", again)
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(pixels(second), pixels(again))
+    other = call(
+        "generate", SD15, "--from-image", second, "--image", second, "-o", tmp_path / "y.png"
+    )
+    assert "another file than first.png" in other.stderr
+
+
+def test_a_picture_with_a_lora_asks_for_it_and_remembers_its_weight(tmp_path):
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    unet = open_state(SD15 / "unet" / "diffusion_pytorch_model.safetensors")
+    rows, columns = unet["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+    down, up = rng.standard_normal((4, columns)), rng.standard_normal((rows, 4))
+    keys = {"lora_down.weight": down, "lora_up.weight": up, "alpha": np.array(4.0)}
+    lora = tmp_path / "style.safetensors"
+    save_file({f"{name}.{key}": value.astype(np.float32) for key, value in keys.items()}, lora)
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    made = generate(SD15, first, "--lora", f"{lora}:0.3")
+    assert made.exit_code == 0, made.output
+    assert "<lora:style:0.3>" in Image.open(first).text["parameters"]
+    repeat = ("generate", SD15, "--from-image", first, "-o", again, "--force")
+    refused(call(*repeat), 2, "not given", "--lora style:0.3")
+    result = call(*repeat, "--lora", lora)
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(pixels(first), pixels(again))
+    assert "weight 0.9, 0.3 in the picture" in call(*repeat, "--lora", f"{lora}:0.9").stderr
+
+
+def open_state(path):
+    """Shapes by key."""
+    from diffquant.io import open_source
+
+    with open_source(path) as source:
+        return {key: spec.shape for key, spec in source.specs.items()}
+
+
+def test_the_help_lists_every_option_under_a_heading():
+    from diffquant.cli.ask_picture import SECTIONS
+    from diffquant.cli.generate import command
+
+    named = [name for names in SECTIONS.values() for name in names]
+    assert len(named) == len(set(named))
+    options = {one.name for one in command.params if one.param_type_name == "option"}
+    assert set(named) <= options
+    assert options - set(named) == {"as_json", "quiet", "verbose", "no_progress"}
+    shown = call("generate", "--help").output
+    for one in command.params:
+        if one.param_type_name == "option":
+            assert one.opts[-1] in shown
+
+
+def test_a1111_parameters_make_a_picture(tmp_path):
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text(
+        "parameters",
+        f"{DEMO_PROMPTS[0]}\nSteps: 2, Sampler: Euler a, Schedule type: Karras, CFG scale: 3, "
+        "Seed: 1, Size: 64x64, Model: other, RNG: CPU, Tiling: True",
+    )
+    Image.new("RGB", (64, 64)).save(tmp_path / "theirs.png", pnginfo=info)
+    out = tmp_path / "o.png"
+    result = call("generate", SD15, "--from-image", tmp_path / "theirs.png", "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "Tiling: True is not used" in result.stderr
+    assert "made with a model called other" in result.stderr
+    facts = json.loads(Image.open(out).text["diffquant"])
+    assert (facts["steps"], facts["cfg"], facts["size"]) == (2, 3.0, [64, 64])
+
+
+def test_bad_pictures_are_one_line(tmp_path):
+    out = tmp_path / "o.png"
+    text = tmp_path / "text.png"
+    text.write_text("not a picture")
+    small, large = tmp_path / "small.png", tmp_path / "large.png"
+    Image.new("L", (64, 64)).save(small)
+    Image.new("RGBA", (128, 128)).save(large)
+    refused(generate(SD15, out, "--image", text), 2, "text.png: not a picture")
+    refused(generate(SD15, out, "--image", tmp_path / "none.png"), 2, "no such picture")
+    refused(generate(SD15, out, "--image", large, "--mask", small), 2, "64x64", "128x128")
+    refused(generate(SD15, out, "--mask", small), 2, "--mask needs", "--image")
+    refused(generate(SD15, out, "--strength", 0.5), 2, "--strength is of --image")
+    refused(generate(SD15, out, "--image", small, "--size", "128x128"), 2, "64x64", "--size")
+    refused(generate(SD15, out, "--hires-model", SD15), 2, "--hires-model needs --hires")
+    refused(call("generate", SD15, "--from-image", text, "-o", out), 2, "not a PNG")
+    refused(call("generate", SD15, "-o", out), 2, "no prompt")
+    whole = tmp_path / "whole.png"
+    Image.effect_noise((64, 64), 9).save(whole)
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(whole.read_bytes()[:-2000])
+    refused(generate(SD15, out, "--image", cut), 1, "a damaged picture")
+    assert not out.exists()
+
+
+def test_prompts_come_from_files_and_standard_input(tmp_path):
+    out = tmp_path / "o.png"
+    (tmp_path / "p.txt").write_text("from a file\n", encoding="utf-8")
+    assert call(
+        "generate", SD15, "-p", f"@{tmp_path / 'p.txt'}", "--steps", 1, "-o", out
+    ).exit_code == 0  # fmt: skip
+    assert json.loads(Image.open(out).text["diffquant"])["prompt"] == "from a file"
+    words = ["generate", str(SD15), "-p", "-", "--steps", "1", "-o", str(out), "--force"]
+    assert CliRunner().invoke(cli, words, input="from a pipe\n").exit_code == 0
+    assert json.loads(Image.open(out).text["diffquant"])["prompt"] == "from a pipe"
+    missing = tmp_path / "none.txt"
+    refused(call("generate", SD15, "-p", f"@{missing}", "-o", out, "--force"), 2, "no file")
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
+    refused(
+        call("generate", SD15, "-p", f"@{tmp_path / 'p.txt'}", "-o", out, "--force"),
+        2, "not UTF-8",
+    )  # fmt: skip
+
+
+def test_json_has_phases_and_the_preset(tmp_path):
+    model = tmp_path / "sd15-shapes-lcm"
+    model.symlink_to(SD15)
+    result = call("generate", model, "-p", "x", "-o", tmp_path / "o.png", "--json", "--steps", 3)
+    assert result.exit_code == 0, result.output
+    body = json.loads(result.stdout)
+    found = body["result"]
+    assert found["phases"].keys() == {"load", "encode", "denoise", "decode", "save"}
+    assert found["parameters"]["steps"] == 3
+    assert found["parameters"]["sampler"] == "lcm"
+    assert "LCM" in found["preset"]["title"]
+    assert found["preset"]["why"]
+    plain = generate(model, tmp_path / "p.png", "--preset", "none", "--json", "--cfg", 7.5)
+    found = json.loads(plain.stdout)
+    assert found["result"]["preset"] is None
+    assert any("cfg 7.5 is too much" in text for text in found["warnings"])
+    refused(generate(SD15, tmp_path / "q.png", "--preset", "lcn"), 4, "unknown preset 'lcn'")
+
+
+def test_a_preview_is_written_on_the_way(tmp_path):
+    out = tmp_path / "o.png"
+    assert generate(SD15, out, "--preview", "rgb").exit_code == 0
+    assert pixels(tmp_path / "o.preview.png").shape == (16, 16, 3)
+    refused(generate(SD15, tmp_path / "x.png", "--preview", "nowhere"), 2, "expected rgb")
+    out.unlink()
+    refused(generate(SD15, out, "--preview", "rgb"), 2, "o.preview.png exists")
+
+
+def test_a_single_file_generates_with_a_named_tokenizer(tmp_path):
+    one = tmp_path / "one.safetensors"
+    assert call("convert", SD15, "-o", one).exit_code == 0
+    (Path(__import__("os").environ["DIFFQUANT_CACHE"]) / "sources.json").unlink(missing_ok=True)
+    plain, out = tmp_path / "plain.png", tmp_path / "out.png"
+    assert generate(SD15, plain).exit_code == 0
+    result = generate(one, out, "--tokenizer", SD15 / "tokenizer", "--sampler", "pndm")
+    assert result.exit_code == 0, result.output
+    result = generate(one, out, "--add", f"tokenizer={SD15 / 'tokenizer'}", "--force")
+    assert result.exit_code == 0, result.output
+    refused(generate(one, out, "--force", "--tokenizer", tmp_path / "no"), 2, "no such folder")
+    refused(generate(one, out, "--force", "--add", "vae"), 2, "expected PART=FILE")
+    twice = ("--vae", SD15 / "vae", "--add", f"vae={SD15 / 'vae'}")
+    refused(generate(one, out, "--force", *twice), 2, "vae is given twice")
+
+
+def test_ctrl_c_in_a_real_process_is_130_and_leaves_nothing(tmp_path):
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    words = ["generate", str(SD15), "-p", "x", "--steps", "900", "-o", str(tmp_path / "o.png")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "diffquant", *words, "--preview", "rgb"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        preview = tmp_path / "o.preview.png"
+        deadline = time.monotonic() + 120
+        while not preview.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted" in said
+    assert b"Traceback" not in said
+    assert {path.name for path in tmp_path.iterdir()} == {"o.preview.png"}
 
 
 def test_verify_prints_the_contract_and_exits_3_below_the_gate(tmp_path):

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.core.errors import ArchitectureError, MalformedFile
 from diffquant.runtime.layers import PackedLayer
 from diffquant.runtime.loading import build
 from diffquant.runtime.lora import attach
+from diffquant.runtime.lora_reach import view_of
 from diffquant.runtime.models import flux
 from diffquant.runtime.opening import Opened, open_pipeline
 
@@ -355,6 +357,91 @@ def test_text_encoders_equal_merged_weights(sd15, flux1, tmp_path, family, prefi
     assert use.matched == len(modules)
     wanted = family.theirs_text(merged(family.text, deltas))
     assert_same(family.call_text(ours), wanted, family.theirs_text(family.text))
+
+
+@pytest.fixture(scope="module")
+def sdxl(oracle, sd15, tmp_path_factory):
+    """OpenCLIP-bigG in small, from transformers' folder and from open_clip's fused names."""
+    settings = oracle.transformers.CLIPTextConfig(**CLIP, projection_dim=24, hidden_act="gelu")
+    text = oracle.transformers.CLIPTextModelWithProjection(settings)
+    oracle.randomize(text, seed=6)
+    encoder = build("open_clip", oracle.clip_weights(text), settings.to_dict())
+    ids = torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(3))
+    return SimpleNamespace(
+        slug="sdxl",
+        text=text,
+        ours=(sd15.ours[0], sd15.ours[1], encoder),
+        theirs_text=lambda model: torch.cat(
+            [model(ids).last_hidden_state.flatten(1), model(ids).text_embeds], dim=1
+        ),
+        call_text=lambda opened: (
+            lambda out: torch.cat([out.last.flatten(1), out.projected], dim=1)
+        )(opened.pipeline.parts.text_encoders[1](ids)),
+    )
+
+
+SECOND = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1")
+
+
+@pytest.mark.oracle
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["lora_te2_text_model_", "text_encoder_2.text_model."])
+@pytest.mark.parametrize("count", [1, 3])
+def test_second_encoder_of_sdxl_equals_merged_weights(sdxl, tmp_path, prefix, count):
+    """open_clip's canonical names are fused; the module has q, k and v apart."""
+    state, deltas, files = sdxl.text.state_dict(), {}, []
+    for number in range(count):
+        tensors = {}
+        for i, module in enumerate([f"{CLIP_LAYER}{one}" for one in SECOND]):
+            name = next(k for k in state if k.endswith(f"{module}.weight"))
+            down, up = pair(state[name].shape, 2, i + 10 * number)
+            if prefix.endswith("_"):
+                tensors |= kohya_pair(prefix + module.replace(".", "_"), down, up, 1)
+            else:
+                tensors |= peft_pair(prefix + module, down, up)
+            scale = 0.5 if prefix.endswith("_") else 1.0
+            key = name.removesuffix(".weight")
+            deltas[key] = deltas.get(key, 0) + (number + 1) * scale * product(down, up)
+        files.append((tmp_path / f"{number}.safetensors", float(number + 1)))
+        save_file(tensors, files[-1][0])
+    ours = opened(sdxl)
+    uses = attach(ours, tuple(files))
+    assert [(use.matched, use.unmatched) for use in uses] == [(len(SECOND), ())] * count
+    wanted = sdxl.theirs_text(merged(sdxl.text, deltas))
+    assert_same(sdxl.call_text(ours), wanted, sdxl.theirs_text(sdxl.text))
+
+
+def test_rows_of_a_fused_weight_are_told_to_each_layer(sdxl):
+    encoder = sdxl.ours[2]
+    view = view_of(encoder, ARCHITECTURES["sdxl"].component("text_encoder_2"))
+    key = "transformer.resblocks.1.attn.in_proj_weight"
+    assert view.shapes[key] == (144, 48)
+    attention = encoder.text_model.encoder.layers[1].self_attn
+    q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+
+    def reached(rows):
+        return [(one.layer, one.rows, one.start, one.stop) for one in view.reach(key, rows)]
+
+    assert reached(None) == [(q, None, 0, 48), (k, None, 48, 96), (v, None, 96, 144)]
+    assert reached((48, 96)) == [(k, None, 0, 48)]
+    assert reached((40, 100)) == [(q, (40, 48), 0, 8), (k, None, 8, 56), (v, (0, 4), 56, 60)]
+    [norm] = view.reach("ln_final.weight", None)
+    assert norm.layer is None
+
+
+@pytest.mark.oracle
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["lora_te2_text_projection", "text_encoder_2.text_projection"])
+def test_projection_of_the_second_encoder_equals_merged_weights(sdxl, tmp_path, name):
+    state = sdxl.text.state_dict()
+    down, up = pair(state["text_projection.weight"].shape, 2, 5)
+    made = kohya_pair(name, down, up, 2) if name.startswith("lora") else peft_pair(name, down, up)
+    save_file(made, tmp_path / "a.safetensors")
+    ours = opened(sdxl)
+    [use] = attach(ours, ((tmp_path / "a.safetensors", 1.0),))
+    assert use.matched == 1
+    wanted = sdxl.theirs_text(merged(sdxl.text, {"text_projection": product(down, up)}))
+    assert_same(sdxl.call_text(ours), wanted, sdxl.theirs_text(sdxl.text))
 
 
 @pytest.mark.oracle

@@ -10,7 +10,8 @@ import torch
 
 from diffquant.core.errors import UnknownFormat, UsageError, VerificationError
 from diffquant.runtime.loading import build
-from diffquant.runtime.pipeline import Pipeline, PipelineParts, initial_noise
+from diffquant.runtime.noise import NoiseSource
+from diffquant.runtime.pipeline import Pipeline, PipelineParts
 from diffquant.runtime.schedules import SchedulerFacts
 from diffquant.runtime.tokenizers import load_tokenizer
 
@@ -155,7 +156,7 @@ def sd15(oracle, tmp_path_factory):
     return reference, Pipeline(parts)
 
 
-def flux_pair(oracle, root, *, guidance, scheduler):
+def flux_pair(oracle, root, *, guidance, scheduler, in_channels=64, pipeline="FluxPipeline"):
     folder, vocabulary = clip_tokenizer(root / "tokenizer")
     clip = tiny_clip(oracle, 20, vocabulary)
     vae = tiny_vae(
@@ -171,7 +172,8 @@ def flux_pair(oracle, root, *, guidance, scheduler):
     config = tf.T5Config(vocab_size=len(WORDS), feed_forward_proj="gated-gelu", **sizes)
     t5 = oracle.randomize(tf.T5EncoderModel(config), seed=4)
     transformer = oracle.diffusers.FluxTransformer2DModel(
-        in_channels=64,
+        in_channels=in_channels,
+        out_channels=64,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -184,7 +186,7 @@ def flux_pair(oracle, root, *, guidance, scheduler):
     oracle.randomize(transformer, seed=5)
     theirs, facts = scheduler_of(oracle, "FlowMatchEulerDiscreteScheduler", **scheduler)
     second = t5_tokenizer(root / "tokenizer_2")
-    reference = oracle.diffusers.FluxPipeline(
+    reference = getattr(oracle.diffusers, pipeline)(
         scheduler=theirs,
         vae=vae,
         text_encoder=clip,
@@ -224,7 +226,8 @@ def schnell(oracle, tmp_path_factory):
 def both(pair, ours, theirs, *, seed, width, height, steps=4):
     """Run the two pipelines from one seed: (ours, their latents, their picture)."""
     reference, pipeline = pair
-    generator = torch.Generator("cpu").manual_seed(seed)
+    count = theirs.get("num_images_per_prompt", 1)
+    generator = [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
     common = {"width": width, "height": height, "num_inference_steps": steps, **theirs}
     latents = reference(PROMPT, generator=generator, output_type="latent", **common).images
     if latents.ndim == 3:  # Flux: packed
@@ -384,7 +387,8 @@ def test_latents_that_are_not_finite_stop_the_run(sd15):
         sd15[1].generate(PROMPT, width=64, height=64, steps=2, latents=latents, sampler="pndm")
 
 
-def test_one_seed_draws_the_batch_from_one_generator():
-    batch = initial_noise((4, 2, 2), 5, 2)
-    assert torch.equal(batch, torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(5)))
-    assert torch.equal(initial_noise((4, 2, 2), [5, 6], 2)[:1], initial_noise((4, 2, 2), 5, 1))
+def test_each_picture_of_a_batch_draws_from_its_own_generator():
+    batch = NoiseSource([5, 6]).draw((2, 4, 2, 2))
+    for row, seed in zip(batch, (5, 6), strict=True):
+        alone = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(row[None], alone)

@@ -2,132 +2,205 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from diffquant.cli.ask_picture import SECTIONS, fields_from, pairs_of_parts, picture_options
 from diffquant.cli.frame import Options, Outcome, common, echo, human, run
-from diffquant.cli.values import check_device, lora_pairs, size_from
+from diffquant.cli.sections import Sectioned
+from diffquant.cli.values import check_device, lora_pairs
 from diffquant.core.errors import UsageError
+from diffquant.io.atomic import check_parent
+
+if TYPE_CHECKING:
+    from diffquant.runtime.session import Made
 
 __all__ = ["command"]
 
 
+class _Generate(Sectioned):
+    sections = SECTIONS
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenPreset:
+    """Settings that were recognised, and by what."""
+
+    name: str
+    title: str
+    why: str
+    source: str
+
+
 @dataclass(frozen=True, slots=True)
 class GenerateReport:
-    """What was generated, with what, from where."""
+    """What was generated, with what, from where.
+
+    Attributes:
+        parameters: of the first picture; `pictures` has those of each.
+        seconds: of the whole run; `phases` has those of its parts.
+    """
 
     outputs: tuple[str, ...]
-    parameters: dict[str, Any]
+    parameters: Mapping[str, Any]
+    pictures: tuple[Mapping[str, Any], ...]
     parts: tuple[Any, ...]
     loras: tuple[Any, ...]
+    preset: ChosenPreset | None
     seconds: float
+    phases: Mapping[str, float]
 
 
-@click.command("generate")
+@click.command("generate", cls=_Generate)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", required=True, help="What to show.")
-@click.option("-n", "--negative", help="What to stay away from; needs --cfg above 1.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True)
-@click.option("--cfg", type=float, help="Guidance strength, 1 is off (default: the family's).")
-@click.option("--guidance", type=float, help="Distilled guidance of Flux dev (default 3.5).")
-@click.option("--size", metavar="WxH", help="Picture size (default: the model's own).")
-@click.option("--sampler", help="euler, ddim, pndm (default: the model's own).")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Compute dtype of the denoiser and text encoders.",
-)
-@click.option("--base", type=click.Path(path_type=Path), help="Where missing parts come from.")
-@click.option("--vae", type=click.Path(path_type=Path), help="VAE file to use instead.")
-@click.option("--lora", "loras", multiple=True, metavar="FILE:WEIGHT", help="Side-branch LoRA.")
+@picture_options
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     default=Path("out.png"),
     show_default=True,
-    help="PNG to write; parameters are embedded.",
+    help="PNG to write, its parameters inside; several become out-1.png, out-2.png ...",
 )
-@click.option("--force", is_flag=True, help="Replace an existing picture.")
+@click.option("--force", is_flag=True, help="Replace existing pictures.")
+@click.option(
+    "--from-image",
+    type=click.Path(path_type=Path),
+    metavar="PNG",
+    help="Repeat a picture by its parameters (ours, A1111's, ComfyUI's); options win over them.",
+)
+@click.option(
+    "--preset",
+    metavar="NAME",
+    help="auto (default): few-step models are recognised; none; or a name.",
+)
+@click.option("--base", type=click.Path(path_type=Path), help="Where missing parts come from.")
+@click.option("--vae", type=click.Path(path_type=Path), help="VAE file to use instead.")
+@click.option("--add", "added", multiple=True, metavar="PART=FILE", help="A part's own file.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of the tokenizer.")
+@click.option("--lora", "loras", multiple=True, metavar="FILE:WEIGHT", help="Side-branch LoRA.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Computed in; auto: bfloat16 where the device multiplies it natively, else float32.",
+)
+@click.option(
+    "--preview",
+    metavar="rgb|FILE",
+    help="Write OUT.preview.png on the way: by colours, or a tiny autoencoder's file (TAESD).",
+)
 @common
 def command(
     model: Path,
-    prompt: str,
-    negative: str | None,
-    seed: int,
-    steps: int,
-    cfg: float | None,
-    guidance: float | None,
-    size: str | None,
-    sampler: str | None,
-    device: str,
-    dtype: str,
-    base: Path | None,
-    vae: Path | None,
-    loras: tuple[str, ...],
     output: Path,
     force: bool,
+    from_image: Path | None,
+    preset: str | None,
+    base: Path | None,
+    vae: Path | None,
+    added: tuple[str, ...],
+    tokenizer: Path | None,
+    loras: tuple[str, ...],
+    device: str,
+    dtype: str,
+    preview: str | None,
     options: Options,
+    **asked: Any,  # noqa: ANN401 - the options of a picture
 ) -> None:
-    """Generate a picture from MODEL: a folder, a checkpoint, or a packed file with --base.
+    """Generate pictures from MODEL: a folder, a checkpoint, or a packed file with --base.
 
     Weights stay packed in memory and are decoded layer by layer. The same seed gives the same
-    picture.
+    picture, and a picture repeats itself: diffquant generate MODEL --from-image out.png
     """
 
     def work() -> Outcome:
         if output.suffix.lower() != ".png":
             raise UsageError(f"{output}: pictures are written as .png")
-        if output.exists() and not force:
-            raise UsageError(f"{output} exists; use --force to replace it")
-        wanted = size_from(size)
+        check_parent(output)
+        fields = fields_from(asked)
+        if "prompt" not in fields and from_image is None:
+            raise UsageError("no prompt: give one with -p, or a picture to repeat, --from-image")
         pairs = lora_pairs(loras)
+        parts = pairs_of_parts(added, vae, tokenizer)
         check_device(device)
-        from diffquant.runtime.session import generate_picture
+        from diffquant.runtime.job import Job, Preview
+        from diffquant.runtime.repeat import read_recipe
+        from diffquant.runtime.session import generate_pictures, numbered
 
-        bar = options.bar()
-        started = time.perf_counter()
-        made = generate_picture(
-            model,
-            prompt,
-            negative,
-            seed=seed,
-            steps=steps,
-            cfg=cfg,
-            guidance=guidance,
-            size=wanted,
-            sampler=sampler,
+        taken = numbered(output, fields.get("batch", 1))
+        if preview is not None:
+            taken = (*taken, output.with_name(f"{output.stem}.preview.png"))
+        for path in taken:
+            if path.exists() and not force:
+                raise UsageError(f"{path} exists; use --force to replace it")
+        recipe = read_recipe(from_image) if from_image is not None else None
+        recorded = {one.name: one.weight for one in recipe.loras} if recipe is not None else {}
+        pairs = tuple(  # a weight that is not typed is the picture's
+            (path, recorded.get(path.stem, weight) if text == str(path) else weight)
+            for text, (path, weight) in zip(loras, pairs, strict=True)
+        )
+        job = Job(
+            model=model,
+            output=output,
+            fields=fields,
+            base=base,
+            added=parts,
+            loras=pairs,
+            image=asked["image"],
+            mask=asked["mask"],
+            refiner=asked["refiner"],
+            hires_model=asked["hires_model"],
             device=device,
             dtype=dtype,
-            base=base,
-            vae=vae,
-            loras=pairs,
-            output=output,
-            progress=bar,
+            preset=preset,
+            preview=None if preview is None else _preview(preview, Preview),
+            recipe=recipe,
         )
-        seconds = time.perf_counter() - started
-        report = GenerateReport(
-            (str(output),), made.parameters, made.origins, made.loras, round(seconds, 3)
-        )
-        return Outcome(report, made.warnings)
+        made = generate_pictures(job, options.bar())
+        return Outcome(_report(made), made.warnings)
 
-    def render(report: GenerateReport) -> None:
-        echo(f"wrote {report.outputs[0]} in {report.seconds:.1f} s")
-        for part in report.parts:
-            stored = ", ".join(sorted(part.formats, key=lambda name: -part.formats[name])[:3])
-            echo(f"  {part.name}: {human(part.nbytes)} in memory ({stored})")
-        for lora in report.loras:
-            echo(
-                f"  lora {lora.path}: weight {lora.weight:g}, {lora.matched} layers, "
-                f"rank {lora.rank}"
-            )
+    run("generate", options, work, _render)
 
-    run("generate", options, work, render)
+
+def _preview(text: str, kind: Any) -> Any:  # noqa: ANN401 - job.Preview, loaded with torch
+    if text == "rgb":
+        return kind()
+    path = Path(text)
+    if not path.is_file():
+        raise UsageError(f"--preview {text}: expected rgb, or the file of a tiny autoencoder")
+    return kind(path)
+
+
+def _report(made: Made) -> GenerateReport:
+    one = made.preset
+    chosen = None if one is None else ChosenPreset(one.name, one.title, one.why, one.source)
+    return GenerateReport(
+        outputs=tuple(str(path) for path in made.outputs),
+        parameters=made.parameters[0],
+        pictures=made.parameters,
+        parts=made.origins,
+        loras=made.loras,
+        preset=chosen,
+        seconds=round(sum(made.seconds.values()), 3),
+        phases=made.seconds,
+    )
+
+
+def _render(report: GenerateReport) -> None:
+    names = ", ".join(report.outputs)
+    phases = ", ".join(f"{name} {seconds:.2g}" for name, seconds in report.phases.items())
+    echo(f"wrote {names} in {report.seconds:.1f} s ({phases})")
+    if report.preset is not None and report.preset.name != "default":
+        echo(f"  preset {report.preset.name}: {report.preset.why}")
+    for part in report.parts:
+        stored = ", ".join(sorted(part.formats, key=lambda name: -part.formats[name])[:3])
+        echo(f"  {part.name}: {human(part.nbytes)} in memory ({stored})")
+    for lora in report.loras:
+        echo(f"  lora {lora.path}: weight {lora.weight:g}, {lora.matched} layers, rank {lora.rank}")

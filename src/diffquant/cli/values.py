@@ -106,7 +106,7 @@ def bytes_from(text: str, option: str) -> int:
     return int(float(found[1]) * unit)
 
 
-def seeds_from(text: str) -> tuple[int, ...]:
+def seeds_from(text: str, option: str = "--seeds") -> tuple[int, ...]:
     """Read seeds: 0,1,7.
 
     Raises:
@@ -115,9 +115,9 @@ def seeds_from(text: str) -> tuple[int, ...]:
     try:
         seeds = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--seeds {text}: expected numbers with commas, such as 0,1") from None
+        raise UsageError(f"{option} {text}: expected numbers with commas, such as 0,1") from None
     if any(not 0 <= seed < 2**63 for seed in seeds):
-        raise UsageError(f"--seeds {text}: a seed is at least 0 and below 2**63")
+        raise UsageError(f"{option} {text}: a seed is at least 0 and below 2**63")
     return seeds
 
 

@@ -18,10 +18,10 @@ from diffquant.convert.binding import bind
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.lora.match import LoraMatch, LoraTarget, looks_like, match_lora
 from diffquant.convert.lora.parse import LoraFile, LoraLayer, factors, parse_lora
-from diffquant.convert.rules import Shapes
 from diffquant.core.errors import ArchitectureError, shorten
 from diffquant.io import open_source
 from diffquant.runtime.layers import LowRank, PackedLayer, QuantEmbedding
+from diffquant.runtime.lora_reach import View, view_of
 from diffquant.runtime.opening import Opened
 
 __all__ = ["LoraUse", "attach"]
@@ -71,8 +71,8 @@ def attach(opened: Opened, loras: tuple[tuple[Path, float], ...]) -> tuple[LoraU
     """
     if not loras:
         return ()
-    modules = _modules(opened)
-    prepared = [_prepare(opened.architecture, modules, path, weight) for path, weight in loras]
+    views = _views(opened)
+    prepared = [_prepare(opened.architecture, views, path, weight) for path, weight in loras]
     for one in prepared:
         for layer, adapter in one.adapters:
             layer.adapters.append(adapter)
@@ -87,33 +87,25 @@ def _modules(opened: Opened) -> dict[str, nn.Module]:
     return {"denoiser": parts.denoiser, **dict(zip(encoders, parts.text_encoders, strict=True))}
 
 
-def _layers(module: nn.Module) -> dict[str, PackedLayer]:
-    """Canonical key of the weight -> layer."""
+def _views(opened: Opened) -> dict[str, View]:
+    """Part name -> its module by canonical names."""
+    architecture = ARCHITECTURES[opened.architecture]
     return {
-        f"{name}.weight": layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, PackedLayer)
+        name: view_of(module, architecture.component(name))
+        for name, module in _modules(opened).items()
     }
 
 
-def _shapes(module: nn.Module) -> Shapes:
-    """Canonical key -> shape of every weight and parameter."""
-    shapes = {key: layer.bound().shape for key, layer in _layers(module).items()}
-    return {**shapes, **{key: tuple(one.shape) for key, one in module.named_parameters()}}
-
-
-def _prepare(
-    architecture: str, modules: Mapping[str, nn.Module], path: Path, weight: float
-) -> _Prepared:
-    parts = {name: _shapes(module) for name, module in modules.items()}
-    layers = {name: _layers(module) for name, module in modules.items()}
+def _prepare(architecture: str, views: Mapping[str, View], path: Path, weight: float) -> _Prepared:
+    parts = {name: view.shapes for name, view in views.items()}
     with open_source(path) as source:
         file = parse_lora(source)
         match = match_lora(file.layers, ARCHITECTURES[architecture], parts)
         unreached = {
             target.layer.name: why
             for target in match.targets
-            if (why := _unreached(layers[target.part].get(target.key)))
+            for reached in views[target.part].reach(target.key, target.rows)
+            if (why := _unreached(reached.layer))
         }
         unmatched = (
             *match.unmatched,
@@ -123,8 +115,7 @@ def _prepare(
         _check_family(path, architecture, file, match)
         targets = [target for target in match.targets if target.layer.name not in unreached]
         adapters, silent = [], True
-        for target, adapter in _adapters(bind(source), targets, weight):
-            layer = layers[target.part][target.key]
+        for layer, adapter in _adapters(bind(source), targets, views, weight):
             adapters.append((layer, adapter.to(layer.bound().device)))
             silent = silent and not bool(adapter.up.any())
     matched = match.matched - len(unreached)
@@ -152,8 +143,8 @@ def _unreached(layer: PackedLayer | None) -> str:
 
 
 def _adapters(
-    source: LogicalSource, targets: list[LoraTarget], weight: float
-) -> Iterator[tuple[LoraTarget, LowRank]]:
+    source: LogicalSource, targets: list[LoraTarget], views: Mapping[str, View], weight: float
+) -> Iterator[tuple[PackedLayer, LowRank]]:
     """Read the factors of each layer once, in the precision the file stores."""
     last: LoraLayer | None = None
     for target in targets:
@@ -165,11 +156,15 @@ def _adapters(
                 torch.from_numpy(array).to(_STORED.get(source.tensors[key].dtype, torch.float32))
                 for array, key in zip(arrays, keys, strict=True)
             )
-        if target.transposed:  # (up @ down)^T = down^T @ up^T
-            yield target, LowRank(up.T, down.T, weight * last.scale)
-            continue
-        rows = slice(*target.up_rows) if target.up_rows else slice(None)
-        yield target, LowRank(down, up[rows], weight * last.scale, target.rows)
+        view, scale = views[target.part], weight * last.scale
+        chosen = up[slice(*target.up_rows) if target.up_rows else slice(None)]
+        for reached in view.reach(target.key, target.rows):
+            assert reached.layer is not None, "bare parameters were left out"
+            if view.transposed(target.key) != target.transposed:  # (up down)^T = down^T up^T
+                yield reached.layer, LowRank(chosen.T, down.T, scale)
+                continue
+            rows = slice(None) if target.transposed else slice(reached.start, reached.stop)
+            yield reached.layer, LowRank(down, chosen[rows], scale, reached.rows)
 
 
 def _check_family(path: Path, architecture: str, file: LoraFile, match: LoraMatch) -> None:

@@ -34,7 +34,8 @@ from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.packing import packed_weights
 from diffquant.runtime.pipeline import Pipeline
 from diffquant.runtime.schedules import SchedulerFacts
-from diffquant.runtime.tokenizers import Tokenizer, load_tokenizer
+from diffquant.runtime.tokenizer_sources import Place, find_tokenizer
+from diffquant.runtime.tokenizers import Tokenizer
 
 __all__ = ["Opened", "PartOrigin", "open_pipeline"]
 
@@ -160,7 +161,8 @@ def open_pipeline(
         model: Diffusers folder, single file of any written format, or a GGUF denoiser.
         base: folder or file that missing parts, configs and tokenizers come from.
         vae: VAE file that replaces the model's own; short for `added["vae"]`.
-        added: part name -> file that holds this part, and replaces the model's own.
+        added: part name -> file that holds this part, and replaces the model's own; or
+            "tokenizer", "tokenizer_2" ... -> folder of that tokenizer.
         dtype: compute dtype.
         device: torch device.
         denoiser_dtype: compute dtype of the denoiser alone, where it differs.
@@ -170,6 +172,7 @@ def open_pipeline(
         ArchitectureError: no runtime for this architecture yet.
     """
     wanted = {**(added or {}), **({"vae": vae} if vae is not None else {})}
+    given = {name: wanted.pop(name) for name in list(wanted) if name.startswith("tokenizer")}
     with _providers(model, base, wanted) as (providers, extra):
         first = providers[0]
         architecture, match = first.architecture, first.match
@@ -194,12 +197,16 @@ def open_pipeline(
         vae_module = modules["vae"]
         assert isinstance(vae_module, Autoencoder)
         encoders = [name for name in family.needs if name.startswith("text_encoder")]
+        _check_given(given, encoders, architecture)
         parts = PipelineParts(
             architecture=architecture,
             denoiser=modules["denoiser"],
             vae=vae_module,
             text_encoders=tuple(modules[name] for name in encoders),
-            tokenizers=tuple(_tokenizer(providers, name, model) for name in encoders),
+            tokenizers=tuple(
+                _tokenizer([*providers, *extra.values()], chosen[name], name, given, modules[name])
+                for name in encoders
+            ),
             scheduler=SchedulerFacts.from_config(_scheduler(providers)),
             zeros_for_empty=_index_says(providers, "force_zeros_for_empty_prompt", default=True),
         )
@@ -301,15 +308,24 @@ def _index_says(providers: list[_Provider], field: str, *, default: bool) -> boo
     return default
 
 
-def _tokenizer(providers: list[_Provider], encoder: str, model: Path) -> Tokenizer:
-    folder = encoder.replace("text_encoder", "tokenizer")
-    for provider in providers:
-        candidate = provider.path / folder
-        if candidate.is_dir():
-            return load_tokenizer(candidate)
-    raise UsageError(
-        f"{model} brings no tokenizer: give a Diffusers folder that has {folder}/ with --base"
-    )
+def _check_given(given: Mapping[str, Path], encoders: list[str], architecture: str) -> None:
+    known = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    strange = [name for name in given if name not in known]
+    if strange:
+        raise UsageError(f"{architecture} takes no {strange[0]} (it has {', '.join(known)})")
+
+
+def _tokenizer(
+    providers: list[_Provider],
+    chosen: _Provider,
+    encoder: str,
+    given: Mapping[str, Path],
+    module: torch.nn.Module,
+) -> Tokenizer:
+    """The tokenizer of an encoder; a GGUF header counts where the encoder comes from it."""
+    places = [Place(one.path, one.source.metadata, one is chosen) for one in providers]
+    kind = chosen.parts[encoder].kind
+    return find_tokenizer(encoder, kind, places, given=given, table=module)
 
 
 def _native_size(

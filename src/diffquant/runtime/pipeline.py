@@ -1,15 +1,16 @@
-"""Text to image: encode the prompt, walk from noise to latents, decode.
+"""From a request to pictures: encode the prompt, walk from noise to latents, decode.
 
-Noise is drawn as diffusers draws it: float32 from torch's CPU generator, in the latents' shape, so
+The loop is here; where it starts from is told by inpaint.py, noise by noise.py. Noise is drawn as
+diffusers draws it: float32 from torch's CPU generator, in the latents' shape, so
 `torch.Generator("cpu").manual_seed(seed)` there and `seed` here start from the same noise, on any
-device.
+device. Of a batch each picture has a generator of its own, as if it were made alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,14 +25,35 @@ from diffquant.runtime.families import (
     TextOptions,
 )
 from diffquant.runtime.families.base import device_of
-from diffquant.runtime.guidance import guided, needs_negative
+from diffquant.runtime.guidance import Guidance, needs_negative
+from diffquant.runtime.inpaint import paste, start
 from diffquant.runtime.models.autoencoder import to_pixels
 from diffquant.runtime.models.facts import param_dtype
-from diffquant.runtime.samplers import default_sampler, make_sampler
+from diffquant.runtime.noise import NoiseSource
+from diffquant.runtime.request import PictureRequest
+from diffquant.runtime.samplers import Part, Sampler, default_sampler, make_sampler
 
-__all__ = ["Generated", "OnStep", "Pipeline", "PipelineParts"]
+__all__ = ["Denoised", "Generated", "OnLatents", "OnStep", "Pipeline", "PipelineParts"]
 
 OnStep: TypeAlias = Callable[[int, int], None]
+OnLatents: TypeAlias = Callable[[int, int, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Denoised:
+    """What a run leaves before it is decoded.
+
+    Attributes:
+        latents: (B, C, h, w) float32 as the denoiser left them, on its device.
+        sampler: name of the sampler used.
+        calls: model evaluations per picture, guidance not counted.
+        truncated: what the tokenizers cut off, "clip: ..." or "t5: ...", negative prompts included.
+    """
+
+    latents: Tensor
+    sampler: str
+    calls: int
+    truncated: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +63,8 @@ class Generated:
     Attributes:
         images: (B, H, W, 3) float32 in [0, 1], on the CPU.
         latents: (B, C, h, w) float32 as the denoiser left them, on the CPU.
-        sampler: name of the sampler used.
-        calls: model evaluations per picture.
-        truncated: what the tokenizers cut off, "clip: ..." or "t5: ...", negative prompts included.
+        sampler, calls, truncated: as in Denoised.
+        seeds: one per picture.
     """
 
     images: Tensor
@@ -51,19 +72,7 @@ class Generated:
     sampler: str
     calls: int
     truncated: tuple[str, ...]
-
-
-def initial_noise(shape: tuple[int, int, int], seed: int | Sequence[int], count: int) -> Tensor:
-    """Draw `count` samples of `shape`: float32 on the CPU.
-
-    One seed draws the whole batch from one generator; a sequence draws each sample from its own.
-    """
-    if isinstance(seed, int):
-        return torch.randn((count, *shape), generator=torch.Generator("cpu").manual_seed(seed))
-    if len(seed) != count:
-        raise UsageError(f"{len(seed)} seeds for {count} pictures: give one, or one per picture")
-    generators = [torch.Generator("cpu").manual_seed(one) for one in seed]
-    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+    seeds: tuple[int, ...] = ()
 
 
 class Pipeline:
@@ -80,77 +89,105 @@ class Pipeline:
         self.parts = parts
         self.family: Family = FAMILIES[parts.architecture]
 
-    @torch.no_grad()
+    @property
+    def multiple(self) -> int:
+        """What width and height must be multiples of, in pixels."""
+        return self.parts.vae.config.factor * self.family.patch
+
     def generate(
         self,
         prompt: str | Sequence[str],
         negative: str | None = None,
         *,
-        seed: int | Sequence[int] = 0,
-        steps: int = 20,
-        cfg: float | None = None,
-        width: int = 512,
-        height: int = 512,
-        sampler: str | None = None,
-        guidance: float | None = None,
-        batch: int = 1,
-        text_tokens: int | None = None,
         latents: Tensor | None = None,
         on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
+        **fields: Any,  # noqa: ANN401 (what PictureRequest takes)
     ) -> Generated:
-        """Generate pictures.
+        """Generate pictures: `run` of a PictureRequest with these fields; lists may be given."""
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        prompts = prompt if isinstance(prompt, str) else tuple(prompt)
+        request = PictureRequest(prompts, negative, **fields)
+        return self.run(request, latents=latents, on_step=on_step, on_latents=on_latents)
+
+    def run(
+        self,
+        request: PictureRequest,
+        *,
+        latents: Tensor | None = None,
+        on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
+    ) -> Generated:
+        """Make the pictures of a request; see `denoise` for arguments and errors."""
+        found = self.denoise(request, latents=latents, on_step=on_step, on_latents=on_latents)
+        images = paste(request, self.decode(found.latents))
+        return Generated(
+            images=images,
+            latents=found.latents.cpu(),
+            sampler=found.sampler,
+            calls=found.calls,
+            truncated=found.truncated,
+            seeds=request.seeds,
+        )
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        request: PictureRequest,
+        *,
+        latents: Tensor | None = None,
+        on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
+        on_start: Callable[[int], None] | None = None,
+    ) -> Denoised:
+        """Walk from noise, or from a picture, to latents.
 
         Args:
-            prompt: one, or several that run as one batch.
-            negative: what to stay away from, needs cfg > 1; absent: "" for SD, no guidance for
-                Flux.
-            seed: one for the batch, or one per picture.
-            steps: sampler steps.
-            cfg: strength of classifier-free guidance, 1 is off; default: the family's.
-            width: pixels, a multiple of 8 (SD) or 16 (Flux).
-            height: likewise.
-            sampler: key of SAMPLERS; default: what the checkpoint's scheduler asks for.
-            guidance: distilled guidance of Flux dev, default 3.5.
-            batch: pictures per prompt.
-            text_tokens: T5 tokens of Flux, default 512, schnell 256.
-            latents: (B, C, h, w) noise to start from instead of drawing it.
+            request: what is wanted.
+            latents: (B, C, h, w) noise instead of drawing it; with `request.begin`, the latents
+                that another model stopped at.
             on_step: called after each model call with (done, total).
+            on_latents: called after each model call with (index, total, latents (B, C, h, w)), the
+                latents in the sampler's scale.
+            on_start: called with the number of model calls, once all texts are encoded.
 
         Raises:
-            UsageError: a size, seed count, sampler or guidance the model cannot take.
+            UsageError: a size, sampler, guidance or mask the model cannot take.
             VerificationError: latents are not finite; the message says at which step.
         """
         parts, family = self.parts, self.family
-        prompts = [
-            p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(batch)
-        ]
-        shape = self._latent_shape(width, height)
-        cfg = family.cfg if cfg is None else cfg
-        options = TextOptions(text_tokens)
-        positive = family.encode(parts, prompts, options)
-        opposite = self._negative(negative, positive, cfg, options)
-        texts = (positive,) if opposite is None else (opposite, positive)
-        call = family.caller(parts, Conditions((width, height), guidance))
-        name = sampler or default_sampler(parts.scheduler, flow=family.flow)
-        tokens = shape[1] * shape[2] // family.patch**2
-        run = make_sampler(name, parts.scheduler, steps=steps, tokens=tokens, flow=family.flow)
-        noise = initial_noise(shape, seed, len(prompts)) if latents is None else latents
-        device = device_of(parts.denoiser)
-        x = noise.to(device, torch.float32) * run.init_scale
+        count = len(request.prompts)
+        shape = (count, *self._latent_shape(request.width, request.height))
+        cfg = family.cfg if request.cfg is None else request.cfg
+        guide = Guidance(cfg, request.cfg_rescale, request.cfg_cutoff)
+        positive, opposite = self._texts(request, cfg)
+        noise = NoiseSource(request.seeds, request.rng)
+        name = request.sampler or default_sampler(parts.scheduler, flow=family.flow)
+        run = self._sampler(name, request, shape, noise)
+        begun = start(parts, family, request, run, noise, shape, latents)
+        size = (request.width, request.height)
+        call = family.caller(parts, Conditions(size, request.guidance, begun.beside))
+        x, total = begun.latents, len(run.timesteps)
+        if on_start is not None:
+            on_start(total)
         for index, t in enumerate(run.timesteps):
+            now = guide.at(index, total)
+            guided = opposite is not None and now.needs_negative
+            texts = (opposite, positive) if opposite is not None and guided else (positive,)
             found = call(run.scale_input(x, index), t, texts)
-            x = run.step(found[0] if len(found) == 1 else guided(found[1], found[0], cfg), x, index)
+            output = now.apply(found[1], found[0]) if guided else found[0]
+            x = begun.protect(run.step(output, x, index), run, index + 1)
             if not bool(torch.isfinite(x).all()):
-                total = len(run.timesteps)
                 raise VerificationError(
                     f"latents are not finite after step {index + 1} of {total}: "
                     "try compute dtype float32"
                 )
             if on_step is not None:
-                on_step(index + 1, len(run.timesteps))
+                on_step(index + 1, total)
+            if on_latents is not None:
+                on_latents(index, total, x)
         cut = positive.truncated + (opposite.truncated if opposite else ())
-        images = self.decode(x)
-        return Generated(images, x.cpu(), name, len(run.timesteps), tuple(dict.fromkeys(cut)))
+        return Denoised(x, name, total, tuple(dict.fromkeys(cut)))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -160,9 +197,30 @@ class Pipeline:
         z = vae.unscale(latents.to(device, torch.float32)).to(param_dtype(vae))
         return torch.cat([to_pixels(vae.decode(one)).cpu() for one in z[:, None]])
 
+    def _sampler(
+        self,
+        name: str,
+        request: PictureRequest,
+        shape: tuple[int, int, int, int],
+        noise: NoiseSource,
+    ) -> Sampler:
+        strength = 1.0 if request.image is None else request.strength
+        return make_sampler(
+            name,
+            self.parts.scheduler,
+            steps=request.steps,
+            tokens=shape[2] * shape[3] // self.family.patch**2,
+            flow=self.family.flow,
+            schedule=request.schedule,
+            shift=request.shift,
+            part=Part(strength=strength, start=request.begin, stop=request.end),
+            draw=noise.draw,
+            eta=request.eta,
+            architecture=self.parts.architecture,
+        )
+
     def _latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        factor = self.parts.vae.config.factor
-        multiple = factor * self.family.patch
+        factor, multiple = self.parts.vae.config.factor, self.multiple
         if min(width, height) < multiple or width % multiple or height % multiple:
             near = [max(1, round(size / multiple)) * multiple for size in (width, height)]
             raise UsageError(
@@ -171,18 +229,22 @@ class Pipeline:
             )
         return self.parts.vae.config.latents, height // factor, width // factor
 
-    def _negative(
-        self, text: str | None, positive: Text, cfg: float, options: TextOptions
-    ) -> Text | None:
-        """Encode the negative prompt, where guidance is on; flows also need one to be given."""
-        if text and not needs_negative(cfg):
+    def _texts(self, request: PictureRequest, cfg: float) -> tuple[Text, Text | None]:
+        """Encode the prompts and, where guidance is on, the negative one.
+
+        Flows are guided only where a negative prompt is given.
+        """
+        if request.negative and not needs_negative(cfg):
             raise UsageError(f"a negative prompt has no effect with cfg {cfg:g}: use cfg above 1")
-        if not needs_negative(cfg) or (text is None and self.family.flow):
-            return None
-        if text is None and self.family.nothing is not None:
-            nothing = self.family.nothing(self.parts, positive)
+        family, prompts = self.family, list(request.prompts)
+        options = TextOptions(request.text_tokens, request.clip_skip, style=request.prompt_style)
+        positive = family.encode(self.parts, prompts, options)
+        text = request.negative
+        if not needs_negative(cfg) or (text is None and family.flow):
+            return positive, None
+        if text is None and family.nothing is not None:
+            nothing = family.nothing(self.parts, positive)
             if nothing is not None:
-                return nothing
-        count = len(positive.states)
+                return positive, nothing
         options = replace(options, negative=True)
-        return self.family.encode(self.parts, [text or ""] * count, options)
+        return positive, family.encode(self.parts, [text or ""] * len(prompts), options)

@@ -1,33 +1,51 @@
 """Prompts to token ids, exactly as the pipelines' tokenizers do it.
 
-The `tokenizers` library does the work. A folder is read from its tokenizer.json, or from vocab.json
-and merges.txt (CLIP only). Cutting and padding are done here, in sight: what did not fit comes back
-as text, so that a caller can say so.
-Source of CLIP's recipe: openai/CLIP clip/simple_tokenizer.py; huggingface/transformers
-models/clip/tokenization_clip.py for the regular expression and the order of normalizers.
+The `tokenizers` library does the work. A folder is read from its tokenizer.json, from vocab.json
+and merges.txt (CLIP, Qwen), or from spiece.model (T5); what a GGUF header has is read by
+tokenizer_gguf.py. Cutting and padding are done here, in sight: what did not fit comes back as text,
+so that a caller can say so.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken
 from torch import Tensor
 
+from diffquant.convert.encoders.spiece import read_spiece
 from diffquant.core.errors import MalformedFile
-
-__all__ = ["Tokenizer", "Tokens", "load_tokenizer"]
-
-_CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
-_CLIP_PATTERN = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+from diffquant.runtime.token_backends import (
+    CLIP_SPECIAL,
+    MAX_TOKENS,
+    bpe_clip,
+    bpe_qwen,
+    parsed,
+    unigram,
 )
+
+__all__ = ["TOKENIZER_FILES", "Tokenizer", "Tokens", "load_tokenizer", "tokenizer_from_files"]
+
+# What a tokenizer's folder can hold; nothing else in it is read.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+_MAX_FILE_NBYTES = 64 << 20
+_UNKNOWN, _CONTROL, _USER = 2, 3, 4  # types of SentencePiece's pieces
+_SENTINELS = 100  # T5's <extra_id_99> to <extra_id_0>, after the pieces
+_MAX_SENTINELS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,73 +96,135 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer in `folder`.
+    """Load the tokenizer in `folder`, of this machine or of a repository.
 
     Raises:
-        MalformedFile: neither a tokenizer.json nor vocab.json with merges.txt, or unusable ones.
+        MalformedFile: no tokenizer in it, or an unusable one.
     """
-    settings = _settings(folder)
-    fast = folder / "tokenizer.json"
-    slow = folder / "vocab.json", folder / "merges.txt"
-    if fast.is_file():
-        backend = _parsed(fast)
-    elif all(path.is_file() for path in slow):
-        backend = _clip(*slow, unknown=settings.get("unk_token", _CLIP_SPECIAL[1]))
+    found = {}
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        nbytes = path.stat().st_size
+        if nbytes > _MAX_FILE_NBYTES:
+            raise MalformedFile(
+                f"{nbytes} bytes, at most {_MAX_FILE_NBYTES} expected of a tokenizer", path=path
+            )
+        found[name] = path.read_bytes()
+    return tokenizer_from_files(found, folder)
+
+
+def tokenizer_from_files(files: Mapping[str, bytes], where: object) -> Tokenizer:
+    """Make a tokenizer from a folder's files.
+
+    Args:
+        files: name (one of TOKENIZER_FILES) -> content.
+        where: what messages name.
+
+    Raises:
+        MalformedFile: they are no tokenizer.
+    """
+    settings = _settings(files, where)
+    for names, make in _READERS:
+        if all(name in files for name in names):
+            backend = make(files, settings, where)
+            break
     else:
         raise MalformedFile(
-            "no tokenizer: expected tokenizer.json, or vocab.json and merges.txt", path=folder
+            "no tokenizer: expected tokenizer.json, vocab.json and merges.txt, or spiece.model",
+            path=where,
         )
     _mark_special(backend, settings)
-    around = backend.encode("", add_special_tokens=True).ids  # CLIP: start, end; T5: end
-    if not around:
-        named = (settings.get("bos_token"), settings.get("eos_token"))
-        pairs = zip(named, _CLIP_SPECIAL, strict=True)
-        around = [_id(backend, name or default, folder) for name, default in pairs]
-    pad = settings.get("pad_token")
+    prefix, suffix = _around(backend, settings, where)
     return Tokenizer(
-        backend=backend,
-        prefix=tuple(around[:-1]),
-        suffix=tuple(around[-1:]),
-        pad=around[-1] if pad is None else _id(backend, pad, folder),
-        length=_length(settings),
+        backend, prefix, suffix, _padding(backend, settings, suffix, where), _length(settings)
     )
 
 
-def _parsed(path: Path) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception, whatever is wrong with the file
-        raise MalformedFile(f"not a tokenizer: {error}", path=path) from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+def _from_json(
+    files: Mapping[str, bytes], settings: Mapping[str, Any], where: object
+) -> tokenizers.Tokenizer:
+    del settings
+    return parsed(_text(files, "tokenizer.json", where), where)
 
 
-def _clip(vocabulary: Path, merges: Path, *, unknown: str) -> tokenizers.Tokenizer:
-    """Build CLIP's byte-level BPE: lower case, white space is one space, words end in `</w>`."""
-    try:
-        words = json.loads(vocabulary.read_text(encoding="utf-8"))
-        lines = merges.read_text(encoding="utf-8").split("\n")
-        kept = (line.split() for line in lines if line and not line.startswith("#version"))
-        pairs = [(first, second) for first, second in kept]
-        model = models.BPE(
-            words, pairs, unk_token=unknown, end_of_word_suffix="</w>", fuse_unk=False
+def _from_words(
+    files: Mapping[str, bytes], settings: Mapping[str, Any], where: object
+) -> tokenizers.Tokenizer:
+    """Tell CLIP's vocabulary from Qwen's by its marks at ends of words."""
+    words = _json(files, "vocab.json", where)
+    lines = _text(files, "merges.txt", where).split("\n")
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.rstrip("\r").split(" ")
+        if len(pair) != 2:
+            raise MalformedFile(f"merges.txt, line {number}: expected two tokens", path=where)
+        pairs.append((pair[0], pair[1]))
+    if any(word.endswith("</w>") for word in words):
+        unknown = settings.get("unk_token", CLIP_SPECIAL[1])
+        return bpe_clip(words, pairs, unknown=unknown, where=where)
+    return bpe_qwen(words, pairs, special=_added(words, settings, where), where=where)
+
+
+def _added(words: dict[str, Any], settings: Mapping[str, Any], where: object) -> Mapping[str, bool]:
+    """Added tokens of tokenizer_config.json -> whether they are special; their ids join `words`."""
+    table = settings.get("added_tokens_decoder") or {}
+    if not isinstance(table, dict) or len(table) > MAX_TOKENS:
+        raise MalformedFile("tokenizer_config.json: added_tokens_decoder is no table", path=where)
+    special = {}
+    for number, row in table.items():
+        text = row.get("content") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not (number.isdecimal() and len(number) < 10):
+            raise MalformedFile(
+                "tokenizer_config.json: an added token needs an id and a content", path=where
+            )
+        if words.setdefault(text, int(number)) != int(number):
+            raise MalformedFile(
+                f"token {text!r} has id {words[text]} in vocab.json and {number} in "
+                "tokenizer_config.json",
+                path=where,
+            )
+        special[text] = bool(row.get("special"))
+    return special
+
+
+def _from_spiece(
+    files: Mapping[str, bytes], settings: Mapping[str, Any], where: object
+) -> tokenizers.Tokenizer:
+    name = "spiece.model" if "spiece.model" in files else "tokenizer.model"
+    model = read_spiece(files[name], f"{where}/{name}")
+    if not model.is_unigram:
+        raise MalformedFile(
+            f"{name}: its pieces are merged (BPE), only Unigram is read", path=where
         )
-    except Exception as error:  # json errors, and the library's bare Exception
-        raise MalformedFile(f"not a CLIP vocabulary: {error}", path=vocabulary.parent) from error
-    backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    pieces = list(zip(model.texts, model.scores, strict=True))
+    marked = [t for t, kind in zip(model.texts, model.types, strict=True) if kind in _MARKED]
+    count = settings.get("extra_ids", _SENTINELS)
+    if type(count) is not int or not 0 <= count <= _MAX_SENTINELS:
+        raise MalformedFile(f"tokenizer_config.json: extra_ids is {count!r:.40}", path=where)
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(count))]
+    return unigram(
+        [*pieces, *((text, 0.0) for text in sentinels)],
+        unknown=model.types.index(_UNKNOWN) if _UNKNOWN in model.types else None,
+        charsmap=model.charsmap,
+        add_prefix=model.add_prefix,
+        collapse_spaces=model.collapse_spaces,
+        special=[*marked, *sentinels],
+        where=where,
     )
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_CLIP_PATTERN), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([word for word in _CLIP_SPECIAL if word in words])
-    return backend
+
+
+_MARKED = (_UNKNOWN, _CONTROL, _USER)
+_Reader = Callable[[Mapping[str, bytes], Mapping[str, Any], object], tokenizers.Tokenizer]
+_READERS: tuple[tuple[tuple[str, ...], _Reader], ...] = (
+    (("tokenizer.json",), _from_json),
+    (("vocab.json", "merges.txt"), _from_words),
+    (("spiece.model",), _from_spiece),
+    (("tokenizer.model",), _from_spiece),
+)
 
 
 def _mark_special(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
@@ -159,7 +239,40 @@ def _mark_special(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) ->
     backend.add_special_tokens([AddedToken(text, special=True) for text in present])
 
 
-def _settings(folder: Path) -> Mapping[str, Any]:
+def _around(
+    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], where: object
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids before and after a prompt: CLIP has a start and an end, T5 an end, Qwen none."""
+    ids = backend.encode("", add_special_tokens=True).ids  # where tokenizer.json says it
+    if ids:
+        return tuple(ids[:-1]), tuple(ids[-1:])
+    if backend.token_to_id(CLIP_SPECIAL[0]) is not None:
+        named = (settings.get("bos_token"), settings.get("eos_token"))
+        pairs = zip(named, CLIP_SPECIAL, strict=True)
+        start, end = (_id(backend, name or default, where) for name, default in pairs)
+        return (start,), (end,)
+    if isinstance(backend.model, tokenizers.models.Unigram):
+        return (), (_id(backend, settings.get("eos_token") or "</s>", where),)
+    return (), ()
+
+
+def _padding(
+    backend: tokenizers.Tokenizer,
+    settings: Mapping[str, Any],
+    suffix: tuple[int, ...],
+    where: object,
+) -> int:
+    """The named padding token, else SentencePiece's, else what ends a prompt."""
+    named = settings.get("pad_token")
+    if named is not None:
+        return _id(backend, named, where)
+    found = backend.token_to_id("<pad>")
+    if found is not None:
+        return int(found)
+    return suffix[-1] if suffix else _id(backend, settings.get("eos_token") or "<pad>", where)
+
+
+def _settings(files: Mapping[str, bytes], where: object) -> dict[str, Any]:
     """Special tokens and lengths of a folder.
 
     Files saved before tokenizer_config.json listed `added_tokens_decoder` say their tokens in
@@ -168,22 +281,34 @@ def _settings(folder: Path) -> Mapping[str, Any]:
     """
     merged: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
-        if not path.is_file() or "added_tokens_decoder" in merged:
+        if name not in files or "added_tokens_decoder" in merged:
             continue
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise MalformedFile(f"not JSON: {error}", path=path) from error
-        for key, value in found.items():
-            text = (
-                value.get("content")
-                if key.endswith("_token") and isinstance(value, dict)
-                else value
-            )
-            if text is not None:
-                merged[key] = text
+        for key, value in _json(files, name, where).items():
+            one = value
+            if key.endswith("_token") and not isinstance(value, bool):
+                one = value.get("content") if isinstance(value, dict) else value
+                if one is not None and not isinstance(one, str):
+                    raise MalformedFile(f"{name}: {key} is no text", path=where)
+            if one is not None:
+                merged[key] = one
     return merged
+
+
+def _json(files: Mapping[str, bytes], name: str, where: object) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(files, name, where))
+    except (ValueError, RecursionError) as error:
+        raise MalformedFile(f"{name}: not JSON: {error}", path=where) from None
+    if not isinstance(found, dict):
+        raise MalformedFile(f"{name}: expected a JSON object", path=where)
+    return found
+
+
+def _text(files: Mapping[str, bytes], name: str, where: object) -> str:
+    try:
+        return files[name].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MalformedFile(f"{name}: not UTF-8: {error}", path=where) from None
 
 
 def _length(settings: Mapping[str, Any]) -> int:
@@ -192,8 +317,8 @@ def _length(settings: Mapping[str, Any]) -> int:
     return int(length) if isinstance(length, int | float) and 0 < length < 2**20 else 77
 
 
-def _id(backend: tokenizers.Tokenizer, token: str, folder: Path) -> int:
+def _id(backend: tokenizers.Tokenizer, token: str, where: object) -> int:
     found = backend.token_to_id(token)
     if found is None:
-        raise MalformedFile(f"special token {token!r} is not in the vocabulary", path=folder)
+        raise MalformedFile(f"special token {token!r} is not in the vocabulary", path=where)
     return int(found)

@@ -11,17 +11,12 @@ import torch
 
 from diffquant import __version__
 from diffquant.runtime.control import damaged
-from diffquant.runtime.engines.base import EngineFiles, OnStep, Pictures, refuse_unserved
+from diffquant.runtime.engines.base import EngineFiles, OnStep, Pictures
 from diffquant.runtime.lora import attach
 from diffquant.runtime.opening import Opened, open_pipeline
 from diffquant.runtime.request import PictureRequest
 
 __all__ = ["BundledSide", "open_side"]
-
-_SERVED = frozenset(
-    {"negative", "seed", "batch", "steps", "cfg", "guidance", "width", "height", "sampler"}
-    | {"text_tokens"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +36,7 @@ class BundledSide:
 
     def draw(self, request: PictureRequest, on_step: OnStep | None = None) -> Pictures:
         """Pictures (B, H, W, 3) in [0, 1]."""
-        refuse_unserved("bundled", request, _SERVED)
-        fields = {name: getattr(request, name) for name in _SERVED}
-        made = self.opened.pipeline.generate(request.prompt, on_step=on_step, **fields)
+        made = self.opened.pipeline.run(request, on_step=on_step)
         pictures: Pictures = made.images.numpy()
         return pictures
 

@@ -20,6 +20,7 @@ from diffquant.runtime.schedules import SchedulerFacts
 from diffquant.runtime.tokenizers import Tokenizer
 
 __all__ = [
+    "Beside",
     "Call",
     "Conditions",
     "Family",
@@ -29,6 +30,7 @@ __all__ = [
     "beside_latents",
     "cut_off",
     "device_of",
+    "no_clip_skip",
     "no_guidance",
 ]
 
@@ -65,11 +67,14 @@ class TextOptions:
         clip_skip: layers of CLIP left out at the end, as A1111 counts: 1 none, 2 the last one;
             None: the family's own.
         negative: whether these are what to stay away from.
+        style: how weights in prompts act, as prompts.py names it; a family that reads none takes
+            the prompt as it is written.
     """
 
     tokens: int | None = None
     clip_skip: int | None = None
     negative: bool = False
+    style: str = "comfy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,10 @@ class Conditions:
     beside: Tensor | None = None
 
 
+# (mask (B, 1, H, W) of 0 and 1, latents (B, C, h, w) of the picture without what is painted anew)
+# -> (B, C', h, w) for Conditions.beside.
+Beside: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
 # (latents (B, C, h, w), timestep, texts of B prompts each) -> one prediction per text, float32,
 # like the latents.
 Call: TypeAlias = Callable[[Tensor, float, Sequence[Text]], list[Tensor]]
@@ -125,6 +134,8 @@ class Family:
         caller: (parts, conditions) -> Call.
         nothing: (parts, positive) -> what stands for no negative prompt; None: the text "", or no
             guidance for flows.
+        beside: parts -> what an inpainting denoiser is shown beside the latents, None where this
+            denoiser is shown nothing; None: no denoiser of the family is.
     """
 
     needs: tuple[str, ...]
@@ -134,6 +145,7 @@ class Family:
     encode: Callable[[PipelineParts, Sequence[str], TextOptions], Text]
     caller: Callable[[PipelineParts, Conditions], Call]
     nothing: Callable[[PipelineParts, Text], Text | None] | None = None
+    beside: Callable[[PipelineParts], Beside | None] | None = None
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -144,6 +156,16 @@ def device_of(module: nn.Module) -> torch.device:
 def cut_off(label: str, truncated: Sequence[str]) -> tuple[str, ...]:
     """Label what a tokenizer cut off; prompts that fit are left out."""
     return tuple(f"{label}: {text}" for text in truncated if text)
+
+
+def no_clip_skip(options: TextOptions) -> None:
+    """Refuse a choice of CLIP's layer for a model that reads none of them.
+
+    Raises:
+        UsageError: it was given.
+    """
+    if options.clip_skip is not None:
+        raise UsageError("this model reads no layer of CLIP, so clip skip has no effect on it")
 
 
 def no_guidance(conditions: Conditions) -> None:

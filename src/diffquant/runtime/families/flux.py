@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
 
 from diffquant.runtime.families.base import (
+    Beside,
     Call,
     Conditions,
     Family,
@@ -17,9 +19,12 @@ from diffquant.runtime.families.base import (
     beside_latents,
     cut_off,
     device_of,
+    no_clip_skip,
 )
+from diffquant.runtime.families.line_prompts import encode_lines
 from diffquant.runtime.models.facts import param_dtype
 from diffquant.runtime.models.flux import Flux, image_ids, pack, unpack
+from diffquant.runtime.prompts import plain_text
 
 __all__ = ["FLUX"]
 
@@ -31,13 +36,27 @@ def _encode(parts: PipelineParts, prompts: Sequence[str], options: TextOptions) 
     """CLIP's pooled state, and T5's states over 512 tokens, 256 for models without guidance."""
     clip, t5 = parts.text_encoders
     assert isinstance(parts.denoiser, Flux)
+    no_clip_skip(options)
     length = options.tokens or (512 if parts.denoiser.config.guidance else 256)
-    short = parts.tokenizers[0].encode(prompts)
-    long = parts.tokenizers[1].encode(prompts, length=length)
+    short = parts.tokenizers[0].encode([plain_text(one, options.style) for one in prompts])
     pooled = clip(short.ids.to(device_of(clip))).pooled
-    states = t5(long.ids.to(device_of(t5)))
+    long = encode_lines(t5, parts.tokenizers[1], prompts, options, length=length)
     truncated = cut_off("clip", short.truncated) + cut_off("t5", long.truncated)
-    return Text(states, pooled, truncated, negative=options.negative)
+    return Text(long.states, pooled, truncated, negative=options.negative)
+
+
+def _beside(parts: PipelineParts) -> Beside | None:
+    """Fill is shown the latents of the picture without its hole, then the mask, pixel by pixel.
+
+    Source: huggingface/diffusers 0.42 pipelines/flux/pipeline_flux_fill.py prepare_mask_latents;
+    the mask's channel 8 y + x of a latent pixel is its pixel (y, x).
+    """
+    assert isinstance(parts.denoiser, Flux)
+    factor = parts.vae.config.factor
+    latents = parts.vae.config.latents
+    if parts.denoiser.config.in_channels // 4 != 2 * latents + factor**2:
+        return None
+    return lambda mask, masked: torch.cat((masked, pixel_unshuffle(mask, factor).to(masked)), dim=1)
 
 
 def _caller(parts: PipelineParts, conditions: Conditions) -> Call:
@@ -76,4 +95,5 @@ FLUX = Family(
     cfg=1.0,
     encode=_encode,
     caller=_caller,
+    beside=_beside,
 )

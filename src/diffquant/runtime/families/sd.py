@@ -13,7 +13,7 @@ from diffquant.runtime.families.base import (
     TextOptions,
 )
 from diffquant.runtime.families.clip_prompts import encode_clip
-from diffquant.runtime.families.unet import unet_caller
+from diffquant.runtime.families.unet import unet_beside, unet_caller
 from diffquant.runtime.models.clip import ClipText
 
 __all__ = ["SD"]
@@ -38,4 +38,5 @@ SD = Family(
     cfg=7.5,
     encode=_encode,
     caller=_caller,
+    beside=unet_beside,
 )

@@ -25,7 +25,7 @@ from diffquant.runtime.families.base import (
     TextOptions,
 )
 from diffquant.runtime.families.clip_prompts import encode_clip
-from diffquant.runtime.families.unet import unet_caller
+from diffquant.runtime.families.unet import unet_beside, unet_caller
 from diffquant.runtime.models.clip import ClipText
 from diffquant.runtime.models.facts import timestep_embedding
 from diffquant.runtime.models.unet import UNet
@@ -96,6 +96,7 @@ SDXL = Family(
     cfg=5.0,
     encode=_encode,
     caller=_base,
+    beside=unet_beside,
     nothing=_zeros,
 )
 REFINER = Family(
@@ -105,4 +106,5 @@ REFINER = Family(
     cfg=5.0,
     encode=_encode,
     caller=_refiner,
+    beside=unet_beside,
 )

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from diffquant.runtime.families.base import (
+    Beside,
     Call,
     Conditions,
     PipelineParts,
@@ -19,7 +21,7 @@ from diffquant.runtime.families.base import (
 from diffquant.runtime.models.facts import param_dtype
 from diffquant.runtime.models.unet import UNet
 
-__all__ = ["unet_caller"]
+__all__ = ["unet_beside", "unet_caller"]
 
 
 def unet_caller(
@@ -44,6 +46,8 @@ def unet_caller(
     dtype, device = param_dtype(unet), device_of(unet)
 
     def call(latents: Tensor, t: float, texts: Sequence[Text]) -> list[Tensor]:
+        if len({text.states.shape[1] for text in texts}) > 1:  # one of them takes more chunks
+            return [found for text in texts for found in call(latents, t, [text])]
         context = torch.cat([text.states for text in texts]).to(device, dtype)
         shown = latents if beside is None else torch.cat((latents, beside.to(latents)), dim=1)
         x = torch.cat([shown] * len(texts)).to(dtype)
@@ -55,3 +59,20 @@ def unet_caller(
         return list(out.chunk(len(texts)))
 
     return call
+
+
+def unet_beside(parts: PipelineParts) -> Beside | None:
+    """An inpainting UNet is shown the mask, then the latents of the picture without its hole.
+
+    Source: huggingface/diffusers 0.42 pipelines/stable_diffusion/
+    pipeline_stable_diffusion_inpaint.py
+    """
+    unet = parts.denoiser
+    assert isinstance(unet, UNet)
+    if unet.config.in_channels != 2 * parts.vae.config.latents + 1:
+        return None
+
+    def beside(mask: Tensor, masked: Tensor) -> Tensor:
+        return torch.cat((interpolate(mask, size=masked.shape[-2:]).to(masked), masked), dim=1)
+
+    return beside
