@@ -184,12 +184,13 @@ def open_pipeline(
                 raise ArchitectureError(
                     f"{provider.path}: the runtime has no {part.kind}, which the {name} is"
                 )
-            weights = packed_weights(provider.logical, part, MODELS[kind].layout)
+            row = MODELS[kind]
+            weights = packed_weights(provider.logical, part, row.layout, row.reads)
             hyper = _hyper([*extra.values(), *providers], architecture, name, part)
             compute = denoiser_dtype if name == "denoiser" and denoiser_dtype else dtype
             modules[name] = build(kind, weights, hyper, dtype=compute, device=device)
             origins.append(_origin(name, provider, weights))
-            warnings.extend(_decoded(name, weights, provider, part, MODELS[kind].layout))
+            warnings.extend(_decoded(name, weights, provider, part, row.layout))
         vae_module = modules["vae"]
         assert isinstance(vae_module, Autoencoder)
         encoders = [name for name in family.needs if name.startswith("text_encoder")]
@@ -246,7 +247,8 @@ def _decoded(
     keys = [
         a.target
         for a in to_layout(part, layout)
-        if any(provider.logical.tensors[p.key].is_quantized for p in a.pieces)
+        if a.target in weights
+        and any(provider.logical.tensors[p.key].is_quantized for p in a.pieces)
         and "f32" in weights[a.target].formats
     ]
     return [f"{name}: {len(keys)} packed weights had to be decoded: {keys[0]}"] if keys else []
