@@ -24,7 +24,7 @@ from diffquant.runtime.families import (
     TextOptions,
 )
 from diffquant.runtime.families.base import device_of
-from diffquant.runtime.guidance import guided, needs_negative
+from diffquant.runtime.guidance import needs_negative
 from diffquant.runtime.models.autoencoder import to_pixels
 from diffquant.runtime.models.facts import param_dtype
 from diffquant.runtime.samplers import default_sampler, make_sampler
@@ -139,7 +139,8 @@ class Pipeline:
         x = noise.to(device, torch.float32) * run.init_scale
         for index, t in enumerate(run.timesteps):
             found = call(run.scale_input(x, index), t, texts)
-            x = run.step(found[0] if len(found) == 1 else guided(found[1], found[0], cfg), x, index)
+            out = found[0] if len(found) == 1 else family.guide(found[1], found[0], cfg)
+            x = run.step(out, x, index)
             if not bool(torch.isfinite(x).all()):
                 total = len(run.timesteps)
                 raise VerificationError(
@@ -177,12 +178,14 @@ class Pipeline:
         """Encode the negative prompt, where guidance is on; flows also need one to be given."""
         if text and not needs_negative(cfg):
             raise UsageError(f"a negative prompt has no effect with cfg {cfg:g}: use cfg above 1")
-        if not needs_negative(cfg) or (text is None and self.family.flow):
+        if not needs_negative(cfg):
             return None
         if text is None and self.family.nothing is not None:
             nothing = self.family.nothing(self.parts, positive)
             if nothing is not None:
                 return nothing
+        elif text is None and self.family.flow:
+            return None
         count = len(positive.states)
         options = replace(options, negative=True)
         return self.family.encode(self.parts, [text or ""] * count, options)

@@ -95,8 +95,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             "no tokenizer: expected tokenizer.json, or vocab.json and merges.txt", path=folder
         )
     _mark_special(backend, settings)
-    around = backend.encode("", add_special_tokens=True).ids  # CLIP: start, end; T5: end
-    if not around:
+    # CLIP: start, end; T5: end; Qwen: nothing.
+    around = backend.encode("", add_special_tokens=True).ids
+    if not around and not fast.is_file():
         named = (settings.get("bos_token"), settings.get("eos_token"))
         pairs = zip(named, _CLIP_SPECIAL, strict=True)
         around = [_id(backend, name or default, folder) for name, default in pairs]
@@ -105,7 +106,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         backend=backend,
         prefix=tuple(around[:-1]),
         suffix=tuple(around[-1:]),
-        pad=around[-1] if pad is None else _id(backend, pad, folder),
+        pad=_id(backend, pad, folder) if pad is not None else around[-1] if around else 0,
         length=_length(settings),
     )
 

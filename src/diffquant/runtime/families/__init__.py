@@ -11,6 +11,7 @@ from diffquant.runtime.families.base import (
     TextOptions,
 )
 from diffquant.runtime.families.flux import FLUX
+from diffquant.runtime.families.qwen_image import QWEN_IMAGE
 from diffquant.runtime.families.sd import SD
 from diffquant.runtime.families.sdxl import REFINER, SDXL
 
@@ -30,4 +31,5 @@ FAMILIES: Mapping[str, Family] = {
     "sdxl": SDXL,
     "sdxl_refiner": REFINER,
     "flux1": FLUX,
+    "qwen_image": QWEN_IMAGE,
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.errors import UsageError
+from diffquant.runtime.guidance import guided
 from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.schedules import SchedulerFacts
 from diffquant.runtime.tokenizers import Tokenizer
@@ -125,6 +126,7 @@ class Family:
         caller: (parts, conditions) -> Call.
         nothing: (parts, positive) -> what stands for no negative prompt; None: the text "", or no
             guidance for flows.
+        guide: (positive, negative, cfg) -> the guided prediction, all of them like the latents.
     """
 
     needs: tuple[str, ...]
@@ -134,6 +136,7 @@ class Family:
     encode: Callable[[PipelineParts, Sequence[str], TextOptions], Text]
     caller: Callable[[PipelineParts, Conditions], Call]
     nothing: Callable[[PipelineParts, Text], Text | None] | None = None
+    guide: Callable[[Tensor, Tensor, float], Tensor] = guided
 
 
 def device_of(module: nn.Module) -> torch.device:
