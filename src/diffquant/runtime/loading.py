@@ -27,12 +27,16 @@ from diffquant.runtime.layers import PackedLayer, PackedWeight
 from diffquant.runtime.models import (
     clip,
     flux,
+    flux2,
     qwen_image,
     qwen_text,
     t5,
+    taesd,
     unet,
+    vae_flux2,
     vae_kl,
     vae_qwen,
+    z_image,
 )
 from diffquant.runtime.models.facts import Hyper, Shapes
 
@@ -66,6 +70,8 @@ class ModelRow:
 MODELS: Mapping[str, ModelRow] = {
     "unet": ModelRow(unet.config_from, unet.UNet, ("unet_ldm",)),
     "flux": ModelRow(flux.config_from, flux.Flux, ("flux",)),
+    "flux2": ModelRow(flux2.config_from, flux2.Flux2, ("flux2",)),
+    "z_image": ModelRow(z_image.config_from, z_image.ZImage, ("z_image",)),
     "clip": ModelRow(clip.config_from, clip.ClipText, ("clip_text",)),
     # open_clip fuses q, k and v as bare parameters: read by transformers' names instead.
     "open_clip": ModelRow(clip.config_from, clip.ClipText, ("openclip_text",), "diffusers"),
@@ -88,6 +94,17 @@ MODELS: Mapping[str, ModelRow] = {
         vae_qwen.QwenVae,
         ("vae_qwen",),
         unread=(r"\.time_conv\.",),  # they join frames, a picture is one
+    ),
+    "vae_flux2": ModelRow(
+        vae_flux2.config_from,
+        vae_flux2.AutoencoderFlux2,
+        ("vae_flux2",),
+        unread=(r"^bn\.num_batches_tracked$",),  # a count of training steps
+    ),
+    "taesd": ModelRow(
+        taesd.config_from,
+        taesd.Taesd,
+        ("vae_tiny", "vae_tiny_encoder", "vae_tiny_decoder"),
     ),
 }
 
