@@ -22,10 +22,8 @@ from diffquant.runtime.loading import MODELS, build, model_for
 DATA = Path(__file__).parents[1] / "data" / "manifests.json.xz"
 # Architectures, and kinds of parts that are files of their own, that the runtime does not run.
 WITHOUT_RUNTIME = {
-    *("auraflow", "chroma", "flux2", "hidream", "kolors", "lumina2", "omnigen2", "pixart"),
-    *("sd3", "wan", "z_image"),
+    *("auraflow", "chroma", "hidream", "kolors", "lumina2", "omnigen2", "pixart", "sd3", "wan"),
     "gemma2_text",
-    *("vae_flux2", "vae_tiny", "vae_tiny_encoder", "vae_tiny_decoder"),
 }
 
 
