@@ -9,7 +9,7 @@ from diffquant.convert.binding import bind
 from diffquant.convert.detect import detect_component
 from diffquant.core.errors import ArchitectureError
 from diffquant.io import open_source
-from diffquant.runtime.layers import PackedWeight
+from diffquant.runtime.layers import PackedLayer, PackedWeight, Segment
 from diffquant.runtime.loading import build, model_for
 from diffquant.runtime.models.taesd import config_from
 from diffquant.runtime.packing import packed_weights
@@ -108,6 +108,38 @@ def opened(path):
 
 def psnr_db(a, b):
     return float(-10 * torch.log10(((a.clamp(0, 1) - b) ** 2).mean()))
+
+
+def int8(kernel):
+    scale = kernel.flatten(1).abs().amax(1, keepdim=True) / 127
+    rows = (kernel.flatten(1) / scale).round().to(torch.int8)
+    return "int8_rowwise", {"weight": rows, "scale": scale}
+
+
+def fp8(kernel):
+    scale = kernel.flatten(1).abs().amax(1, keepdim=True) / 448
+    rows = (kernel.flatten(1) / scale).to(torch.float8_e4m3fn)
+    return "fp8_e4m3_rowwise", {"weight": rows, "scale": scale}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("encode", [int8, fp8])
+def test_convolutions_of_8_bits_show_the_photograph_within_03_db(encode):
+    recorded = REAL / "taef2_real_roundtrip.safetensors"
+    if not recorded.is_file():
+        pytest.skip("no real weights here")
+    picture = pytest.importorskip("safetensors.torch").load_file(recorded)["image"]
+    halves = [opened(REAL / f"taef2_{one}.pth") for one in CASES_HALVES]
+    for half_model in halves:
+        for layer in half_model.modules():
+            if isinstance(layer, PackedLayer):
+                kernel = layer.weight(torch.float32)
+                fmt, parts = encode(kernel)
+                layer.bind(PackedWeight((Segment(fmt, tuple(kernel.shape), parts),)))
+    encoder, decoder = halves
+    with torch.no_grad():
+        seen = decoder.decode(encoder.encode(picture * 2 - 1)[0]) / 2 + 0.5
+    assert psnr_db(seen, picture) == pytest.approx(37.53, abs=0.3)
 
 
 @pytest.mark.oracle

@@ -136,10 +136,11 @@ def _provide_component(
     source = stack.enter_context(open_source(path))
     logical = bind(source)
     part = detect_component(logical.specs())
-    wanted = ARCHITECTURES[architecture].component(name).kind
-    if part is None or (part.kind != wanted and (name != "vae" or part.name != "vae")):
+    rows = ARCHITECTURES[architecture].components
+    wanted = [row.kind for row in rows if row.name == name]
+    if part is None or (part.kind not in wanted and (name != "vae" or part.name != "vae")):
         found = "an unknown file" if part is None else f"a {part.name} ({part.kind})"
-        raise UsageError(f"{path}: expected a {name} ({wanted}), found {found}")
+        raise UsageError(f"{path}: expected a {name} ({' or '.join(wanted)}), found {found}")
     return _Provider(path, source, logical, {name: part}, architecture, None)
 
 
@@ -202,6 +203,7 @@ def open_pipeline(
             tokenizers=tuple(_tokenizer(providers, name, model) for name in encoders),
             scheduler=SchedulerFacts.from_config(_scheduler(providers)),
             zeros_for_empty=_index_says(providers, "force_zeros_for_empty_prompt", default=True),
+            distilled=_index_says(providers, "is_distilled", default=False),
         )
         return Opened(
             pipeline=Pipeline(parts),

@@ -133,7 +133,9 @@ class Pipeline:
         call = family.caller(parts, Conditions((width, height), guidance))
         name = sampler or default_sampler(parts.scheduler, flow=family.flow)
         tokens = shape[1] * shape[2] // family.patch**2
-        run = make_sampler(name, parts.scheduler, steps=steps, tokens=tokens, flow=family.flow)
+        facts = parts.scheduler
+        facts = facts if family.schedule is None else family.schedule(facts, tokens, steps)
+        run = make_sampler(name, facts, steps=steps, tokens=tokens, flow=family.flow)
         noise = initial_noise(shape, seed, len(prompts)) if latents is None else latents
         device = device_of(parts.denoiser)
         x = noise.to(device, torch.float32) * run.init_scale
@@ -180,6 +182,8 @@ class Pipeline:
             raise UsageError(f"a negative prompt has no effect with cfg {cfg:g}: use cfg above 1")
         if not needs_negative(cfg):
             return None
+        if self.parts.distilled:
+            raise UsageError(f"this model is distilled: it runs without guidance, not cfg {cfg:g}")
         if text is None and self.family.nothing is not None:
             nothing = self.family.nothing(self.parts, positive)
             if nothing is not None:

@@ -14,7 +14,9 @@ __all__ = ["ROWS", "SERVED"]
 
 _RUNTIME = "diffquant: runtime/opening.py, runtime/families.py"
 
-SERVED = frozenset({"sd15", "sd2", "sdxl", "sdxl_refiner", "flux1"})
+SERVED = frozenset(
+    {"sd15", "sd2", "sdxl", "sdxl_refiner", "flux1", "flux2", "qwen_image", "z_image"}
+)
 _PICTURES = {"sd15": ("inpainting", "ip2p", "lcm"), "flux1": ("fill", "control")}
 
 

@@ -46,6 +46,7 @@ class PipelineParts:
         scheduler: what the checkpoint says about its schedule.
         zeros_for_empty: whether no negative prompt means zeros (SDXL base), where a family knows
             the difference.
+        distilled: whether the checkpoint says that it was made to run without guidance.
     """
 
     architecture: str
@@ -55,6 +56,7 @@ class PipelineParts:
     tokenizers: tuple[Tokenizer, ...]
     scheduler: SchedulerFacts
     zeros_for_empty: bool = True
+    distilled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,8 @@ class Family:
         nothing: (parts, positive) -> what stands for no negative prompt; None: the text "", or no
             guidance for flows.
         guide: (positive, negative, cfg) -> the guided prediction, all of them like the latents.
+        schedule: (scheduler, tokens of the picture, steps) -> what the run's schedule is made of;
+            None: the checkpoint's own.
     """
 
     needs: tuple[str, ...]
@@ -137,6 +141,7 @@ class Family:
     caller: Callable[[PipelineParts, Conditions], Call]
     nothing: Callable[[PipelineParts, Text], Text | None] | None = None
     guide: Callable[[Tensor, Tensor, float], Tensor] = guided
+    schedule: Callable[[SchedulerFacts, int, int], SchedulerFacts] | None = None
 
 
 def device_of(module: nn.Module) -> torch.device:

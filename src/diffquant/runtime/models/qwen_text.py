@@ -125,14 +125,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _visible(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
     """Which keys a query sees: bool (B or 1, 1, T, T).
 
-    A token sees what counts before it, and itself always: a padding token that saw nothing would
-    turn into NaN, and NaN times an attention of zero is NaN.
+    A token sees what counts before it: padding behind a text sees the text, which some models read.
+    Padding before a text would see nothing and turn into NaN, and NaN times an attention of zero is
+    NaN: it sees itself.
     """
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     if mask is None:
         return causal[None, None]
+    seen = causal & mask[:, None, None, :]
     itself = torch.eye(length, dtype=torch.bool, device=device)
-    return causal & (mask[:, None, None, :] | itself)
+    return seen | (itself & ~seen.any(-1, keepdim=True))
 
 
 class _Attention(nn.Module):
@@ -218,7 +220,8 @@ class QwenText(nn.Module):
                 count from the end.
 
         Returns:
-            one (B, T, width) per entry of `layers`; what stands at padding means nothing.
+            one (B, T, width) per entry of `layers`; what stands at padding before a text means
+            nothing.
 
         Raises:
             UsageError: a state the model does not have.

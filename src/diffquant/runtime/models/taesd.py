@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffquant.core.errors import ArchitectureError
+from diffquant.core.errors import ArchitectureError, UsageError
 from diffquant.runtime.layers import QuantConv2d
 from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.models.facts import Hyper, Shapes, require
@@ -217,7 +217,10 @@ class Taesd(Autoencoder):
 
     def _run(self, x: Tensor, half: Literal["encoder", "decoder"]) -> Tensor:
         rows = getattr(self.config, half)
-        assert rows, f"this file holds no {half}"
+        if not rows:
+            raise UsageError(
+                f"this tiny autoencoder's file holds no {half}: give the one that does"
+            )
         root = "" if self.config.alone else f"{half}.layers."
         for row in rows:
             x = self.get_submodule(root + row.name)(x)
