@@ -594,14 +594,21 @@ CASES = {
         lambda: comfy(FLUX, LAYER),
     ),
     # diffquant
-    "diffquant.model": (lambda: model(FLUX), lambda: model(QWEN)),
-    "diffquant.vae": (lambda: model("flux.vae.original"), lambda: model("taesd.vae.diffusers")),
+    "diffquant.model": (lambda: model(FLUX), lambda: model("sd3-medium.transformer.original")),
+    "diffquant.vae": (
+        lambda: model("taesd.vae.diffusers"),
+        lambda: model("taesd.encoder.original"),
+    ),
     "diffquant.lora": (lambda: lora(*PLAIN_LORA), lambda: model(FLUX)),
-    "diffquant.architecture": (lambda: model(QWEN), lambda: model(FLUX)),
+    "diffquant.architecture": (
+        lambda: model("sd3-medium.transformer.original"),
+        lambda: model(FLUX),
+    ),
+    "diffquant.text": (lambda: model("flux2-dev.transformer.original"), lambda: model(FLUX)),
     "diffquant.conditioned": (lambda: model("flux-fill.transformer.original"), lambda: model(FLUX)),
     "diffquant.part": (lambda: file(CONTROL), lambda: model(FLUX)),
     "diffquant.other-vae": (
-        lambda: model("taesd.vae.diffusers"),
+        lambda: model("taesd.encoder.original"),
         lambda: model("flux.vae.original"),
     ),
     "diffquant.unreadable": (

@@ -232,6 +232,7 @@ def oracle():
         transformers=transformers,
         randomize=randomize,
         unet_weights=lambda unet: packed(unet_state(unet)),
+        vae_state=vae_state,
         vae_weights=lambda vae, **kw: packed(vae_state(vae, **kw)),
         flux_weights=flux_weights,
         clip_weights=lambda encoder: packed(clip_state(encoder)),

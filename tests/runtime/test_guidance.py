@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffquant.core.errors import UsageError
-from diffquant.runtime.guidance import Guidance, guided, needs_negative
+from diffquant.runtime.guidance import Guidance, guided, needs_negative, rescaled
 
 
 def pair():
@@ -26,11 +26,11 @@ def test_rescaled_guidance_equals_diffusers(rescale, oracle):
 
 def test_full_rescale_restores_the_contrast_of_the_positive_prediction():
     positive, negative = pair()
-    found = guided(positive, negative, 12.0, rescale=1.0)
+    found = rescaled(guided(positive, negative, 12.0), positive, 1.0)
     for one, other in zip(found, positive, strict=True):
         assert float(one.std()) == pytest.approx(float(other.std()), rel=1e-5)
     flat = torch.ones(1, 4, 2, 2)
-    assert torch.equal(guided(flat, flat, 7.0, rescale=1.0), flat)
+    assert torch.equal(rescaled(guided(flat, flat, 7.0), flat, 1.0), flat)
 
 
 def test_guidance_ends_at_its_cutoff():

@@ -372,7 +372,7 @@ def test_impossible_requests_are_refused(sd15, dev, schnell):
         sd15[1].generate(PROMPT, seed=[1, 2], **small)
     parts = PipelineParts(**{n: getattr(dev[1].parts, n) for n in PipelineParts.__slots__})
     with pytest.raises(
-        UnknownFormat, match="architecture with a runtime 'flux', did you mean 'flux1'"
+        UnknownFormat, match=r"architecture with a runtime 'flux', did you mean 'flux[12]'"
     ):
         Pipeline(
             PipelineParts(

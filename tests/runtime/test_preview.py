@@ -12,9 +12,8 @@ from diffquant.convert.architectures.spaces import SPACES
 from diffquant.core.errors import UnknownFormat, UsageError, VerificationError
 from diffquant.runtime import precision
 from diffquant.runtime.latent_colours import COLOURS
-from diffquant.runtime.models import taesd
 from diffquant.runtime.opening import open_pipeline
-from diffquant.runtime.preview import measured, published, shower, to_colours
+from diffquant.runtime.preview import measured, published, shower, tiny_decoder, to_colours
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.scorers import DEMO_PROMPTS
 
@@ -112,18 +111,18 @@ def test_tiny_autoencoders_decode_as_diffusers_does(tiny, name):
     latents = torch.randn(1, 4, 6, 5, generator=torch.Generator().manual_seed(0)) * 3
     with torch.no_grad():
         wanted = model.decode(latents).sample / 2 + 0.5
-        found = taesd.decoder_from(folder / name, 4)(latents)
+        found = tiny_decoder(folder / name, 4)(latents)
     assert float((found - wanted).abs().max()) < 1e-5
 
 
 @pytest.mark.oracle
 def test_a_file_that_decodes_other_latents_is_refused(tiny):
     _, folder = tiny
-    with pytest.raises(UsageError, match="no tiny autoencoder that decodes 16 channels"):
-        taesd.decoder_from(folder / "taesd_decoder.safetensors", 16)
+    with pytest.raises(UsageError, match="expected a decoder of 16 channels, it decodes 4"):
+        tiny_decoder(folder / "taesd_decoder.safetensors", 16)
     vae = EXAMPLES / "sd15-shapes" / "vae" / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(UsageError, match="layer 1 is missing"):
-        taesd.decoder_from(vae, 4)
+    with pytest.raises(UsageError, match="expected a tiny autoencoder, found a vae"):
+        tiny_decoder(vae, 4)
 
 
 def finite(pipeline, **fields):

@@ -22,10 +22,8 @@ from diffquant.runtime.loading import MODELS, build, model_for
 DATA = Path(__file__).parents[1] / "data" / "manifests.json.xz"
 # Architectures, and kinds of parts that are files of their own, that the runtime does not run.
 WITHOUT_RUNTIME = {
-    *("auraflow", "chroma", "flux2", "hidream", "kolors", "lumina2", "omnigen2", "pixart"),
-    *("qwen_image", "sd3", "wan", "z_image"),
-    *("gemma2_text", "qwen2_vl_text", "qwen3_text"),
-    *("vae_flux2", "vae_qwen", "vae_tiny", "vae_tiny_encoder", "vae_tiny_decoder"),
+    *("auraflow", "chroma", "hidream", "kolors", "lumina2", "omnigen2", "pixart", "sd3", "wan"),
+    "gemma2_text",
 }
 
 

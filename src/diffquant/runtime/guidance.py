@@ -10,13 +10,18 @@ Sources: arXiv:2207.12598 equation 6; rescale arXiv:2305.08891 section 3.4 (phi)
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
 from diffquant.core.errors import UsageError
 
-__all__ = ["Guidance", "guided", "needs_negative"]
+__all__ = ["Guidance", "Guide", "guided", "needs_negative", "rescaled"]
+
+# (positive, negative, cfg) -> the guided prediction.
+Guide: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,22 @@ class Guidance:
             return self
         return dataclasses.replace(self, cfg=1.0)
 
+    def apply(self, positive: Tensor, negative: Tensor, guide: Guide | None = None) -> Tensor:
+        """The guided prediction; `guide` is a family's own way from both to one."""
+        found = (guide or guided)(positive, negative, self.cfg)
+        return rescaled(found, positive, self.rescale)
+
+
+def needs_negative(self) -> bool:
+        """Whether a prediction guided so takes a negative one."""
+        return needs_negative(self.cfg)
+
+    def at(self, index: int, calls: int) -> Guidance:
+        """The guidance of model call `index` of `calls`: this, or none where it is cut off."""
+        if index < round(self.cutoff * calls):
+            return self
+        return dataclasses.replace(self, cfg=1.0)
+
     def apply(self, positive: Tensor, negative: Tensor) -> Tensor:
         """The guided prediction."""
         return guided(positive, negative, self.cfg, rescale=self.rescale)
@@ -64,21 +85,29 @@ def needs_negative(cfg: float) -> bool:
     return cfg > 1.0
 
 
-def guided(positive: Tensor, negative: Tensor, cfg: float, *, rescale: float = 0.0) -> Tensor:
+def guided(positive: Tensor, negative: Tensor, cfg: float) -> Tensor:
     """Extrapolate from the negative prediction through the positive one, `cfg` times as far.
 
     Args:
         positive: (B, ...) prediction for the prompt.
         negative: (B, ...) for the negative prompt.
         cfg: strength.
-        rescale: how far the standard deviation of each picture's result is brought back to that of
-            its positive prediction, 0 to 1.
     """
-    found = negative + cfg * (positive - negative)
-    if rescale == 0:
+    return negative + cfg * (positive - negative)
+
+
+def rescaled(found: Tensor, positive: Tensor, phi: float) -> Tensor:
+    """Bring the contrast of a guided prediction back to that of the positive one.
+
+    Args:
+        found: (B, ...) guided prediction.
+        positive: (B, ...) prediction for the prompt.
+        phi: how far the standard deviation of each picture is brought back, 0 to 1.
+    """
+    if phi == 0:
         return found
     over = tuple(range(1, found.ndim))
     wanted, got = positive.std(dim=over, keepdim=True), found.std(dim=over, keepdim=True)
     # a constant prediction has no contrast to restore
     ratio = (wanted / got).where(got > 0, 1.0)
-    return found * (rescale * ratio + (1 - rescale))
+    return found * (phi * ratio + (1 - phi))

@@ -244,10 +244,17 @@ class QuantConv2d(PackedLayer):
     """2-D convolution, its kernel (out, in, k, k) packed."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
     ) -> None:
-        """Declare the layer; all convolutions of these models are square and have a bias."""
-        super().__init__((out_channels, in_channels, kernel, kernel), bias=True)
+        """Declare the layer; all convolutions of these models are square."""
+        super().__init__((out_channels, in_channels, kernel, kernel), bias=bias)
         self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ The model is built without allocating any large weight; key sets must match exac
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,20 @@ from diffquant.core.errors import (
     shorten,
 )
 from diffquant.runtime.layers import PackedLayer, PackedWeight
-from diffquant.runtime.models import clip, flux, t5, unet, vae_kl
+from diffquant.runtime.models import (
+    clip,
+    flux,
+    flux2,
+    qwen_image,
+    qwen_text,
+    t5,
+    taesd,
+    unet,
+    vae_flux2,
+    vae_kl,
+    vae_qwen,
+    z_image,
+)
 from diffquant.runtime.models.facts import Hyper, Shapes
 
 __all__ = ["MODELS", "ModelRow", "bind", "build", "model_for"]
@@ -38,22 +52,60 @@ class ModelRow:
         module: config -> module.
         kinds: part kinds it serves, as convert/architectures names them.
         layout: whose names its modules carry.
+        unread: patterns of keys that such a part may hold and that making pictures needs none of;
+            they are not loaded. Any other key too many is an error.
     """
 
     config_from: Callable[[Shapes, Hyper], Any]
     module: Callable[[Any], nn.Module]
     kinds: tuple[str, ...]
     layout: Layout = "canonical"
+    unread: tuple[str, ...] = ()
+
+    def reads(self, key: str) -> bool:
+        """Whether the model takes the weight at `key`, if it is there."""
+        return not any(re.search(pattern, key) for pattern in self.unread)
 
 
 MODELS: Mapping[str, ModelRow] = {
     "unet": ModelRow(unet.config_from, unet.UNet, ("unet_ldm",)),
     "flux": ModelRow(flux.config_from, flux.Flux, ("flux",)),
+    "flux2": ModelRow(flux2.config_from, flux2.Flux2, ("flux2",)),
+    "z_image": ModelRow(z_image.config_from, z_image.ZImage, ("z_image",)),
     "clip": ModelRow(clip.config_from, clip.ClipText, ("clip_text",)),
     # open_clip fuses q, k and v as bare parameters: read by transformers' names instead.
     "open_clip": ModelRow(clip.config_from, clip.ClipText, ("openclip_text",), "diffusers"),
     "t5": ModelRow(t5.config_from, t5.T5Encoder, ("t5_encoder",)),
     "vae_kl": ModelRow(vae_kl.config_from, vae_kl.AutoencoderKL, ("vae_kl",)),
+    "qwen_image": ModelRow(
+        qwen_image.config_from,
+        qwen_image.QwenImage,
+        ("qwen_image",),
+        unread=("^__index_timestep_zero__$",),  # ComfyUI's mark of Edit-2511, no weight
+    ),
+    "qwen_text": ModelRow(
+        qwen_text.config_from,
+        qwen_text.QwenText,
+        ("qwen2_vl_text", "qwen3_text"),
+        unread=(r"^lm_head\.", r"^visual\."),  # words are not predicted, pictures not read
+    ),
+    "vae_qwen": ModelRow(
+        vae_qwen.config_from,
+        vae_qwen.QwenVae,
+        ("vae_qwen",),
+        unread=(r"\.time_conv\.",),  # they join frames, a picture is one
+    ),
+    "vae_flux2": ModelRow(
+        vae_flux2.config_from,
+        vae_flux2.AutoencoderFlux2,
+        ("vae_flux2",),
+        unread=(r"^bn\.num_batches_tracked$",),  # a count of training steps
+    ),
+    "taesd": ModelRow(
+        taesd.config_from,
+        taesd.Taesd,
+        ("vae_tiny", "vae_tiny_encoder", "vae_tiny_decoder"),
+    ),
 }
 
 
@@ -86,6 +138,7 @@ def build(
     if model_kind not in MODELS:
         raise UnknownFormat(model_kind, MODELS, what="model kind")
     row = MODELS[model_kind]
+    weights = {key: weight for key, weight in weights.items() if row.reads(key)}
     config = row.config_from({key: weight.shape for key, weight in weights.items()}, hyper)
     model = row.module(config).to(dtype)
     bind(model, weights, label=model_kind)

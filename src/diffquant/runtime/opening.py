@@ -138,10 +138,11 @@ def _provide_component(
     source = stack.enter_context(open_source(path))
     logical = bind(source)
     part = detect_component(logical.specs())
-    wanted = ARCHITECTURES[architecture].component(name).kind
-    if part is None or (part.kind != wanted and (name != "vae" or part.name != "vae")):
+    rows = ARCHITECTURES[architecture].components
+    wanted = [row.kind for row in rows if row.name == name]
+    if part is None or (part.kind not in wanted and (name != "vae" or part.name != "vae")):
         found = "an unknown file" if part is None else f"a {part.name} ({part.kind})"
-        raise UsageError(f"{path}: expected a {name} ({wanted}), found {found}")
+        raise UsageError(f"{path}: expected a {name} ({' or '.join(wanted)}), found {found}")
     return _Provider(path, source, logical, {name: part}, architecture, None)
 
 
@@ -188,12 +189,13 @@ def open_pipeline(
                 raise ArchitectureError(
                     f"{provider.path}: the runtime has no {part.kind}, which the {name} is"
                 )
-            weights = packed_weights(provider.logical, part, MODELS[kind].layout)
+            row = MODELS[kind]
+            weights = packed_weights(provider.logical, part, row.layout, row.reads)
             hyper = _hyper([*extra.values(), *providers], architecture, name, part)
             compute = denoiser_dtype if name == "denoiser" and denoiser_dtype else dtype
             modules[name] = build(kind, weights, hyper, dtype=compute, device=device)
             origins.append(_origin(name, provider, weights))
-            warnings.extend(_decoded(name, weights, provider, part, MODELS[kind].layout))
+            warnings.extend(_decoded(name, weights, provider, part, row.layout))
         vae_module = modules["vae"]
         assert isinstance(vae_module, Autoencoder)
         encoders = [name for name in family.needs if name.startswith("text_encoder")]
@@ -209,6 +211,7 @@ def open_pipeline(
             ),
             scheduler=SchedulerFacts.from_config(_scheduler(providers)),
             zeros_for_empty=_index_says(providers, "force_zeros_for_empty_prompt", default=True),
+            distilled=_index_says(providers, "is_distilled", default=False),
         )
         return Opened(
             pipeline=Pipeline(parts),
@@ -254,7 +257,8 @@ def _decoded(
     keys = [
         a.target
         for a in to_layout(part, layout)
-        if any(provider.logical.tensors[p.key].is_quantized for p in a.pieces)
+        if a.target in weights
+        and any(provider.logical.tensors[p.key].is_quantized for p in a.pieces)
         and "f32" in weights[a.target].formats
     ]
     return [f"{name}: {len(keys)} packed weights had to be decoded: {keys[0]}"] if keys else []

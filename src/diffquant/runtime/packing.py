@@ -6,6 +6,8 @@ becomes a segment of its own, in the format it is stored in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -33,16 +35,21 @@ _TORCH = {
 
 
 def packed_weights(
-    logical: LogicalSource, part: PartMatch, layout: Layout = "canonical"
+    logical: LogicalSource,
+    part: PartMatch,
+    layout: Layout = "canonical",
+    reads: Callable[[str], bool] = lambda _: True,
 ) -> dict[str, PackedWeight]:
     """Load a part's weights by the keys of `layout`, packed as they are stored.
 
+    Those whose key `reads` turns down are left in the file.
     On Linux this also tells the C library, for the whole process, to give large freed blocks back.
     """
     give_back_freed_blocks()  # a decoded layer must not stay part of the process
     return {
         assignment.target: PackedWeight(_segments(logical, assignment))
         for assignment in to_layout(part, layout)
+        if reads(assignment.target)
     }
 
 

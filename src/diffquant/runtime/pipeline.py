@@ -175,7 +175,7 @@ class Pipeline:
             guided = opposite is not None and now.needs_negative
             texts = (opposite, positive) if opposite is not None and guided else (positive,)
             found = call(run.scale_input(x, index), t, texts)
-            output = now.apply(found[1], found[0]) if guided else found[0]
+            output = now.apply(found[1], found[0], family.guide) if guided else found[0]
             x = begun.protect(run.step(output, x, index), run, index + 1)
             if not bool(torch.isfinite(x).all()):
                 raise VerificationError(
@@ -205,11 +205,13 @@ class Pipeline:
         noise: NoiseSource,
     ) -> Sampler:
         strength = 1.0 if request.image is None else request.strength
+        tokens = shape[2] * shape[3] // self.family.patch**2
+        facts, adapt = self.parts.scheduler, self.family.schedule
         return make_sampler(
             name,
-            self.parts.scheduler,
+            facts if adapt is None else adapt(facts, tokens, request.steps),
             steps=request.steps,
-            tokens=shape[2] * shape[3] // self.family.patch**2,
+            tokens=tokens,
             flow=self.family.flow,
             schedule=request.schedule,
             shift=request.shift,
@@ -232,7 +234,8 @@ class Pipeline:
     def _texts(self, request: PictureRequest, cfg: float) -> tuple[Text, Text | None]:
         """Encode the prompts and, where guidance is on, the negative one.
 
-        Flows are guided only where a negative prompt is given.
+        Without a negative prompt the family says what stands for it; flows that say nothing are
+        then not guided.
         """
         if request.negative and not needs_negative(cfg):
             raise UsageError(f"a negative prompt has no effect with cfg {cfg:g}: use cfg above 1")
@@ -240,11 +243,15 @@ class Pipeline:
         options = TextOptions(request.text_tokens, request.clip_skip, style=request.prompt_style)
         positive = family.encode(self.parts, prompts, options)
         text = request.negative
-        if not needs_negative(cfg) or (text is None and family.flow):
+        if not needs_negative(cfg):
             return positive, None
+        if self.parts.distilled:
+            raise UsageError(f"this model is distilled: it runs without guidance, not cfg {cfg:g}")
         if text is None and family.nothing is not None:
             nothing = family.nothing(self.parts, positive)
             if nothing is not None:
                 return positive, nothing
+        elif text is None and family.flow:
+            return positive, None
         options = replace(options, negative=True)
         return positive, family.encode(self.parts, [text or ""] * len(prompts), options)

@@ -16,11 +16,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.binding import bind
+from diffquant.convert.detect import detect_component
+from diffquant.core.errors import UsageError
+from diffquant.io import open_source
 from diffquant.runtime.latent_colours import COLOURS, Colours
+from diffquant.runtime.loading import build, model_for
 from diffquant.runtime.models.autoencoder import Autoencoder
-from diffquant.runtime.models.taesd import decoder_from
+from diffquant.runtime.models.taesd import Taesd
+from diffquant.runtime.packing import packed_weights
 
-__all__ = ["Show", "measured", "published", "shower", "to_colours"]
+__all__ = ["Show", "measured", "published", "shower", "tiny_decoder", "to_colours"]
 
 # Latents (B, C, h, w) -> the first of them as a picture (H, W, 3) float32 in [0, 1].
 Show = Callable[[Tensor], NDArray[np.float32]]
@@ -43,7 +49,7 @@ def shower(architecture: str, vae: Autoencoder, tiny: Path | None) -> Show:
     """
     channels = vae.config.latents
     if tiny is not None:
-        decoder = decoder_from(tiny, channels)
+        decoder = tiny_decoder(tiny, channels)
 
         def show(latents: Tensor) -> NDArray[np.float32]:
             with torch.no_grad():
@@ -53,6 +59,28 @@ def shower(architecture: str, vae: Autoencoder, tiny: Path | None) -> Show:
         return show
     colours = published(architecture, vae) or measured(vae)
     return lambda latents: to_colours(latents, colours)
+
+
+def tiny_decoder(path: Path, channels: int) -> Callable[[Tensor], Tensor]:
+    """Read a tiny autoencoder: latents (B, C, h, w) -> pictures (B, 3, H, W), about [0, 1].
+
+    Raises:
+        UsageError: no decoder of latents with `channels` channels.
+    """
+    with open_source(path) as source:
+        logical = bind(source)
+        part = detect_component(logical.specs())
+        kind = None if part is None else model_for(part.kind)
+        if part is None or kind != "taesd":
+            found = "an unknown file" if part is None else f"a {part.name} ({part.kind})"
+            raise UsageError(f"{path}: expected a tiny autoencoder, found {found}")
+        tiny = build(kind, packed_weights(logical, part), {})
+    assert isinstance(tiny, Taesd)
+    config = tiny.config
+    if config.latents != channels or not config.decoder:
+        holds = f"decodes {config.latents} channels" if config.decoder else "has no decoder"
+        raise UsageError(f"{path}: expected a decoder of {channels} channels, it {holds}")
+    return lambda latents: tiny.decode(tiny.unscale(latents)) / 2 + 0.5
 
 
 def to_colours(latents: Tensor, colours: Colours) -> NDArray[np.float32]:

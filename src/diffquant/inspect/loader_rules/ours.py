@@ -14,7 +14,10 @@ __all__ = ["ROWS", "SERVED"]
 
 _RUNTIME = "diffquant: runtime/opening.py, runtime/families/"
 
-SERVED = frozenset({"sd15", "sd2", "sdxl", "sdxl_refiner", "flux1"})
+SERVED = frozenset(
+    {"sd15", "sd2", "sdxl", "sdxl_refiner", "flux1", "flux2", "qwen_image", "z_image"}
+)
+_VAES = frozenset({"vae_kl", "vae_flux2", "vae_qwen", "vae_tiny", "vae_tiny_decoder"})
 _PICTURES = {"sd15": ("inpainting", "ip2p", "lcm"), "flux1": ("fill", "control")}
 
 
@@ -24,6 +27,10 @@ def _unserved(case: Case) -> str | None:
 
 def _conditioned(case: Case) -> str | None:
     return case.variant if case.variant in _PICTURES.get(case.architecture, ()) else None
+
+
+def _unspoken(case: Case) -> str | None:
+    return case.variant if (case.architecture, case.variant) == ("flux2", "dev") else None
 
 
 def _unreadable(case: Case) -> str | None:
@@ -45,7 +52,7 @@ ROWS = (
         "`diffquant generate MODEL --vae FILE`",
         _RUNTIME,
         kinds=frozenset({"vae"}),
-        architectures=frozenset({"vae_kl"}),
+        architectures=_VAES,
     ),
     LoaderRule(
         "diffquant.lora",
@@ -72,6 +79,15 @@ ROWS = (
         when=_conditioned,
     ),
     LoaderRule(
+        "diffquant.text",
+        "refuses",
+        "the runtime has no model of its text encoder, Mistral 3",
+        _RUNTIME,
+        kinds=MODELS,
+        architectures=SERVED,
+        when=_unspoken,
+    ),
+    LoaderRule(
         "diffquant.part",
         "refuses",
         "the runtime takes this part from a folder or checkpoint given as MODEL or --base",
@@ -84,7 +100,7 @@ ROWS = (
         "the runtime has no such autoencoder",
         _RUNTIME,
         kinds=frozenset({"vae"}),
-        when=lambda case: None if case.architecture == "vae_kl" else case.architecture,
+        when=lambda case: None if case.architecture in _VAES else case.architecture,
     ),
     LoaderRule(
         "diffquant.unreadable",

@@ -11,8 +11,11 @@ from diffquant.runtime.families.base import (
     TextOptions,
 )
 from diffquant.runtime.families.flux import FLUX
+from diffquant.runtime.families.flux2 import FLUX2
+from diffquant.runtime.families.qwen_image import QWEN_IMAGE
 from diffquant.runtime.families.sd import SD
 from diffquant.runtime.families.sdxl import REFINER, SDXL
+from diffquant.runtime.families.z_image import Z_IMAGE
 
 __all__ = [
     "FAMILIES",
@@ -30,4 +33,7 @@ FAMILIES: Mapping[str, Family] = {
     "sdxl": SDXL,
     "sdxl_refiner": REFINER,
     "flux1": FLUX,
+    "flux2": FLUX2,
+    "z_image": Z_IMAGE,
+    "qwen_image": QWEN_IMAGE,
 }

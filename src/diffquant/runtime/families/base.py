@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.errors import UsageError
+from diffquant.runtime.guidance import guided
 from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.schedules import SchedulerFacts
 from diffquant.runtime.tokenizers import Tokenizer
@@ -47,6 +48,7 @@ class PipelineParts:
         scheduler: what the checkpoint says about its schedule.
         zeros_for_empty: whether no negative prompt means zeros (SDXL base), where a family knows
             the difference.
+        distilled: whether the checkpoint says that it was made to run without guidance.
     """
 
     architecture: str
@@ -56,6 +58,7 @@ class PipelineParts:
     tokenizers: tuple[Tokenizer, ...]
     scheduler: SchedulerFacts
     zeros_for_empty: bool = True
+    distilled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,9 @@ class Family:
             guidance for flows.
         beside: parts -> what an inpainting denoiser is shown beside the latents, None where this
             denoiser is shown nothing; None: no denoiser of the family is.
+        guide: (positive, negative, cfg) -> the guided prediction, all of them like the latents.
+        schedule: (scheduler, tokens of the picture, steps) -> what the run's schedule is made of;
+            None: the checkpoint's own.
     """
 
     needs: tuple[str, ...]
@@ -146,6 +152,8 @@ class Family:
     caller: Callable[[PipelineParts, Conditions], Call]
     nothing: Callable[[PipelineParts, Text], Text | None] | None = None
     beside: Callable[[PipelineParts], Beside | None] | None = None
+    guide: Callable[[Tensor, Tensor, float], Tensor] = guided
+    schedule: Callable[[SchedulerFacts, int, int], SchedulerFacts] | None = None
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -122,14 +122,15 @@ def param_dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Sinusoids of `t` (B,): float32 (B, width), cosines first.
+def timestep_embedding(t: Tensor, width: int, scale: float = 1.0) -> Tensor:
+    """Sinusoids of `scale * t` (B,): float32 (B, width), cosines first.
 
+    Angles are multiplied by `scale` last: at angles of 1000, another order is another number.
     Source: CompVis/stable-diffusion ldm/modules/diffusionmodules/util.py timestep_embedding; the
     same as diffusers get_timestep_embedding with flip_sin_to_cos=True, downscale_freq_shift=0.
     """
     half = width // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(steps * (-torch.log(torch.tensor(10000.0)).item() / half))
-    angles = t.float()[:, None] * frequencies
+    angles = t.float()[:, None] * frequencies * scale
     return torch.cat((angles.cos(), angles.sin()), dim=-1)

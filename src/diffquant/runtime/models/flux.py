@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from diffquant.core.errors import ArchitectureError, UsageError
 from diffquant.runtime.layers import QuantLinear
+from diffquant.runtime.models.attention import Positions, QkNorm, attend, modulated, rotary
 from diffquant.runtime.models.facts import (
     Hyper,
     Shapes,
@@ -28,7 +29,17 @@ from diffquant.runtime.models.facts import (
     timestep_embedding,
 )
 
-__all__ = ["Flux", "FluxConfig", "config_from", "image_ids", "pack", "rotary", "unpack"]
+__all__ = [
+    "Embedder",
+    "Flux",
+    "FluxConfig",
+    "Modulation",
+    "config_from",
+    "image_ids",
+    "in_range",
+    "pack",
+    "unpack",
+]
 
 _DEFAULT_AXES = (16, 56, 56)
 
@@ -116,78 +127,28 @@ def image_ids(height: int, width: int) -> Tensor:
     return torch.stack((torch.zeros_like(grid[0]), *grid), dim=-1).reshape(-1, 3)
 
 
-def rotary(ids: Tensor, axes: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions (L, axes): float32 (L, head_dim / 2) each.
+class Embedder(nn.Module):
+    """Two layers that make a vector of a timestep, a strength or a pooled text."""
 
-    Angles are computed in float64 on the CPU: float32 loses the fine ones, and MPS has no float64.
-    """
-    angles = []
-    for axis, width in enumerate(axes):
-        exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
-        angles.append(ids[:, axis].double().cpu()[:, None] / theta**exponent)
-    angle = torch.cat(angles, dim=-1)
-    return angle.cos().float().to(ids.device), angle.sin().float().to(ids.device)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of the last dimension of (B, heads, L, head_dim)."""
-    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
-    first, second = pairs.unbind(-1)
-    turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention of (B, heads, L, head_dim), positions rotated in: (B, L, heads * head_dim)."""
-    q, k = _rotate(q, *positions), _rotate(k, *positions)
-    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without parameters, then the affine map that the timestep commands."""
-    return functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
-
-class _RmsNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, before: int, width: int, *, bias: bool = True) -> None:
+        """Declare the layers."""
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(width), requires_grad=False)
-        self.eps = eps
+        self.in_layer = QuantLinear(before, width, bias=bias)
+        self.out_layer = QuantLinear(width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.scale
-
-
-class _QkNorm(nn.Module):
-    def __init__(self, config: FluxConfig) -> None:
-        super().__init__()
-        self.query_norm = _RmsNorm(config.head_dim, config.eps)
-        self.key_norm = _RmsNorm(config.head_dim, config.eps)
-
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split (B, L, 3 width) into heads and normalise q and k: (B, heads, L, head_dim) each."""
-        heads = qkv.reshape(*qkv.shape[:2], 3, -1, len(self.query_norm.scale))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
-        return self.query_norm(q), self.key_norm(k), v
-
-
-class _Embedder(nn.Module):
-    def __init__(self, before: int, width: int) -> None:
-        super().__init__()
-        self.in_layer = QuantLinear(before, width)
-        self.out_layer = QuantLinear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, before) to (B, width)."""
         out: Tensor = self.out_layer(functional.silu(self.in_layer(x)))
         return out
 
 
-class _Modulation(nn.Module):
-    def __init__(self, width: int, count: int) -> None:
+class Modulation(nn.Module):
+    """What the timestep commands: shift, scale and gate, once or twice."""
+
+    def __init__(self, width: int, count: int, *, bias: bool = True) -> None:
+        """Declare the layer; `count` is 3 or 6."""
         super().__init__()
-        self.lin = QuantLinear(width, count * width)
+        self.lin = QuantLinear(width, count * width, bias=bias)
         self.count = count
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
@@ -200,7 +161,7 @@ class _Attention(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         self.qkv = QuantLinear(config.width, 3 * config.width)
-        self.norm = _QkNorm(config)
+        self.norm = QkNorm(config.head_dim, config.eps)
         self.proj = QuantLinear(config.width, config.width)
 
 
@@ -208,26 +169,26 @@ class _DoubleBlock(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         width, hidden = config.width, config.hidden
-        self.img_mod, self.txt_mod = _Modulation(width, 6), _Modulation(width, 6)
+        self.img_mod, self.txt_mod = Modulation(width, 6), Modulation(width, 6)
         self.img_attn, self.txt_attn = _Attention(config), _Attention(config)
         gelu = nn.GELU(approximate="tanh")
         self.img_mlp = nn.Sequential(QuantLinear(width, hidden), gelu, QuantLinear(hidden, width))
         self.txt_mlp = nn.Sequential(QuantLinear(width, hidden), gelu, QuantLinear(hidden, width))
 
     def forward(
-        self, img: Tensor, txt: Tensor, vector: Tensor, positions: tuple[Tensor, Tensor]
+        self, img: Tensor, txt: Tensor, vector: Tensor, positions: Positions
     ) -> tuple[Tensor, Tensor]:
         img_mod, txt_mod = self.img_mod(vector), self.txt_mod(vector)  # shift, scale, gate; twice
-        img_qkv = self.img_attn.norm(self.img_attn.qkv(_modulated(img, *img_mod[:2])))
-        txt_qkv = self.txt_attn.norm(self.txt_attn.qkv(_modulated(txt, *txt_mod[:2])))
+        img_qkv = self.img_attn.norm(self.img_attn.qkv(modulated(img, *img_mod[:2])))
+        txt_qkv = self.txt_attn.norm(self.txt_attn.qkv(modulated(txt, *txt_mod[:2])))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        joined = _attend(q, k, v, positions)
+        joined = attend(q, k, v, positions)
         length = txt.shape[1]
         img = img + img_mod[2] * self.img_attn.proj(joined[:, length:])
-        img = img + img_mod[5] * self.img_mlp(_modulated(img, *img_mod[3:5]))
+        img = img + img_mod[5] * self.img_mlp(modulated(img, *img_mod[3:5]))
         txt = txt + txt_mod[2] * self.txt_attn.proj(joined[:, :length])
-        txt = txt + txt_mod[5] * self.txt_mlp(_modulated(txt, *txt_mod[3:5]))
-        return img, _in_range(txt)
+        txt = txt + txt_mod[5] * self.txt_mlp(modulated(txt, *txt_mod[3:5]))
+        return img, in_range(txt)
 
 
 class _SingleBlock(nn.Module):
@@ -235,18 +196,18 @@ class _SingleBlock(nn.Module):
         super().__init__()
         width, hidden = config.width, config.single_hidden
         self.split = (3 * width, hidden)
-        self.modulation = _Modulation(width, 3)
+        self.modulation = Modulation(width, 3)
         self.linear1 = QuantLinear(width, 3 * width + hidden)
-        self.norm = _QkNorm(config)
+        self.norm = QkNorm(config.head_dim, config.eps)
         self.linear2 = QuantLinear(width + hidden, width)
 
-    def forward(self, x: Tensor, vector: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, vector: Tensor, positions: Positions) -> Tensor:
         shift, scale, gate = self.modulation(vector)
-        qkv, mlp = self.linear1(_modulated(x, shift, scale)).split(self.split, dim=-1)
+        qkv, mlp = self.linear1(modulated(x, shift, scale)).split(self.split, dim=-1)
         q, k, v = self.norm(qkv)
-        attended = _attend(q, k, v, positions)
+        attended = attend(q, k, v, positions)
         out = x + gate * self.linear2(torch.cat((attended, tanh_gelu(mlp)), dim=-1))
-        return _in_range(out)
+        return in_range(out)
 
 
 class _FinalLayer(nn.Module):
@@ -259,11 +220,11 @@ class _FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vector)[:, None].chunk(2, dim=-1)
-        out: Tensor = self.linear(_modulated(x, shift, scale))
+        out: Tensor = self.linear(modulated(x, shift, scale))
         return out
 
 
-def _in_range(x: Tensor) -> Tensor:
+def in_range(x: Tensor) -> Tensor:
     """Keep float16 activations finite: the text stream of dev leaves its range."""
     return x.clamp(-65504.0, 65504.0) if x.dtype == torch.float16 else x
 
@@ -278,9 +239,9 @@ class Flux(nn.Module):
         width = config.width
         self.img_in = QuantLinear(config.in_channels, width)
         self.txt_in = QuantLinear(config.context, width)
-        self.time_in = _Embedder(config.time, width)
-        self.vector_in = _Embedder(config.vector, width)
-        self.guidance_in = _Embedder(config.time, width) if config.guidance else None
+        self.time_in = Embedder(config.time, width)
+        self.vector_in = Embedder(config.vector, width)
+        self.guidance_in = Embedder(config.time, width) if config.guidance else None
         self.double_blocks = nn.ModuleList(_DoubleBlock(config) for _ in range(config.double_depth))
         self.single_blocks = nn.ModuleList(_SingleBlock(config) for _ in range(config.single_depth))
         self.final_layer = _FinalLayer(config)

@@ -1,101 +1,245 @@
-"""TAESD's decoder: latents to pictures in a row of small convolutions, for previews.
+"""Tiny autoencoders (TAESD and kin): a plain row of convolutions and residual blocks.
 
-    latents (B, C, h, w) -> tanh(x / 3) * 3 -> 3x3 -> ReLU -> [3 blocks -> x2 -> 3x3] x 3 -> block
-    -> 3x3 -> pictures (B, 3, 8h, 8w) in [0, 1]
+Layers are numbered through; numbers without weights are those that need none, and which they are
+follows from their place:
 
-A block is three 3x3 convolutions with ReLU between them, its input added, then ReLU. Files number
-their layers: a decoder alone from 1 (the clamp is 0), Diffusers' from `decoder.layers.0`.
-Latents are those the denoiser works on. Source: madebyollin/taesd@5cccb12:taesd.py (Decoder, Block,
-Clamp).
+    encoder   conv, then blocks; a conv without a bias halves the picture, and so does one that a
+              ReLU follows (taesana)
+    decoder   clamp, conv, ReLU, then blocks; what is missing further on doubles the latents.
+              Diffusers counts from the conv, leaving the clamp out
+
+A file holds one half, numbered at its top, or both, below `encoder.layers` and `decoder.layers`.
+Pictures are [0, 1] inside, [-1, 1] to callers. Latents are those that the denoiser works on, with
+no factor or shift; Flux.2's, whose blocks pool, are folded 2x2 as those of its own autoencoder are.
+Source: madebyollin/taesd@5cccb12:taesd.py; huggingface/diffusers@58eb52c:
+src/diffusers/models/autoencoders/autoencoder_tiny.py.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from diffquant.convert.binding import bind
-from diffquant.core.errors import MissingKeys, UsageError
-from diffquant.io import open_source
+from diffquant.core.errors import ArchitectureError, UsageError
+from diffquant.runtime.layers import QuantConv2d
+from diffquant.runtime.models.autoencoder import Autoencoder
+from diffquant.runtime.models.facts import Hyper, Shapes, require
 
-__all__ = ["decode", "decoder_from"]
+__all__ = ["Taesd", "TaesdConfig", "TinyLayer", "config_from"]
 
-_DIFFUSERS = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_PLAIN = re.compile(r"(?:taesd_decoder\.|decoder\.)?(\d+)\.(.+)")
-_LAYERS = 19
-_BLOCKS = (3, 4, 5, 8, 9, 10, 13, 14, 15, 18)
-_UPS = (6, 11, 16)
-_MAX_NBYTES = 256 << 20
+_GROUPS = 4  # of the norm inside pooling blocks
+_LOGVAR = -30.0  # latents are certain: the smallest log variance that autoencoders return
 
 
-def decoder_from(path: Path, channels: int) -> Callable[[Tensor], Tensor]:
-    """Read a decoder, alone or beside its encoder.
+@dataclass(frozen=True, slots=True)
+class TinyLayer:
+    """One layer that has weights, or one that has none.
+
+    Attributes:
+        name: its number.
+        channels: (in, out); (0, 0) without weights.
+        pool: channels inside the pooling branch of a block, 0 without one.
+    """
+
+    name: str
+    kind: Literal["conv", "block", "relu", "double"]
+    channels: tuple[int, int] = (0, 0)
+    stride: int = 1
+    bias: bool = True
+    pool: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TaesdConfig:
+    """Layers of an autoencoder.
+
+    Attributes:
+        encoder, decoder: in order; empty where the file holds only the other half.
+        alone: whether the layers are numbered at the top of the file.
+        channels: of z, as encoder and decoder have it.
+        fold: pixels of z in a latent of the loop, along each side.
+        factor: pixels per latent of the loop, along each side.
+    """
+
+    encoder: tuple[TinyLayer, ...]
+    decoder: tuple[TinyLayer, ...]
+    alone: bool
+    channels: int
+    fold: int
+    factor: int
+
+    @property
+    def latents(self) -> int:
+        """Channels of the latents the loop holds."""
+        return self.channels * self.fold**2
+
+
+def config_from(shapes: Shapes, hyper: Hyper) -> TaesdConfig:
+    """Read the layers from keys.
+
+    Hyper: act_fn, upsample_fn, upsampling_scaling_factor, scaling_factor, shift_factor of a config
+    that is a tiny autoencoder's; one of another autoencoder says nothing here.
 
     Raises:
-        UsageError: no decoder of latents with `channels` channels.
+        ArchitectureError: the halves disagree, or a config asks for what this runtime has not.
     """
-    weights: dict[str, Tensor] = {}
-    with open_source(path) as source:
-        logical = bind(source)
-        if sum(spec.nbytes for spec in source.specs.values()) > _MAX_NBYTES:
-            raise UsageError(f"{path}: too large for a tiny autoencoder")
-        whole = any(_DIFFUSERS.fullmatch(key) for key in logical.tensors)
-        pattern, shift = (_DIFFUSERS, 1) if whole else (_PLAIN, 0)
-        for key in logical.tensors:
-            if found := pattern.fullmatch(key):
-                values = torch.tensor(
-                    logical.read(key)
-                )  # a copy: what is read is not ours to write
-                shaped = values.reshape(logical.tensors[key].shape)
-                weights[f"{int(found[1]) + shift}.{found[2]}"] = shaped
-    try:
-        with torch.no_grad():
-            made = decode(weights, torch.zeros(1, channels, 2, 2))
-    except (MissingKeys, RuntimeError) as error:
-        raise UsageError(
-            f"{path}: no tiny autoencoder that decodes {channels} channels: {error}"
-        ) from error
-    if made.shape != (1, 3, 16, 16):
-        raise UsageError(f"{path}: decodes to {tuple(made.shape)}, no picture")
-    return lambda latents: decode(weights, latents)
+    if hyper.get("_class_name") == "AutoencoderTiny":
+        require(hyper, "act_fn", ("relu",))
+        require(hyper, "upsample_fn", ("nearest",))
+        require(hyper, "upsampling_scaling_factor", (2,))
+        require(hyper, "scaling_factor", (1,))
+        require(hyper, "shift_factor", (0,))
+    alone = not any(key.startswith(("encoder.", "decoder.")) for key in shapes)
+    if alone:
+        decodes = "0.weight" not in shapes  # a clamp is first
+        encoder = () if decodes else _encoder(_found(shapes, ""))
+        decoder = _decoder(_found(shapes, "")) if decodes else ()
+    else:
+        encoder = _encoder(_found(shapes, "encoder.layers."))
+        decoder = _decoder(_found(shapes, "decoder.layers."))
+    made = {encoder[-1].channels[1]} if encoder else set()
+    read = {decoder[0].channels[0]} if decoder else set()
+    factors = {1 << sum(one.stride > 1 for one in encoder)} if encoder else set()
+    factors |= {1 << sum(one.kind == "double" for one in decoder)} if decoder else set()
+    if len(made | read) != 1 or len(factors) != 1:
+        raise ArchitectureError(
+            f"encoder and decoder disagree: channels {sorted(made)} and {sorted(read)}, pixels per "
+            f"latent {sorted(factors)}"
+        )
+    fold = 2 if any(one.pool for one in (*encoder, *decoder)) else 1
+    (channels,), (factor,) = made | read, factors
+    return TaesdConfig(encoder, decoder, alone, channels, fold, factor * fold)
 
 
-def decode(weights: Mapping[str, Tensor], latents: Tensor) -> Tensor:
-    """Decode (B, C, h, w) with weights by layer: `1.weight`, `3.conv.0.weight` and so on.
+def _found(shapes: Shapes, prefix: str) -> list[TinyLayer | None]:
+    """Layers by number; None where the file has no weights."""
+    local = {k[len(prefix) :]: shape for k, shape in shapes.items() if k.startswith(prefix)}
+    numbers = {int(key.partition(".")[0]) for key in local if key.partition(".")[0].isdecimal()}
+    if not numbers:
+        raise ArchitectureError(f"no numbered layers below {prefix or 'the top'!r}")
+    return [_layer(local, str(n)) for n in range(max(numbers) + 1)]
 
-    Raises:
-        MissingKeys: a layer is missing.
-        RuntimeError: shapes that do not fit.
-    """
-    x = functional.relu(_conv(weights, "1", torch.tanh(latents / 3) * 3))
-    for layer in range(3, _LAYERS):
-        if layer in _BLOCKS:
-            x = _block(weights, layer, x)
-        elif layer in _UPS:
-            x = functional.interpolate(x, scale_factor=2.0)
+
+def _layer(local: Shapes, name: str) -> TinyLayer | None:
+    if f"{name}.conv.0.weight" in local:
+        after, before = local[f"{name}.conv.0.weight"][:2]
+        pool = local.get(f"{name}.pool.0.weight", (0,))[0]
+        return TinyLayer(name, "block", (before, after), pool=pool)
+    if f"{name}.weight" in local:
+        after, before = local[f"{name}.weight"][:2]
+        return TinyLayer(name, "conv", (before, after), bias=f"{name}.bias" in local)
+    return None
+
+
+def _encoder(found: list[TinyLayer | None]) -> tuple[TinyLayer, ...]:
+    layers = [one or TinyLayer(str(n), "relu") for n, one in enumerate(found)]
+    rows = []
+    for one, following in pairwise([*layers, layers[-1]]):
+        halves = one.kind == "conv" and (following.kind == "relu" or not one.bias)
+        rows.append(replace(one, stride=2) if halves else one)
+    return tuple(rows)
+
+
+def _decoder(found: list[TinyLayer | None]) -> tuple[TinyLayer, ...]:
+    first = next(n for n, one in enumerate(found) if one is not None)
+    rows = []
+    for n, one in enumerate(found[first:], start=first):
+        gap: Literal["relu", "double"] = "relu" if n == first + 1 else "double"
+        rows.append(one or TinyLayer(str(n), gap))
+    return tuple(rows)
+
+
+class _Pool(nn.Sequential):
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__(
+            QuantConv2d(channels, inner, 1, bias=False),
+            nn.GroupNorm(_GROUPS, inner),
+            nn.ReLU(),
+            QuantConv2d(inner, channels, 1, bias=False),
+        )
+
+
+class _Block(nn.Module):
+    def __init__(self, row: TinyLayer) -> None:
+        super().__init__()
+        before, after = row.channels
+        self.conv = nn.Sequential(
+            QuantConv2d(before, after, 3, padding=1),
+            nn.ReLU(),
+            QuantConv2d(after, after, 3, padding=1),
+            nn.ReLU(),
+            QuantConv2d(after, after, 3, padding=1),
+        )
+        self.skip = QuantConv2d(before, after, 1, bias=False) if before != after else nn.Identity()
+        self.pool = _Pool(before, row.pool) if row.pool else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.pool is None else x + self.pool(x)
+        return functional.relu(self.conv(x) + self.skip(x))
+
+
+def _module(row: TinyLayer) -> nn.Module:
+    match row.kind:
+        case "block":
+            return _Block(row)
+        case "conv":
+            return QuantConv2d(*row.channels, 3, stride=row.stride, padding=1, bias=row.bias)
+        case "relu":
+            return nn.ReLU()
+        case "double":
+            return nn.Upsample(scale_factor=2, mode="nearest")
+
+
+class _Half(nn.Module):
+    def __init__(self, rows: Iterable[TinyLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({row.name: _module(row) for row in rows})
+
+
+class Taesd(Autoencoder):
+    """Encoder, decoder, or both, as the file has them."""
+
+    def __init__(self, config: TaesdConfig) -> None:
+        """Build the modules; weights are bound later."""
+        super().__init__()
+        self.config: TaesdConfig = config
+        if config.alone:
+            for row in (*config.encoder, *config.decoder):
+                self.add_module(row.name, _module(row))
         else:
-            x = _conv(weights, str(layer), x)
-    return _conv(weights, str(_LAYERS), x)
+            self.encoder, self.decoder = _Half(config.encoder), _Half(config.decoder)
 
+    def _run(self, x: Tensor, half: Literal["encoder", "decoder"]) -> Tensor:
+        rows = getattr(self.config, half)
+        if not rows:
+            raise UsageError(
+                f"this tiny autoencoder's file holds no {half}: give the one that does"
+            )
+        root = "" if self.config.alone else f"{half}.layers."
+        for row in rows:
+            x = self.get_submodule(root + row.name)(x)
+        return x
 
-def _block(weights: Mapping[str, Tensor], layer: int, x: Tensor) -> Tensor:
-    y = functional.relu(_conv(weights, f"{layer}.conv.0", x))
-    y = functional.relu(_conv(weights, f"{layer}.conv.2", y))
-    y = _conv(weights, f"{layer}.conv.4", y)
-    if f"{layer}.skip.weight" in weights:
-        x = _conv(weights, f"{layer}.skip", x)
-    return functional.relu(x + y)
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode pictures (B, 3, H, W) in [-1, 1]: latents as mean, without variance."""
+        z = functional.pixel_unshuffle(self._run(pixels / 2 + 0.5, "encoder"), self.config.fold)
+        return z, torch.full_like(z, _LOGVAR)
 
+    def decode(self, z: Tensor) -> Tensor:
+        """Decode latents (B, C, h, w): pictures (B, 3, H, W), about [-1, 1]."""
+        z = functional.pixel_shuffle(z, self.config.fold)
+        return self._run(torch.tanh(z / 3) * 3, "decoder") * 2 - 1
 
-def _conv(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    weight = weights.get(f"{name}.weight")
-    if weight is None:
-        raise MissingKeys(f"layer {name} is missing", keys=(f"{name}.weight",))
-    return functional.conv2d(
-        x, weight, weights.get(f"{name}.bias"), padding=1 if weight.shape[-1] == 3 else 0
-    )
+    def scale(self, z: Tensor) -> Tensor:
+        """Give z back: it is what the denoiser works on."""
+        return z
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Give the latents back: the decoder was trained on them as they are."""
+        return latents

@@ -17,7 +17,7 @@ from diffquant.runtime.layers import QuantConv2d, QuantLinear
 from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.models.facts import Hyper, Shapes, count, number, require, shape_of
 
-__all__ = ["AutoencoderKL", "VaeConfig", "VaeLevel", "config_from"]
+__all__ = ["AutoencoderKL", "Decoder", "Encoder", "VaeConfig", "VaeLevel", "config_from"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +182,11 @@ class _Level(nn.Module):
         return x if resample is None else resample(x)
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
+    """Pictures (B, 3, H, W) to moments (B, moments, h, w), before quant_conv."""
+
     def __init__(self, config: VaeConfig) -> None:
+        """Build the levels, finest first."""
         super().__init__()
         deep = config.encoder[-1].blocks[-1][1]
         self.conv_in = QuantConv2d(config.pixels, config.encoder[0].blocks[0][0], 3, padding=1)
@@ -193,6 +196,7 @@ class _Encoder(nn.Module):
         self.conv_out = QuantConv2d(deep, config.moments, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -200,8 +204,11 @@ class _Encoder(nn.Module):
         return out
 
 
-class _Decoder(nn.Module):
+class Decoder(nn.Module):
+    """Latents (B, latents, h, w), after post_quant_conv, to pictures (B, 3, H, W)."""
+
     def __init__(self, config: VaeConfig) -> None:
+        """Build the levels, numbered from the finest and run from the coarsest."""
         super().__init__()
         deep, fine = config.decoder[-1].blocks[0][0], config.decoder[0].blocks[-1][1]
         self.conv_in = QuantConv2d(config.latents, deep, 3, padding=1)
@@ -211,6 +218,7 @@ class _Decoder(nn.Module):
         self.conv_out = QuantConv2d(fine, config.pixels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Decode."""
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
@@ -225,8 +233,8 @@ class AutoencoderKL(Autoencoder):
         """Build the modules; weights are bound later."""
         super().__init__()
         self.config: VaeConfig = config
-        self.encoder = _Encoder(config) if config.encoder else None
-        self.decoder = _Decoder(config) if config.decoder else None
+        self.encoder = Encoder(config) if config.encoder else None
+        self.decoder = Decoder(config) if config.decoder else None
         moments = config.moments
         self.quant_conv = QuantConv2d(moments, moments, 1) if config.quant_conv else None
         latents = config.latents

@@ -1,0 +1,94 @@
+"""What diffusion transformers share: rotary positions, attention, and norms.
+
+Queries and keys are rotated in neighbouring pairs, pair i of an axis by position / theta^(2i /
+width): so a product of two of them knows only how far apart they are, along each axis.
+Source: arXiv:2104.09864; several axes: black-forest-labs/flux src/flux/math.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["Positions", "QkNorm", "RmsNorm", "attend", "modulated", "rotary"]
+
+Positions = tuple[Tensor, Tensor]  # cosines and sines, from `rotary`
+
+
+def rotary(ids: Tensor, axes: tuple[int, ...], theta: float) -> Positions:
+    """Cosines and sines for positions (..., L, axes): float32 (..., L, head_dim / 2) each.
+
+    Angles are computed in float64 on the CPU: float32 loses the fine ones, and MPS has no float64.
+    """
+    angles = []
+    for axis, width in enumerate(axes):
+        exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
+        angles.append(ids[..., axis].double().cpu()[..., None] / theta**exponent)
+    angle = torch.cat(angles, dim=-1)
+    return angle.cos().float().to(ids.device), angle.sin().float().to(ids.device)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the last dimension of (B, heads, L, head_dim)."""
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    first, second = pairs.unbind(-1)
+    turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, positions: Positions, mask: Tensor | None = None
+) -> Tensor:
+    """Attention with positions rotated in.
+
+    Args:
+        q: (B, heads, L, head_dim), like k and v.
+        k: keys.
+        v: values.
+        positions: of every token; they broadcast against (B, heads, L, head_dim / 2).
+        mask: bool, False where a key is nobody's; broadcasts against (B, heads, L, L).
+
+    Returns:
+        (B, L, heads * head_dim).
+    """
+    q, k = _rotate(q, *positions), _rotate(k, *positions)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """Layer norm without parameters, then the affine map that the timestep commands."""
+    return functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class RmsNorm(nn.Module):
+    """Root mean square norm, its scale named as Black Forest Labs name it."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        """Declare the scale; its values are bound later."""
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension, in float32."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.scale
+
+
+class QkNorm(nn.Module):
+    """Norms of queries and keys, head by head."""
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        """Declare the two norms."""
+        super().__init__()
+        self.query_norm = RmsNorm(head_dim, eps)
+        self.key_norm = RmsNorm(head_dim, eps)
+
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split (B, L, 3 width) into heads and normalise q and k: (B, heads, L, head_dim) each."""
+        heads = qkv.reshape(*qkv.shape[:2], 3, -1, len(self.query_norm.scale))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        return self.query_norm(q), self.key_norm(k), v

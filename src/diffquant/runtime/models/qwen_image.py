@@ -1,0 +1,340 @@
+"""The Qwen-Image transformer, with Diffusers' names.
+
+Picture tokens (2x2 latent pixels each) and text tokens run side by side through all blocks, each
+with its own weights but one attention over both, text first. Positions count (frame, row, column)
+around the middle of each picture; text goes on where the largest picture ends. Other pictures, if
+any (Edit, Layered), follow the one being made as further tokens.
+
+What shapes cannot say: `zero_cond_t` (Edit-2511) shows other pictures to the modulation at time 0,
+for they hold no noise; `use_layer3d_rope` (Layered) puts the last picture one frame before all.
+Source: huggingface/diffusers@58eb52c:src/diffusers/models/transformers/transformer_qwenimage.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffquant.core.errors import ArchitectureError, UsageError
+from diffquant.runtime.layers import QuantEmbedding, QuantLinear
+from diffquant.runtime.models.attention import Positions, attend, modulated, rotary
+from diffquant.runtime.models.facts import (
+    Hyper,
+    Shapes,
+    count,
+    number,
+    param_dtype,
+    require,
+    shape_of,
+    tanh_gelu,
+    timestep_embedding,
+)
+
+__all__ = ["QwenImage", "QwenImageConfig", "config_from", "positions"]
+
+_DEFAULT_AXES = (16, 56, 56)
+Size: TypeAlias = tuple[int, int, int]  # frames, rows and columns of tokens
+
+
+@dataclass(frozen=True, slots=True)
+class QwenImageConfig:
+    """Sizes of a Qwen-Image transformer.
+
+    Attributes:
+        in_channels, out_channels: per token: latent channels times 4.
+        hidden, text_hidden: inner widths of the picture's and the text's feed-forward.
+        context: width of the text encoder's states.
+        time: width of the timestep sinusoids.
+        condition: whether a second, integer condition joins the timestep (Layered).
+        still: whether other pictures are modulated at time 0 (Edit-2511).
+        layered: whether the last picture stands one frame before all (Layered).
+        axes: rotary widths of the three position axes; their sum is head_dim.
+    """
+
+    in_channels: int
+    out_channels: int
+    width: int
+    hidden: int
+    text_hidden: int
+    head_dim: int
+    context: int
+    time: int
+    depth: int
+    condition: bool
+    still: bool
+    layered: bool
+    axes: tuple[int, ...]
+    theta: float
+    eps: float
+
+
+def config_from(shapes: Shapes, hyper: Hyper) -> QwenImageConfig:
+    """Read sizes from keys; hyper: axes_dims_rope, theta, eps, zero_cond_t, use_layer3d_rope.
+
+    Raises:
+        ArchitectureError: rotary axes that do not fill a head, or a field the runtime does not
+            implement.
+    """
+    require(hyper, "guidance_embeds", (False,))
+    require(hyper, "patch_size", (2,))
+    block = "transformer_blocks.0"
+    width, in_channels = shape_of(shapes, "img_in.weight")
+    (head_dim,) = shape_of(shapes, f"{block}.attn.norm_q.weight")
+    axes = tuple(int(axis) for axis in hyper.get("axes_dims_rope") or _DEFAULT_AXES)
+    if sum(axes) != head_dim:
+        raise ArchitectureError(f"rotary axes {axes} do not add up to the head width {head_dim}")
+    return QwenImageConfig(
+        in_channels=in_channels,
+        out_channels=shape_of(shapes, "proj_out.weight")[0],
+        width=width,
+        hidden=shape_of(shapes, f"{block}.img_mlp.net.0.proj.weight")[0],
+        text_hidden=shape_of(shapes, f"{block}.txt_mlp.net.0.proj.weight")[0],
+        head_dim=head_dim,
+        context=shape_of(shapes, "txt_in.weight")[1],
+        time=shape_of(shapes, "time_text_embed.timestep_embedder.linear_1.weight")[1],
+        depth=count(shapes, "transformer_blocks"),
+        condition="time_text_embed.addition_t_embedding.weight" in shapes,
+        still=bool(hyper.get("zero_cond_t")),
+        layered=bool(hyper.get("use_layer3d_rope")),
+        axes=axes,
+        theta=number(hyper, "theta", 10000.0),
+        eps=number(hyper, "eps", 1e-6),
+    )
+
+
+def positions(sizes: Sequence[Size], text: int, *, layered: bool = False) -> tuple[Tensor, Tensor]:
+    """Where tokens are: pictures (L, 3) and text (text, 3), float32 (frame, row, column).
+
+    Rows and columns count from the middle, the larger half negative. Picture i starts at frame i;
+    with `layered` the last of several is at frame -1.
+    """
+    grids = []
+    for index, (frames, rows, columns) in enumerate(sizes):
+        first = -1 if layered and index == len(sizes) - 1 else index
+        axes = (
+            torch.arange(first, first + frames),
+            torch.arange(rows) - (rows - rows // 2),
+            torch.arange(columns) - (columns - columns // 2),
+        )
+        grids.append(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3))
+    start = max(max(rows // 2, columns // 2) for _, rows, columns in sizes)
+    start = max(start, len(sizes) - 1) if layered else start
+    words = torch.arange(start, start + text)[:, None].expand(-1, 3)
+    return torch.cat(grids).float(), words.float()
+
+
+class _Embedder(nn.Module):
+    def __init__(self, before: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = QuantLinear(before, width)
+        self.linear_2 = QuantLinear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(functional.silu(self.linear_1(x)))
+        return out
+
+
+class _Time(nn.Module):
+    def __init__(self, config: QwenImageConfig) -> None:
+        super().__init__()
+        self.timestep_embedder = _Embedder(config.time, config.width)
+        self.addition_t_embedding = QuantEmbedding(2, config.width) if config.condition else None
+
+    def forward(self, t: Tensor, condition: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Embed times (B,) in [0, 1] and conditions (B,) of 0 or 1: (B, width)."""
+        before = self.timestep_embedder.linear_1.logical_shape[1]
+        waves = timestep_embedding(t, before, 1000.0)
+        vector: Tensor = self.timestep_embedder(waves.to(dtype))
+        if (condition is None) != (self.addition_t_embedding is None):
+            needs = "takes no" if self.addition_t_embedding is None else "needs an"
+            raise UsageError(f"this model {needs} additional timestep condition")
+        if self.addition_t_embedding is not None:
+            vector = vector + self.addition_t_embedding(condition, dtype)
+        return vector
+
+
+class _Projection(nn.Module):
+    """GELU of a linear layer, which Diffusers calls `proj`."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = QuantLinear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tanh_gelu(self.proj(x))
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        # Index 1 is a dropout, where it is trained.
+        self.net = nn.Sequential(
+            _Projection(width, hidden), nn.Identity(), QuantLinear(hidden, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+class _Attention(nn.Module):
+    """One attention over text and picture; `to_*` are the picture's layers, `add_*` the text's."""
+
+    def __init__(self, config: QwenImageConfig) -> None:
+        super().__init__()
+        width, self.head_dim = config.width, config.head_dim
+        self.to_q, self.to_k, self.to_v = (QuantLinear(width, width) for _ in range(3))
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (
+            QuantLinear(width, width) for _ in range(3)
+        )
+        self.norm_q, self.norm_k = (nn.RMSNorm(self.head_dim, eps=config.eps) for _ in range(2))
+        self.norm_added_q, self.norm_added_k = (
+            nn.RMSNorm(self.head_dim, eps=config.eps) for _ in range(2)
+        )
+        self.to_out = nn.ModuleList([QuantLinear(width, width)])
+        self.to_add_out = QuantLinear(width, width)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, places: Positions, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        def heads(layer: nn.Module, x: Tensor) -> Tensor:
+            out: Tensor = layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            return out  # (B, heads, L, head_dim)
+
+        txt_q = self.norm_added_q(heads(self.add_q_proj, txt))
+        txt_k = self.norm_added_k(heads(self.add_k_proj, txt))
+        txt_v = heads(self.add_v_proj, txt)
+        img_q = self.norm_q(heads(self.to_q, img))
+        img_k = self.norm_k(heads(self.to_k, img))
+        img_v = heads(self.to_v, img)
+        pairs = ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v))
+        q, k, v = (torch.cat(pair, dim=2) for pair in pairs)
+        y = attend(q, k, v, places, visible)
+        length = txt.shape[1]
+        return self.to_out[0](y[:, length:]), self.to_add_out(y[:, :length])
+
+
+def _modulation(width: int) -> nn.Sequential:
+    """Timestep vector to shift, scale and gate, for attention and then for the feed-forward."""
+    return nn.Sequential(nn.SiLU(), QuantLinear(width, 6 * width))
+
+
+def _prepared(x: Tensor, modulation: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What a layer is given, normed and modulated, and the gate of what it answers."""
+    shift, scale, gate = modulation.chunk(3, dim=-1)
+    return modulated(x, shift, scale, eps), gate
+
+
+def _in_range(x: Tensor) -> Tensor:
+    """Keep float16 activations finite."""
+    return x.clamp(-65504.0, 65504.0) if x.dtype == torch.float16 else x
+
+
+class _Block(nn.Module):
+    def __init__(self, config: QwenImageConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.img_mod, self.txt_mod = _modulation(config.width), _modulation(config.width)
+        self.attn = _Attention(config)
+        self.img_mlp = _FeedForward(config.width, config.hidden)
+        self.txt_mlp = _FeedForward(config.width, config.text_hidden)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        vectors: tuple[Tensor, Tensor | None],
+        places: Positions,
+        visible: Tensor | None,
+        made: int,
+    ) -> tuple[Tensor, Tensor]:
+        now, still = vectors
+        changes = self.img_mod(now)[:, None]  # (B, 1, 6 width)
+        if still is not None:  # a row per token: those after `made` stand still
+            others = self.img_mod(still)[:, None].expand(-1, img.shape[1] - made, -1)
+            changes = torch.cat((changes.expand(-1, made, -1), others), dim=1)
+        img_mods = changes.chunk(2, dim=-1)  # for the attention, for the feed-forward
+        txt_mods = self.txt_mod(now)[:, None].chunk(2, dim=-1)
+        img_in, img_gate = _prepared(img, img_mods[0], self.eps)
+        txt_in, txt_gate = _prepared(txt, txt_mods[0], self.eps)
+        img_out, txt_out = self.attn(img_in, txt_in, places, visible)
+        img, txt = img + img_gate * img_out, txt + txt_gate * txt_out
+        img_in, img_gate = _prepared(img, img_mods[1], self.eps)
+        txt_in, txt_gate = _prepared(txt, txt_mods[1], self.eps)
+        img, txt = img + img_gate * self.img_mlp(img_in), txt + txt_gate * self.txt_mlp(txt_in)
+        return _in_range(img), _in_range(txt)
+
+
+class _OutputNorm(nn.Module):
+    def __init__(self, config: QwenImageConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.linear = QuantLinear(config.width, 2 * config.width)
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        scale, shift = self.linear(functional.silu(vector))[:, None].chunk(2, dim=-1)
+        return modulated(x, shift, scale, self.eps)
+
+
+class QwenImage(nn.Module):
+    """The denoiser of Qwen-Image and of its editing relatives."""
+
+    def __init__(self, config: QwenImageConfig) -> None:
+        """Build the modules; weights are bound later."""
+        super().__init__()
+        self.config = config
+        self.img_in = QuantLinear(config.in_channels, config.width)
+        self.txt_norm = nn.RMSNorm(config.context, eps=config.eps)
+        self.txt_in = QuantLinear(config.context, config.width)
+        self.time_text_embed = _Time(config)
+        self.transformer_blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
+        self.norm_out = _OutputNorm(config)
+        self.proj_out = QuantLinear(config.width, config.out_channels)
+
+    def forward(
+        self,
+        img: Tensor,
+        t: Tensor,
+        txt: Tensor,
+        sizes: Sequence[Size],
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the velocity of the flow.
+
+        Args:
+            img: (B, L, in_channels) packed latents, of the picture being made and then of others.
+            t: (B,) flow time in [0, 1], 1 is noise.
+            txt: (B, T, context) states of the text encoder.
+            sizes: (frames, rows, columns) in tokens of each picture; they add up to L.
+            mask: (B, T) bool, False at padding; None: no padding.
+            condition: (B,) int64 of 0 or 1, where the model takes one.
+
+        Returns:
+            (B, L, out_channels); what stands at other pictures means nothing.
+
+        Raises:
+            UsageError: sizes that are not those of `img`, or a condition the model does not take.
+        """
+        config, dtype, device = self.config, param_dtype(self), img.device
+        if sum(map(prod, sizes)) != img.shape[1]:
+            raise UsageError(f"sizes {list(sizes)} do not add up to the {img.shape[1]} tokens")
+        now = self.time_text_embed(t, condition, dtype)
+        alone = len(sizes) == 1 or not config.still
+        still = None if alone else self.time_text_embed(torch.zeros_like(t), condition, dtype)
+        pictures, words = positions(sizes, txt.shape[1], layered=config.layered)
+        places = rotary(torch.cat((words, pictures)).to(device), config.axes, config.theta)
+        visible = None
+        if mask is not None:
+            visible = functional.pad(mask.to(device), (0, img.shape[1]), value=True)[:, None, None]
+        img, txt = self.img_in(img.to(dtype)), self.txt_in(self.txt_norm(txt.to(dtype)))
+        for block in self.transformer_blocks:
+            img, txt = block(img, txt, (now, still), places, visible, prod(sizes[0]))
+        out: Tensor = self.proj_out(self.norm_out(img, now))
+        return out
