@@ -228,6 +228,7 @@ def folder(*parts, configs):
 FLUX, DFLUX = "flux-dev.transformer.original", "flux-dev.transformer.diffusers"
 LAYER = "double_blocks.0.img_mlp.0.weight"
 DLAYER = "transformer_blocks.0.attn.to_q.weight"
+SD3 = "sd3-medium.transformer.original"
 QWEN, ZIMAGE = "qwen-image.transformer.comfy", "z-image.transformer.comfy"
 SD = "sd15.checkpoint.ldm-webui-fp16"
 UNET, DUNET = "sd15.unet.ldm", "sd15.unet.diffusers"
@@ -594,10 +595,10 @@ CASES = {
         lambda: comfy(FLUX, LAYER),
     ),
     # diffquant
-    "diffquant.model": (lambda: model(FLUX), lambda: model(QWEN)),
+    "diffquant.model": (lambda: model(FLUX), lambda: model(SD3)),
     "diffquant.vae": (lambda: model("flux.vae.original"), lambda: model("taesd.vae.diffusers")),
     "diffquant.lora": (lambda: lora(*PLAIN_LORA), lambda: model(FLUX)),
-    "diffquant.architecture": (lambda: model(QWEN), lambda: model(FLUX)),
+    "diffquant.architecture": (lambda: model(SD3), lambda: model(FLUX)),
     "diffquant.conditioned": (lambda: model("flux-fill.transformer.original"), lambda: model(FLUX)),
     "diffquant.part": (lambda: file(CONTROL), lambda: model(FLUX)),
     "diffquant.other-vae": (

@@ -14,8 +14,13 @@ __all__ = ["ROWS", "SERVED"]
 
 _RUNTIME = "diffquant: runtime/opening.py, runtime/families.py"
 
-SERVED = frozenset({"sd15", "sd2", "sdxl", "sdxl_refiner", "flux1"})
-_PICTURES = {"sd15": ("inpainting", "ip2p", "lcm"), "flux1": ("fill", "control")}
+SERVED = frozenset({"sd15", "sd2", "sdxl", "sdxl_refiner", "flux1", "qwen_image"})
+_AUTOENCODERS = frozenset({"vae_kl", "vae_qwen"})
+_PICTURES = {
+    "sd15": ("inpainting", "ip2p", "lcm"),
+    "flux1": ("fill", "control"),
+    "qwen_image": ("layered",),  # editing models draw from text alone, too
+}
 
 
 def _unserved(case: Case) -> str | None:
@@ -45,7 +50,7 @@ ROWS = (
         "`diffquant generate MODEL --vae FILE`",
         _RUNTIME,
         kinds=frozenset({"vae"}),
-        architectures=frozenset({"vae_kl"}),
+        architectures=_AUTOENCODERS,
     ),
     LoaderRule(
         "diffquant.lora",
@@ -84,7 +89,7 @@ ROWS = (
         "the runtime has no such autoencoder",
         _RUNTIME,
         kinds=frozenset({"vae"}),
-        when=lambda case: None if case.architecture == "vae_kl" else case.architecture,
+        when=lambda case: None if case.architecture in _AUTOENCODERS else case.architecture,
     ),
     LoaderRule(
         "diffquant.unreadable",

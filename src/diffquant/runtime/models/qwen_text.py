@@ -110,10 +110,14 @@ def config_from(shapes: Shapes, hyper: Hyper) -> QwenTextConfig:
 
 
 def _angles(length: int, config: QwenTextConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 to length - 1: float32 (length, head_dim / 2) each."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angle = torch.arange(length, dtype=torch.float64)[:, None] / config.theta**exponent
-    return angle.cos().float(), angle.sin().float()
+    """Cosines and sines of positions 0 to length - 1: float32 (length, head_dim / 2) each.
+
+    Angles are rounded to float32 where transformers rounds them, as the models were trained.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.theta**exponent
+    angle = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    return angle.cos(), angle.sin()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
