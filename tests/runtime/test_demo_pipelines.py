@@ -1,5 +1,6 @@
 """The main job end to end on the demo checkpoints: pack, open, generate, judge."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,21 @@ def test_packed_parts_of_qwen_image_draw_the_same_picture(tmp_path, part, name, 
     ]
     error = float((pictures[0] - pictures[1]).square().mean())
     assert -10 * np.log10(error) > least
+
+
+def test_a_gguf_text_encoder_says_its_own_heads(tmp_path):
+    """The folder that brings the rest is of another size: its config is not the file's."""
+    out, base = tmp_path / "qwen.gguf", tmp_path / "base"
+    kind = type_named("q8_0")
+    run_job(QWEN, out, Request(container=container_for(out), type=kind, parts=("text_encoder",)))
+    shutil.copytree(QWEN, base)
+    path = base / "text_encoder" / "config.json"
+    path.write_text(
+        path.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": 4')
+    )
+    opened = open_pipeline(base, added={"text_encoder": out})
+    assert opened.pipeline.parts.text_encoders[0].config.heads == 2
+    assert open_pipeline(base).pipeline.parts.text_encoders[0].config.heads == 4
 
 
 def test_a_vae_file_replaces_the_models_own(tmp_path):

@@ -34,7 +34,7 @@ from diffquant.runtime.models.facts import (
     shape_of,
 )
 
-__all__ = ["QwenText", "QwenTextConfig", "config_from"]
+__all__ = ["QwenText", "QwenTextConfig", "config_from", "visible_keys"]
 
 # Positions that are angles times the position, unscaled; "mrope" is that for text alone.
 _PLAIN_ROPE = ("default", "mrope")
@@ -126,11 +126,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _visible(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
+def visible_keys(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
     """Which keys a query sees: bool (B or 1, 1, T, T).
 
-    A token sees what counts before it, and itself always: a padding token that saw nothing would
-    turn into NaN, and NaN times an attention of zero is NaN.
+    A token sees what counts before it, and itself always: what a token that sees nothing becomes
+    differs from one attention kernel to the next, and NaN would spread to all others.
     """
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     if mask is None:
@@ -237,7 +237,7 @@ class QwenText(nn.Module):
             )
         length = ids.shape[1]
         cos, sin = (one.to(ids.device) for one in _angles(length, config))
-        visible = _visible(mask, length, ids.device)
+        visible = visible_keys(mask, length, ids.device)
         x: Tensor = stack.embed_tokens(ids, dtype)
         states = {0: x}
         for index in range(max(wanted)):
