@@ -38,6 +38,11 @@ def save(parts: Parts, target: Path) -> None:
     # Fields of other samplers stay in the file, as in the published one, for who switches to them.
     path = target / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}, indent=2) + "\n")
+    path = target / "vae" / "config.json"
+    autoencoder = json.loads(path.read_text())
+    if "sample_size" not in autoencoder:
+        # The class has no such field; diffusers passes over names that begin with an underscore.
+        path.write_text(json.dumps({**autoencoder, "_sample_size": 128}, indent=2) + "\n")
     for name in parts.tokenizers:
         # transformers rewrites tokenizer files in its own version's way; ours suit every version.
         shutil.rmtree(target / name)

@@ -228,6 +228,7 @@ def folder(*parts, configs):
 FLUX, DFLUX = "flux-dev.transformer.original", "flux-dev.transformer.diffusers"
 LAYER = "double_blocks.0.img_mlp.0.weight"
 DLAYER = "transformer_blocks.0.attn.to_q.weight"
+SD3 = "sd3-medium.transformer.original"
 QWEN, ZIMAGE = "qwen-image.transformer.comfy", "z-image.transformer.comfy"
 SD = "sd15.checkpoint.ldm-webui-fp16"
 UNET, DUNET = "sd15.unet.ldm", "sd15.unet.diffusers"

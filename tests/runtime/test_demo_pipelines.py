@@ -1,5 +1,6 @@
 """The main job end to end on the demo checkpoints: pack, open, generate, judge."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from diffquant.runtime.verify import verify
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SD15, FLUX = EXAMPLES / "sd15-shapes", EXAMPLES / "flux1-shapes"
-SDXL = EXAMPLES / "sdxl-shapes"
+SDXL, QWEN = EXAMPLES / "sdxl-shapes", EXAMPLES / "qwen-image-shapes"
 PROMPT = scorers.DEMO_PROMPTS[1]
 SETTINGS = ImageSettings(prompts=(PROMPT,), seeds=(0,), steps=6, size=(128, 128))
 
@@ -36,8 +37,13 @@ def packed(tmp_path, source, name, suffix):
 
 @pytest.mark.parametrize(
     ("source", "steps", "options"),
-    [(SD15, 20, {"cfg": 3.0, "sampler": "ddim"}), (SDXL, 20, {"cfg": 3.0}), (FLUX, 20, {})],
-    ids=["sd15", "sdxl", "flux1"],
+    [
+        (SD15, 20, {"cfg": 3.0, "sampler": "ddim"}),
+        (SDXL, 20, {"cfg": 3.0}),
+        (FLUX, 20, {}),
+        (QWEN, 20, {}),
+    ],
+    ids=["sd15", "sdxl", "flux1", "qwen_image"],
 )
 def test_originals_show_what_the_prompt_asks_for(source, steps, options):
     opened = open_pipeline(source)
@@ -126,9 +132,50 @@ def test_missing_parts_are_all_listed(tmp_path, monkeypatch):
         open_pipeline(out)
 
 
-def test_a_family_without_runtime_says_so():
-    with pytest.raises(ArchitectureError, match="qwen_image has no runtime yet"):
-        open_pipeline(EXAMPLES / "qwen-image-shapes")
+def test_a_family_without_runtime_says_so(monkeypatch):
+    monkeypatch.setattr("diffquant.runtime.opening.FAMILIES", {})
+    with pytest.raises(ArchitectureError, match="flux1 has no runtime yet"):
+        open_pipeline(FLUX)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "suffix", "least"),
+    [
+        ("denoiser", "q8_0", ".gguf", 45),
+        ("denoiser", "nf4", ".safetensors", 25),
+        ("text_encoder", "q4_k_s", ".gguf", 30),
+        ("text_encoder", "int8_rowwise", ".safetensors", 40),
+    ],
+)
+def test_packed_parts_of_qwen_image_draw_the_same_picture(tmp_path, part, name, suffix, least):
+    out = tmp_path / f"{part}-{name}{suffix}"
+    run_job(QWEN, out, Request(container=container_for(out), type=type_named(name), parts=(part,)))
+    model, added = (out, {}) if part == "denoiser" else (QWEN, {part: out})
+    opened = open_pipeline(model, base=QWEN, added=added)
+    formats = next(one.formats for one in opened.origins if one.name == part)
+    assert sum(formats.get(one, 0) for one in ("f32", "bf16")) < 0.2 * sum(formats.values())
+    assert opened.warnings == ()
+    pictures = [
+        one.pipeline.generate(PROMPT, steps=6, width=128, height=128).images
+        for one in (open_pipeline(QWEN), opened)
+    ]
+    error = float((pictures[0] - pictures[1]).square().mean())
+    assert -10 * np.log10(error) > least
+
+
+def test_a_gguf_text_encoder_says_its_own_heads(tmp_path):
+    """The folder that brings the rest is of another size: its config is not the file's."""
+    out, base = tmp_path / "qwen.gguf", tmp_path / "base"
+    kind = type_named("q8_0")
+    run_job(QWEN, out, Request(container=container_for(out), type=kind, parts=("text_encoder",)))
+    shutil.copytree(QWEN, base)
+    path = base / "text_encoder" / "config.json"
+    path.write_text(
+        path.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": 4')
+    )
+    opened = open_pipeline(base, added={"text_encoder": out})
+    assert opened.pipeline.parts.text_encoders[0].config.heads == 2
+    assert open_pipeline(base).pipeline.parts.text_encoders[0].config.heads == 4
 
 
 def test_a_vae_file_replaces_the_models_own(tmp_path):
@@ -146,16 +193,24 @@ def test_a_vae_file_replaces_the_models_own(tmp_path):
 
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("source", [SD15, SDXL, FLUX], ids=["sd15", "sdxl", "flux1"])
-def test_diffusers_draws_the_same_picture_from_the_same_seed(source):
+@pytest.mark.parametrize(
+    ("source", "options", "cfg"),
+    [
+        (SD15, {"guidance_scale": 3.0}, 3.0),
+        (SDXL, {"guidance_scale": 3.0}, 3.0),
+        (FLUX, {"guidance_scale": 3.5}, None),
+        (QWEN, {"true_cfg_scale": 3.0, "negative_prompt": " "}, 3.0),
+    ],
+    ids=["sd15", "sdxl", "flux1", "qwen_image"],
+)
+def test_diffusers_draws_the_same_picture_from_the_same_seed(source, options, cfg):
     diffusers = pytest.importorskip("diffusers")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"height": 128, "width": 128, "num_inference_steps": 5, "output_type": "np"}
-    options["guidance_scale"] = 3.5 if source is FLUX else 3.0
+    options = {**options, "height": 128, "width": 128, "num_inference_steps": 5}
     generator = torch.Generator("cpu").manual_seed(7)
-    theirs = pipeline(PROMPT, generator=generator, **options).images[0]
+    theirs = pipeline(PROMPT, generator=generator, output_type="np", **options).images[0]
     ours = open_pipeline(source).pipeline.generate(
-        PROMPT, seed=7, steps=5, width=128, height=128, cfg=None if source is FLUX else 3.0
+        PROMPT, seed=7, steps=5, width=128, height=128, cfg=cfg
     )
     assert np.abs(ours.images[0].numpy() - theirs).max() < 1e-2

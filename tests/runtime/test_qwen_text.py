@@ -6,6 +6,7 @@ import torch
 from diffquant.core.errors import ArchitectureError, UsageError
 from diffquant.runtime.layers import PackedWeight
 from diffquant.runtime.loading import build
+from diffquant.runtime.models.qwen_text import visible_keys
 
 SIZES = {
     "small": {},
@@ -142,3 +143,12 @@ def test_what_is_not_implemented_is_refused(field, value, message, oracle):
     hyper = {key: one for key, one in hyper_of(reference).items() if key != "rope_parameters"}
     with pytest.raises(ArchitectureError, match=message):
         build("qwen_text", weights_of(reference), {**hyper, field: value})
+
+
+def test_every_token_sees_itself_and_what_counts_before_it():
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    assert visible_keys(mask, 3, mask.device)[:, 0].int().tolist() == [
+        [[1, 0, 0], [0, 1, 0], [0, 1, 1]],
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
+    ]
+    assert visible_keys(None, 2, mask.device).int().tolist() == [[[[1, 0], [1, 1]]]]

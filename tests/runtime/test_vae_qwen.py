@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffquant.core.errors import ArchitectureError, MissingKeys
-from diffquant.runtime.layers import PackedWeight
+from diffquant.runtime.layers import PackedWeight, Segment
 from diffquant.runtime.loading import build
 
 CASES = {
@@ -86,3 +86,27 @@ def test_bad_statistics_are_refused(oracle):
     del weights["decoder.up_blocks.0.resnets.1.conv2.bias"]
     with pytest.raises(MissingKeys, match=r"decoder\.up_blocks\.0\.resnets\.1\.conv2\.bias"):
         build("vae_qwen", weights, {"latents_mean": [0] * 5, "latents_std": [1] * 5})
+
+
+@pytest.mark.oracle
+def test_packed_kernels_stay_packed_and_give_what_their_values_give(oracle):
+    gguf = pytest.importorskip("gguf")
+    sizes = {"base_dim": 32, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [True]}
+    reference = tiny(oracle, **sizes)
+    weights = weights_of(reference)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    packed = {}
+    for key, weight in weights.items():
+        if len(weight.shape) == 5 and weight.shape[1] == 32:  # rows of whole blocks
+            value = weight.dequantize(torch.float32).flatten(1).numpy()
+            blocks = torch.from_numpy(gguf.quants.quantize(value, kind))
+            packed[key] = PackedWeight((Segment("q8_0", weight.shape, {"weight": blocks}),))
+    assert len(packed) > 10
+    values = {key: PackedWeight.of(one.dequantize(torch.float32)) for key, one in packed.items()}
+    ours = build("vae_qwen", {**weights, **packed}, reference.config)
+    plain = build("vae_qwen", {**weights, **values}, reference.config)
+    conv = ours.get_submodule("decoder.mid_block.resnets.0.conv1")
+    assert conv.packed.formats == ("q8_0",)
+    z = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(ours.decode(z), plain.decode(z))

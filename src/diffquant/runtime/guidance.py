@@ -65,21 +65,6 @@ class Guidance:
         return rescaled(found, positive, self.rescale)
 
 
-def needs_negative(self) -> bool:
-        """Whether a prediction guided so takes a negative one."""
-        return needs_negative(self.cfg)
-
-    def at(self, index: int, calls: int) -> Guidance:
-        """The guidance of model call `index` of `calls`: this, or none where it is cut off."""
-        if index < round(self.cutoff * calls):
-            return self
-        return dataclasses.replace(self, cfg=1.0)
-
-    def apply(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """The guided prediction."""
-        return guided(positive, negative, self.cfg, rescale=self.rescale)
-
-
 def needs_negative(cfg: float) -> bool:
     """Whether a strength needs the negative prediction; 0 and 1 mean off, users write both."""
     return cfg > 1.0

@@ -20,6 +20,8 @@ from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.base import Layout
 from diffquant.convert.binding import bind
 from diffquant.convert.detect import Match, PartMatch, detect, detect_component
+from diffquant.convert.encoders.stated import stated_fields
+from diffquant.convert.hyper import flat_config
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.match import to_layout
 from diffquant.convert.output import configs_of
@@ -191,7 +193,11 @@ def open_pipeline(
                 )
             row = MODELS[kind]
             weights = packed_weights(provider.logical, part, row.layout, row.reads)
-            hyper = _hyper([*extra.values(), *providers], architecture, name, part)
+            own = provider.source.metadata
+            hyper = {
+                **_hyper([*extra.values(), *providers], architecture, name, part),
+                **stated_fields(own, part.kind),
+            }
             compute = denoiser_dtype if name == "denoiser" and denoiser_dtype else dtype
             modules[name] = build(kind, weights, hyper, dtype=compute, device=device)
             origins.append(_origin(name, provider, weights))
@@ -289,7 +295,7 @@ def _hyper(
     for provider in providers:
         config = configs_of(provider.source).get(f"{folder}/config.json")
         if isinstance(config, dict):
-            return {**known, **config}
+            return {**known, **flat_config(config)}
     return known
 
 
@@ -337,13 +343,15 @@ def _native_size(
 ) -> tuple[int, int]:
     """Picture size by the configs: the denoiser's in latents, else the VAE's, else the default.
 
-    Flux transformers state no size; their VAE's config does (1024 in the published ones).
+    Flux transformers state no size; their VAE's config does (1024 in the published ones). Classes
+    without such a field may have it with an underscore, which diffusers passes over.
     """
     for part, factor in (("denoiser", vae.config.factor), ("vae", 1)):
         folder = ARCHITECTURES[architecture].component(part).folder
         for provider in providers:
             config = configs_of(provider.source).get(f"{folder}/config.json")
-            size = config.get("sample_size") if isinstance(config, dict) else None
+            known = config if isinstance(config, dict) else {}
+            size = known.get("sample_size", known.get("_sample_size"))
             if isinstance(size, int) and 0 < size * factor <= _LARGEST:
                 return size * factor, size * factor
     match = providers[0].match

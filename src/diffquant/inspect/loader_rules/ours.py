@@ -18,7 +18,12 @@ SERVED = frozenset(
     {"sd15", "sd2", "sdxl", "sdxl_refiner", "flux1", "flux2", "qwen_image", "z_image"}
 )
 _VAES = frozenset({"vae_kl", "vae_flux2", "vae_qwen", "vae_tiny", "vae_tiny_decoder"})
-_PICTURES = {"sd15": ("inpainting", "ip2p", "lcm"), "flux1": ("fill", "control")}
+# Conditions that the runtime cannot give a denoiser; a picture with a mask is none of them.
+_PICTURES = {
+    "sd15": ("ip2p", "lcm"),
+    "flux1": ("control",),
+    "qwen_image": ("layered",),  # editing models draw from text alone, too
+}
 
 
 def _unserved(case: Case) -> str | None:

@@ -66,7 +66,8 @@ def _encode(parts: PipelineParts, prompts: Sequence[str], options: TextOptions) 
     counts = [torch.ones_like(row, dtype=torch.bool) for row in rows]
     mask = pad_sequence(counts, batch_first=True)
     (states,) = encoder(pad_sequence(rows, batch_first=True), mask)
-    states, mask = (states * mask[..., None])[:, _DROPPED:], mask[:, _DROPPED:]
+    states, mask = states[:, _DROPPED:], mask[:, _DROPPED:]
+    states = states.masked_fill(~mask[..., None], 0.0)
     return Text(
         states,
         None,

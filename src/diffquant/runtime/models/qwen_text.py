@@ -34,7 +34,7 @@ from diffquant.runtime.models.facts import (
     shape_of,
 )
 
-__all__ = ["QwenText", "QwenTextConfig", "config_from"]
+__all__ = ["QwenText", "QwenTextConfig", "config_from", "visible_keys"]
 
 # Positions that are angles times the position, unscaled; "mrope" is that for text alone.
 _PLAIN_ROPE = ("default", "mrope")
@@ -110,10 +110,14 @@ def config_from(shapes: Shapes, hyper: Hyper) -> QwenTextConfig:
 
 
 def _angles(length: int, config: QwenTextConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 to length - 1: float32 (length, head_dim / 2) each."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angle = torch.arange(length, dtype=torch.float64)[:, None] / config.theta**exponent
-    return angle.cos().float(), angle.sin().float()
+    """Cosines and sines of positions 0 to length - 1: float32 (length, head_dim / 2) each.
+
+    Angles are rounded to float32 where transformers rounds them, as the models were trained.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.theta**exponent
+    angle = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    return angle.cos(), angle.sin()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -122,7 +126,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _visible(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
+def visible_keys(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
     """Which keys a query sees: bool (B or 1, 1, T, T).
 
     A token sees what counts before it: padding behind a text sees the text, which some models read.
@@ -236,7 +240,7 @@ class QwenText(nn.Module):
             )
         length = ids.shape[1]
         cos, sin = (one.to(ids.device) for one in _angles(length, config))
-        visible = _visible(mask, length, ids.device)
+        visible = visible_keys(mask, length, ids.device)
         x: Tensor = stack.embed_tokens(ids, dtype)
         states = {0: x}
         for index in range(max(wanted)):
