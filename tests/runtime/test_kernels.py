@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import warnings
+from collections import deque
 
 import numpy as np
 import pytest
@@ -244,7 +245,7 @@ def test_a_weight_that_is_kept_is_not_written_over(threads):
 
 
 def test_scratch_is_lent_again_and_bounded(monkeypatch):
-    monkeypatch.setattr(scratch, "_idle", [])
+    monkeypatch.setattr(scratch, "_idle", deque(maxlen=1))
     monkeypatch.setattr(scratch, "KEPT_NBYTES", 5000)
     one = scratch.lend(1000, torch.float32)
     address = one.data_ptr()

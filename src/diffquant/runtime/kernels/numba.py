@@ -39,8 +39,10 @@ from diffquant.runtime.kernels.scratch import lend
 
 __all__ = ["DTYPES", "KERNELS", "SMALLEST", "SPAN"]
 
-SPAN = 1 << 18  # weights: a megabyte of float32, and work enough for what a span costs in Python
-SMALLEST = 1 << 15  # weights; below, the reference is done before threads have their spans
+# Weights in a span at most: a megabyte of float32, and work enough for what a span costs in Python.
+SPAN = 1 << 18
+# And at least; smaller weights are done by the reference before threads have their spans.
+SMALLEST = 1 << 15
 
 # Compute dtypes, and the cast format that rounds to each; float32 is copied.
 DTYPES: Mapping[torch.dtype, str] = {
@@ -73,9 +75,11 @@ class _Weight:
     arrays: Mapping[str, NDArray[Any]]
 
     def spans(self) -> deque[tuple[int, int]]:
-        """Half-open ranges of rows of about SPAN weights, at multiples the format allows."""
+        """Half-open ranges of rows at multiples the format allows: something for every thread."""
         multiple = self.row.row_multiple((self.rows, self.columns))
-        step = max(1, SPAN // (self.columns * multiple)) * multiple
+        share = self.rows * self.columns // torch.get_num_threads()
+        size = min(max(share, SMALLEST), SPAN)
+        step = max(1, size // (self.columns * multiple)) * multiple
         starts = range(0, self.rows, step)
         return deque((start, min(start + step, self.rows)) for start in starts)
 
@@ -136,7 +140,8 @@ def _share(work: Callable[[int, int], None], spans: deque[tuple[int, int]]) -> N
     started = [_pool(os.getpid()).submit(drain) for _ in range(helpers)]
     drain()
     for one in started:
-        one.result()
+        if not one.cancel():  # a thread that never got to run is not waited for
+            one.result()
 
 
 def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

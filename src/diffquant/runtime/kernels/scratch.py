@@ -9,6 +9,7 @@ one gets memory of its own. Nothing above KEPT_NBYTES is kept, and of two buffer
 from __future__ import annotations
 
 import weakref
+from collections import deque
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ KEPT_NBYTES = 64 << 20
 _CACHE_LINE = 64
 _Buffer = NDArray[np.uint8]
 
-_idle: list[_Buffer] = []  # at most one; append and pop are atomic
+# At most one; append and pop are atomic, and what is taken back may come from any thread.
+_idle: deque[_Buffer] = deque(maxlen=1)
 
 
 def _take_back(buffer: _Buffer) -> None:

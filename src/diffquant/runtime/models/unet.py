@@ -298,8 +298,8 @@ class _SpatialTransformer(nn.Module):
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """(B, C, h, w) to (B, h w, C)."""
-    return x.flatten(2).transpose(1, 2)
+    """(B, C, h, w) to (B, h w, C), copied: sums and norms keep the layout they are given."""
+    return x.flatten(2).transpose(1, 2).contiguous()
 
 
 def _grid(tokens: Tensor, like: Tensor) -> Tensor:
