@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from diffquant.core.errors import PlanMismatch, UnknownFormat, UnsupportedDtype, UnsupportedShape
+from diffquant.runtime.kernels import KERNELS, best
 from diffquant.runtime.layers import (
     LowRank,
     PackedWeight,
@@ -31,6 +32,26 @@ def test_segments_of_different_formats_stack_along_rows():
     decoded = both.dequantize(torch.float32)
     assert torch.equal(decoded[:3], int8(3, 4).dequantize(torch.float32))
     assert torch.equal(decoded[3:], plain.float())
+
+
+def test_weights_large_enough_for_a_fast_kernel_are_the_references():
+    segments = (int8(256, 256), int8(192, 256, seed=1))
+    assert best("int8_rowwise", "cpu", torch.bfloat16).backend == "numba"
+    decoded = PackedWeight(segments).dequantize(torch.bfloat16)
+    wanted = [KERNELS[one.format](one.parts, one.shape, torch.bfloat16) for one in segments]
+    assert torch.equal(decoded, torch.cat(wanted))
+
+
+def test_a_decoded_weight_survives_the_next_layers():
+    first, second = QuantLinear(256, 256), QuantLinear(256, 256)
+    first.bind(PackedWeight((int8(256, 256),)))
+    second.bind(PackedWeight((int8(256, 256, seed=1),)))
+    weight = first.weight(torch.float32)
+    other = second.weight(torch.float32)
+    assert torch.equal(
+        weight, KERNELS["int8_rowwise"](int8(256, 256).parts, (256, 256), torch.float32)
+    )
+    assert not torch.equal(weight, other)
 
 
 def test_segments_of_different_widths_are_refused():

@@ -1,10 +1,12 @@
-"""Which compute devices this machine has."""
+"""Which compute devices this machine has, and the dtype each computes in without emulation."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["available_devices"]
+__all__ = ["available_devices", "native_dtype"]
+
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last on Arm
 
 
 def available_devices() -> tuple[str, ...]:
@@ -15,3 +17,34 @@ def available_devices() -> tuple[str, ...]:
     if torch.backends.mps.is_available():
         found.append("mps")
     return tuple(found)
+
+
+def native_dtype(device: torch.device | str) -> torch.dtype:
+    """The narrowest dtype a device multiplies in hardware: what to compute in when nobody says.
+
+    A CPU: bfloat16 with AVX512_BF16, AMX or Arm's BF16, else float32; never float16, whose
+    convolutions are emulated. CUDA: bfloat16 from compute capability 8.0 on (older ones emulate
+    it), else float16. MPS: float16, as bfloat16 needs macOS 14.
+    """
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+    if kind == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else torch.float16
+    return torch.float16 if kind == "mps" else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether the processor has the instructions and torch the library that uses them.
+
+    That is oneDNN; without it torch's bfloat16 is loops in float32. `get_capabilities` is new in
+    torch 2.13 (torch/cpu/__init__.py); until then the question had no public name.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in _BF16_INSTRUCTIONS)
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return asked is not None and bool(asked())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.core.errors import PlanMismatch, UnknownFormat, UnsupportedDtype, UnsupportedShape
-from diffquant.runtime.kernels import KERNELS, ROWWISE
+from diffquant.runtime.kernels import KERNELS, ROWWISE, best
 
 __all__ = [
     "LowRank",
@@ -56,8 +56,9 @@ class Segment:
             raise UnknownFormat(self.format, KERNELS)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Decode to `shape`, in float32 and then cast."""
-        return KERNELS[self.format](self.parts, self.shape, dtype)
+        """Decode to `shape`, in float32 and then cast, by the best routine for the device."""
+        device = self.parts["weight"].device.type
+        return best(self.format, device, dtype).kernel(self.parts, self.shape, dtype)
 
 
 @dataclass(frozen=True, slots=True)

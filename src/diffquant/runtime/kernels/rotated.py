@@ -23,8 +23,9 @@ def rotated(weight: Tensor, group: int) -> Tensor:
     shape, stride = weight.shape, 1
     while stride < group:
         a, b, c, d = weight.reshape(shape[0], -1, 4, stride).unbind(2)
-        first, second, third, fourth = a + b, c - d, a - b, c + d
-        turned = (first + second, first - second, third + fourth, fourth - third)
+        first, second, fourth = a + b, c - d, c + d
+        # b - a and not -(a - b): where both are equal, the sign of zero is the codecs'
+        turned = (first + second, first - second, a - b + fourth, b - a + fourth)
         weight = torch.stack(turned, dim=2) * 0.5
         stride *= 4
     return weight.reshape(shape)

@@ -214,12 +214,22 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
+            _heads_first(y, self.heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
         y = functional.scaled_dot_product_attention(q, k, v)
         out: Tensor = self.to_out(y.transpose(1, 2).flatten(2))
         return out
+
+
+def _heads_first(y: Tensor, heads: int) -> Tensor:
+    """(B, tokens, C) to (B, heads, tokens, C / heads).
+
+    Copied on a CPU, whose attention reads a head's rows once per block of queries: scattered they
+    cost a tenth more. Other devices' kernels do not care.
+    """
+    y = y.view(*y.shape[:2], heads, -1).transpose(1, 2)
+    return y.contiguous() if y.device.type == "cpu" else y
 
 
 class _GatedGelu(nn.Module):
@@ -288,8 +298,8 @@ class _SpatialTransformer(nn.Module):
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """(B, C, h, w) to (B, h w, C)."""
-    return x.flatten(2).transpose(1, 2)
+    """(B, C, h, w) to (B, h w, C), copied: sums and norms keep the layout they are given."""
+    return x.flatten(2).transpose(1, 2).contiguous()
 
 
 def _grid(tokens: Tensor, like: Tensor) -> Tensor:

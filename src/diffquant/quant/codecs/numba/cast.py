@@ -13,7 +13,7 @@ from diffquant.quant.codecs.arrays import Float32, Parts, frozen
 from diffquant.quant.codecs.numba.compile import kernel
 from diffquant.quant.codecs.numba.floats import float_from_half, half_from_float
 
-__all__ = ["decode", "encode"]
+__all__ = ["NARROW", "decode", "encode"]
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _INFINITY = np.uint32(0x7F800000)
@@ -50,7 +50,8 @@ def _widen_f16(stored: NDArray[np.uint16], out: Float32) -> None:
         out[i] = float_from_half(stored[i])
 
 
-_NARROW = {"bf16": _narrow_bf16, "f16": _narrow_f16}
+# By format: float32 (n,) rounded into uint16 (n,), half to even.
+NARROW = {"bf16": _narrow_bf16, "f16": _narrow_f16}
 _WIDEN = {"bf16": _widen_bf16, "f16": _widen_f16}
 _STORED = {"bf16": np.uint16, "f16": np.float16}
 
@@ -60,7 +61,7 @@ def encode(weight: Float32, stats: float | None = None, *, fmt: str) -> Parts:
     if fmt == "f32":
         return cast.encode(weight, stats, fmt=fmt)
     out = np.empty(weight.shape, np.uint16)
-    _NARROW[fmt](frozen(weight, -1), out.reshape(-1))
+    NARROW[fmt](frozen(weight, -1), out.reshape(-1))
     return {"weight": out.view(_STORED[fmt])}
 
 
