@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffquant.core.errors import UnknownFormat, VerificationError
+from diffquant.runtime.devices import native_dtype
 from diffquant.runtime.inpaint import paste
 from diffquant.runtime.judges import defects
 from diffquant.runtime.models.facts import param_dtype
@@ -42,13 +43,13 @@ class Hooks:
 
 
 def chosen_dtype(name: str, device: str) -> str:
-    """Resolve "auto": bfloat16 where the device multiplies it natively, else float32.
+    """Resolve "auto": the narrowest dtype that the device multiplies natively.
 
     Raises:
         UnknownFormat: no dtype.
     """
     if name == "auto":
-        return "bfloat16" if _native_bfloat16(device) else "float32"
+        return str(native_dtype(device)).removeprefix("torch.")
     if name not in DTYPES:
         raise UnknownFormat(name, ("auto", *DTYPES), what="dtype")
     return name
@@ -61,12 +62,6 @@ def slow_here(dtype: str, device: str) -> Iterator[str]:
             "float16 is extremely slow on processors, which have no arithmetic for it: use "
             "--dtype auto"
         )
-
-
-def _native_bfloat16(device: str) -> bool:
-    if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def denoise_finite(
