@@ -606,7 +606,10 @@ CASES = {
         lambda: model(FLUX),
     ),
     "diffquant.text": (lambda: model("flux2-dev.transformer.original"), lambda: model(FLUX)),
-    "diffquant.conditioned": (lambda: model("flux-fill.transformer.original"), lambda: model(FLUX)),
+    "diffquant.conditioned": (
+        lambda: file({**names(FLUX), "img_in.weight": ("BF16", (3072, 128))}),
+        lambda: model("flux-fill.transformer.original"),
+    ),
     "diffquant.part": (lambda: file(CONTROL), lambda: model(FLUX)),
     "diffquant.other-vae": (
         lambda: model("taesd.encoder.original"),

@@ -56,10 +56,10 @@ def packed(tmp_path, source, name, suffix, **request):
     return out
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux1"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux1", "qwen-image"])
 def test_the_bundled_engine_and_diffusers_draw_the_same_picture(name):
     folder = EXAMPLES / f"{name}-shapes"
-    request = replace(REQUEST, cfg=None) if name == "flux1" else REQUEST
+    request = replace(REQUEST, cfg=None) if name in ("flux1", "qwen-image") else REQUEST
     ours, theirs = (
         open_side(engine, EngineFiles(folder)).draw(request) for engine in ("bundled", "diffusers")
     )
@@ -206,6 +206,41 @@ def test_samplers_schedules_and_guidance_go_under_its_names():
         side.draw(replace(REQUEST, guidance=3.5))
     with pytest.raises(UsageError, match="takes no max_sequence_length"):
         side.draw(replace(REQUEST, text_tokens=77))
+
+
+def test_weights_in_a_prompt_are_not_read_as_words():
+    side = open_side("diffusers", EngineFiles(SD15))
+    weighed = replace(REQUEST, prompt="a (red:1.2) circle")
+    with pytest.raises(UsageError, match="reads weights in a prompt as words"):
+        side.draw(weighed)
+    assert side.draw(replace(weighed, prompt_style="plain")).shape == (1, 64, 64, 3)
+
+
+def test_a_batch_has_the_seeds_of_the_bundled_runtime():
+    request = replace(REQUEST, batch=2)
+    ours, theirs = (
+        open_side(engine, EngineFiles(SD15)).draw(request) for engine in ("bundled", "diffusers")
+    )
+    assert ours.shape == (2, 64, 64, 3)
+    assert np.abs(ours - theirs).max() < 1e-2
+
+
+def test_generate_draws_elsewhere_and_says_so(tmp_path):
+    out = tmp_path / "out.png"
+    options = ["--engine", "diffusers", "--size", "64x64", "--steps", "2", "--cfg", "3", "--json"]
+    ran = CliRunner().invoke(cli, ["generate", str(SD15), "-p", PROMPT, "-o", str(out), *options])
+    found = json.loads(ran.stdout)
+    assert ran.exit_code == 0, ran.stderr
+    assert found["result"]["parameters"]["how"] == "read and run by diffusers"
+    assert found["result"]["parameters"]["engine"].startswith("diffusers")
+    assert out.stat().st_size > 1000
+    further = ("--hires", "2", "--preview", "rgb")
+    refused = CliRunner().invoke(
+        cli,
+        ["generate", str(SD15), "-p", PROMPT, "-o", str(out), "--force", *options[:2], *further],
+    )
+    assert refused.exit_code == 2
+    assert "takes no --preview, --hires" in refused.stderr
 
 
 def test_it_says_what_it_needs(tmp_path, monkeypatch):

@@ -147,12 +147,13 @@ def opened(saved, slug, kind="folder"):
 
 def wanted(saved, slug, prompt, *, cfg=1.0, steps=4, **options):
     """Pictures of diffusers (B, H, W, 3) from the noise of seed 7."""
+    count = 1 if isinstance(prompt, str) else len(prompt)
     pipeline = saved[slug][0]
     # Z-Image counts guidance from 0, as much more than none
     strength = cfg - 1 if slug == "z_image" else cfg
     return pipeline(
         prompt=prompt,
-        generator=torch.Generator().manual_seed(7),
+        generator=[torch.Generator().manual_seed(7 + i) for i in range(count)],
         num_inference_steps=steps,
         guidance_scale=strength,
         output_type="np",

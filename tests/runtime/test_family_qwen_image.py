@@ -90,7 +90,7 @@ def test_four_steps_give_the_latents_of_diffusers(
         width=width,
         height=height,
         num_inference_steps=4,
-        generator=torch.Generator().manual_seed(11),
+        generator=[torch.Generator().manual_seed(11 + i) for i in range(len(prompts))],
         output_type="latent",
         **theirs_options,
     ).images

@@ -194,9 +194,9 @@ def test_a_picture_of_the_night_is_left_alone():
 
 
 def test_dtypes_are_chosen_by_the_device(monkeypatch):
-    for native, name in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(precision, "_native_bfloat16", lambda _device, native=native: native)
-        assert precision.chosen_dtype("auto", "cpu") == name
+    for native in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(precision, "native_dtype", lambda _device, native=native: native)
+        assert f"torch.{precision.chosen_dtype('auto', 'cpu')}" == str(native)
         assert precision.chosen_dtype("float16", "cpu") == "float16"
     with pytest.raises(UnknownFormat, match="unknown dtype 'float8'"):
         precision.chosen_dtype("float8", "cpu")

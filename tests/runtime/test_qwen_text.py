@@ -145,10 +145,10 @@ def test_what_is_not_implemented_is_refused(field, value, message, oracle):
         build("qwen_text", weights_of(reference), {**hyper, field: value})
 
 
-def test_every_token_sees_itself_and_what_counts_before_it():
+def test_a_token_sees_what_counts_before_it_and_itself_where_nothing_does():
     mask = torch.tensor([[False, True, True], [True, True, False]])
     assert visible_keys(mask, 3, mask.device)[:, 0].int().tolist() == [
         [[1, 0, 0], [0, 1, 0], [0, 1, 1]],
-        [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
+        [[1, 0, 0], [1, 1, 0], [1, 1, 0]],
     ]
     assert visible_keys(None, 2, mask.device).int().tolist() == [[[[1, 0], [1, 1]]]]

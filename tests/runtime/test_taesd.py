@@ -7,7 +7,7 @@ import torch
 
 from diffquant.convert.binding import bind
 from diffquant.convert.detect import detect_component
-from diffquant.core.errors import ArchitectureError
+from diffquant.core.errors import ArchitectureError, MissingKeys
 from diffquant.io import open_source
 from diffquant.runtime.layers import PackedLayer, PackedWeight, Segment
 from diffquant.runtime.loading import build, model_for
@@ -95,7 +95,7 @@ def test_only_the_config_of_a_tiny_autoencoder_is_heard():
 
 
 def test_keys_without_numbers_are_refused():
-    with pytest.raises(ArchitectureError, match="no numbered layers below 'the top'"):
+    with pytest.raises(MissingKeys, match="no numbered layers below 'the top'"):
         config_from({"conv_in.weight": (8, 3, 3, 3)}, {})
 
 

@@ -95,7 +95,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "hires_model",
     ),
     "Parts": ("base", "vae", "added", "tokenizer", "loras"),
-    "Running": ("device", "dtype", "preview"),
+    "Running": ("engine", "device", "dtype", "preview"),
 }  # fmt: skip
 _FILES = ("image", "mask", "refiner", "hires_model")  # of a Job itself
 

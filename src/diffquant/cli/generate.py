@@ -83,6 +83,13 @@ class GenerateReport:
 @click.option("--add", "added", multiple=True, metavar="PART=FILE", help="A part's own file.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of the tokenizer.")
 @click.option("--lora", "loras", multiple=True, metavar="FILE:WEIGHT", help="Side-branch LoRA.")
+@click.option(
+    "--engine",
+    type=click.Choice(["bundled", "diffusers", "sdcpp"]),
+    default="bundled",
+    show_default=True,
+    help="Program that draws; others than the bundled one where they are installed.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
 @click.option(
     "--dtype",
@@ -108,6 +115,7 @@ def command(
     added: tuple[str, ...],
     tokenizer: Path | None,
     loras: tuple[str, ...],
+    engine: str,
     device: str,
     dtype: str,
     preview: str | None,
@@ -163,7 +171,12 @@ def command(
             preview=None if preview is None else _preview(preview, Preview),
             recipe=recipe,
         )
-        made = generate_pictures(job, options.bar())
+        if engine == "bundled":
+            made = generate_pictures(job, options.bar())
+        else:
+            from diffquant.runtime.elsewhere import generate_elsewhere
+
+            made = generate_elsewhere(job, engine, options.bar())
         return Outcome(_report(made), made.warnings)
 
     run("generate", options, work, _render)

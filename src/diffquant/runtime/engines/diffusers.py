@@ -33,6 +33,7 @@ from diffquant.runtime.engines.diffusers_reading import (
     read_whole,
     route_of,
 )
+from diffquant.runtime.prompts import parse
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.samplers import SAMPLERS
 
@@ -40,7 +41,7 @@ __all__ = ["DiffusersSide", "open_side"]
 
 _SERVED = frozenset(
     {"negative", "seed", "batch", "steps", "cfg", "guidance", "width", "height", "sampler"}
-    | {"schedule", "clip_skip", "text_tokens"}
+    | {"schedule", "clip_skip", "text_tokens", "prompt_style"}
 )
 _LARGEST = 4096  # pixels; a config that says more is not followed
 # Schedules as options of its schedulers.
@@ -53,6 +54,13 @@ _SCHEDULES: Mapping[str, Mapping[str, object]] = {
     "sgm_uniform": {"timestep_spacing": "trailing"},
     "linspace": {"timestep_spacing": "linspace"},
 }
+
+
+# Z-Image's pipeline counts guidance from 0, as much more than none: pipelines/z_image.
+_COUNTED_FROM_ZERO = ("ZImagePipeline",)
+# What stands for no negative prompt where the pipeline would otherwise not be guided at all, and
+# the model's card guides: Qwen/Qwen-Image README.md, negative_prompt = " ".
+_NOTHING = {"QwenImagePipeline": " "}
 
 
 def _library() -> Any:  # noqa: ANN401 - a module without types
@@ -86,6 +94,7 @@ class DiffusersSide:
             UsageError: a field the library's pipeline has no argument for.
         """
         refuse_unserved("diffusers", request, _SERVED)
+        _literal(request)
         pipeline = self.pipeline
         pipeline.scheduler = self._scheduler(request.sampler, request.schedule)
         taken = signatures.signature(pipeline.__call__).parameters
@@ -95,12 +104,15 @@ class DiffusersSide:
             "width": request.width,
             "height": request.height,
             "num_images_per_prompt": request.batch,
-            "generator": _generators(request.seed),
+            "generator": _generators(request.seeds),
             "output_type": "np",
-            **_guidance(request, taken),
+            **_guidance(request, taken, type(pipeline).__name__),
         }
+        negative = request.negative
+        if negative is None and (request.cfg is None or request.cfg > 1):
+            negative = _NOTHING.get(type(pipeline).__name__)
         optional = {
-            "negative_prompt": request.negative,
+            "negative_prompt": negative,
             "clip_skip": None if request.clip_skip in (None, 1) else request.clip_skip - 1,
             "max_sequence_length": request.text_tokens,
         }
@@ -169,13 +181,25 @@ class DiffusersSide:
             del denoiser.forward
 
 
-def _generators(seed: int | tuple[int, ...]) -> Any:  # noqa: ANN401 - one or a list
-    if isinstance(seed, int):
-        return torch.Generator("cpu").manual_seed(seed)
-    return [torch.Generator("cpu").manual_seed(one) for one in seed]
+def _literal(request: PictureRequest) -> None:
+    """Refuse weights in a prompt, which its pipelines would read as words."""
+    style = request.prompt_style
+    for text in filter(None, (*request.prompts, request.negative)):
+        if parse(text, style) != parse(text, "plain"):
+            raise UsageError(
+                f"diffusers reads weights in a prompt as words ({text!r}): write it without, or "
+                "say --prompt-style plain"
+            )
 
 
-def _guidance(request: PictureRequest, taken: Mapping[str, object]) -> dict[str, Any]:
+def _generators(seeds: tuple[int, ...]) -> list[torch.Generator]:
+    """One per picture, as the bundled runtime has them."""
+    return [torch.Generator("cpu").manual_seed(one) for one in seeds]
+
+
+def _guidance(
+    request: PictureRequest, taken: Mapping[str, object], pipeline: str
+) -> dict[str, Any]:
     """Both kinds of guidance under the pipeline's names.
 
     Pipelines with `true_cfg_scale` mean distilled guidance by `guidance_scale`; the others mean
@@ -186,7 +210,10 @@ def _guidance(request: PictureRequest, taken: Mapping[str, object]) -> dict[str,
     else:
         if request.guidance is not None:
             raise UsageError("this pipeline of diffusers takes no distilled guidance; use cfg")
-        named = {"guidance_scale": request.cfg}
+        cfg = request.cfg
+        if cfg is not None and pipeline in _COUNTED_FROM_ZERO:
+            cfg = max(cfg - 1, 0.0)
+        named = {"guidance_scale": cfg}
     return {name: value for name, value in named.items() if value is not None}
 
 

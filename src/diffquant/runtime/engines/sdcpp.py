@@ -40,7 +40,7 @@ __all__ = ["SdcppSide", "open_side"]
 
 _SERVED = frozenset(
     {"negative", "seed", "batch", "steps", "cfg", "width", "height", "sampler", "schedule"}
-    | {"clip_skip", "shift", "eta"}
+    | {"clip_skip", "shift", "eta", "prompt_style"}
 )
 # What a part's file is passed as, by the kind of part.
 _OPTIONS: Mapping[str, str] = {

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffquant.core.errors import ArchitectureError, UsageError
+from diffquant.core.errors import ArchitectureError, MissingKeys, UsageError
 from diffquant.runtime.layers import QuantConv2d
 from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.models.facts import Hyper, Shapes, require
@@ -122,7 +122,7 @@ def _found(shapes: Shapes, prefix: str) -> list[TinyLayer | None]:
     local = {k[len(prefix) :]: shape for k, shape in shapes.items() if k.startswith(prefix)}
     numbers = {int(key.partition(".")[0]) for key in local if key.partition(".")[0].isdecimal()}
     if not numbers:
-        raise ArchitectureError(f"no numbered layers below {prefix or 'the top'!r}")
+        raise MissingKeys(f"no numbered layers below {prefix or 'the top'!r}", keys=(f"{prefix}0",))
     return [_layer(local, str(n)) for n in range(max(numbers) + 1)]
 
 
