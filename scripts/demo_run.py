@@ -38,6 +38,7 @@ SETTINGS = {
     "sd15": ImageSettings(steps=20, cfg=3.0, sampler="ddim", size=(128, 128)),
     "sdxl": ImageSettings(steps=20, cfg=3.0, size=(128, 128)),
     "flux1": ImageSettings(steps=20, size=(128, 128)),
+    "qwen_image": ImageSettings(steps=20, size=(128, 128)),
 }
 SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
 PROMPTS = scorers.DEMO_PROMPTS[:4]
