@@ -5,7 +5,7 @@ import torch
 
 from diffquant.core.errors import ArchitectureError, MissingKeys
 from diffquant.runtime.loading import build
-from diffquant.runtime.models import unet
+from diffquant.runtime.models import unet, unet_config
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
@@ -77,13 +77,14 @@ def test_prediction_equals_diffusers(name, oracle):
 
 def test_heads_default_to_the_real_models():
     shapes = {"a.proj_in.weight": (320, 320, 1, 1), "b.proj_in.weight": (640, 640)}
-    assert unet._heads({}, shapes, "a", 0, 320) == 8
-    assert unet._heads({}, shapes, "b", 0, 640) == 10
+    assert unet_config._heads({}, shapes, "a", 0, 320) == 8
+    assert unet_config._heads({}, shapes, "b", 0, 640) == 10
 
 
 def test_head_count_wins_over_the_misnamed_head_dim():
     assert (
-        unet._heads({"num_attention_heads": [2, 4], "attention_head_dim": 8}, {}, "a", 1, 64) == 4
+        unet_config._heads({"num_attention_heads": [2, 4], "attention_head_dim": 8}, {}, "a", 1, 64)
+        == 4
     )
 
 
