@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 
@@ -25,7 +26,9 @@ def peer():
     pytest.importorskip("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip("diffusers.quantizers.bfl.utils")
+        peer = pytest.importorskip("diffusers.quantizers.bfl.utils")
+        # anew: a model loaded before may have imported it while torch's default device was meta
+        return importlib.reload(peer)
 
 
 def bits(tensor):
