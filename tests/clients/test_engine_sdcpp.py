@@ -54,7 +54,7 @@ def test_it_samples_our_gguf_as_the_bundled_runtime_does(
     psnr = -10 * np.log10(float(((ours - theirs) ** 2).mean()))
     print(f"sd.cpp against the bundled runtime: {psnr:.1f} dB")
     assert theirs.std() > 0.05
-    assert psnr > 30
+    assert psnr > 45  # 55.2 dB measured
 
 
 def _tokenizer(folder: Path) -> Path:
