@@ -24,6 +24,7 @@ from diffquant.quant.types import type_named
 from diffquant.runtime import scorers
 from diffquant.runtime.compare import ImageSettings, compare_pictures
 from diffquant.runtime.engines import ENGINES, EngineFiles, open_side
+from diffquant.runtime.engines.base import refuse_weights
 from diffquant.runtime.engines.damage import shuffled_rows
 from diffquant.runtime.engines.decoded import fill
 from diffquant.runtime.request import PictureRequest
@@ -211,9 +212,14 @@ def test_samplers_schedules_and_guidance_go_under_its_names():
 def test_weights_in_a_prompt_are_not_read_as_words():
     side = open_side("diffusers", EngineFiles(SD15))
     weighed = replace(REQUEST, prompt="a (red:1.2) circle")
-    with pytest.raises(UsageError, match="reads weights in a prompt as words"):
+    with pytest.raises(UsageError, match="reads weights in a prompt as plain"):
         side.draw(weighed)
     assert side.draw(replace(weighed, prompt_style="plain")).shape == (1, 64, 64, 3)
+    refuse_weights("sdcpp", replace(weighed, prompt_style="a1111"), "a1111")
+    for style in ("comfy", "plain"):  # it would weigh them in its own way
+        with pytest.raises(UsageError, match="as a1111"):
+            refuse_weights("sdcpp", replace(weighed, prompt_style=style), "a1111")
+    refuse_weights("sdcpp", REQUEST, "a1111")
 
 
 def test_a_batch_has_the_seeds_of_the_bundled_runtime():

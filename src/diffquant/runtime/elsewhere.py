@@ -45,6 +45,8 @@ def generate_elsewhere(job: Job, engine: str, progress: Progress = NO_PROGRESS) 
     if refused:
         raise UsageError(f"--engine {engine} takes no {', '.join(refused)}")
     dtype = "float32" if job.dtype == "auto" else job.dtype
+    if engine == "sdcpp" and job.dtype != "auto":
+        raise UsageError("--engine sdcpp computes in its own types: leave --dtype out")
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     progress.start("load", 1, "part")
@@ -73,8 +75,10 @@ def generate_elsewhere(job: Job, engine: str, progress: Progress = NO_PROGRESS) 
     )
     facts |= {"engine": side.engine, "how": side.how, "cfg": request.cfg}
     facts["sampler"] = request.sampler
+    if engine == "sdcpp":
+        del facts["dtype"]  # it computes in types of its own
     paths = numbered(job.output, len(pictures))
-    warnings = [f"{side.engine}: {side.how}", *side.warnings]
+    warnings = [f"{side.engine}: {side.how}; no preset is looked for", *side.warnings]
     embedded = []
     for path, picture, seed in zip(paths, pictures, request.seeds, strict=True):
         warnings += [f"{path.name} looks {word}" for word in defects(picture)]

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffquant.core.errors import UsageError
+from diffquant.runtime.prompts import parse
 from diffquant.runtime.request import PictureRequest
 
-__all__ = ["EngineFiles", "OnStep", "Pictures", "Side", "refuse_unserved"]
+__all__ = ["EngineFiles", "OnStep", "Pictures", "Side", "refuse_unserved", "refuse_weights"]
 
 OnStep: TypeAlias = Callable[[int, int], None]
 Pictures: TypeAlias = NDArray[np.float32]
@@ -100,3 +101,20 @@ def refuse_unserved(engine: str, request: PictureRequest, served: frozenset[str]
             f"--engine {engine} cannot honour {', '.join(asked)}: leave it out, or use --engine "
             "bundled"
         )
+
+
+def refuse_weights(engine: str, request: PictureRequest, own: str) -> None:
+    """Refuse prompts whose weights an engine, which has the prompt style `own`, reads otherwise.
+
+    Raises:
+        UsageError: a prompt means something else there.
+    """
+    if request.prompt_style == own:
+        return
+    for text in filter(None, (*request.prompts, request.negative)):
+        plain = parse(text, "plain")
+        if any(parse(text, style) != plain for style in (request.prompt_style, own)):
+            raise UsageError(
+                f"--engine {engine} reads weights in a prompt as {own} ({text!r}): write it "
+                f"without, or say --prompt-style {own}"
+            )

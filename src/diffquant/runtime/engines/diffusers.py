@@ -23,7 +23,13 @@ from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.jobs import opened
 from diffquant.convert.match import Match, PartMatch
 from diffquant.core.errors import ArchitectureError, UsageError
-from diffquant.runtime.engines.base import EngineFiles, OnStep, Pictures, refuse_unserved
+from diffquant.runtime.engines.base import (
+    EngineFiles,
+    OnStep,
+    Pictures,
+    refuse_unserved,
+    refuse_weights,
+)
 from diffquant.runtime.engines.damage import shuffled_rows
 from diffquant.runtime.engines.decoded import fill
 from diffquant.runtime.engines.diffusers_reading import (
@@ -33,7 +39,6 @@ from diffquant.runtime.engines.diffusers_reading import (
     read_whole,
     route_of,
 )
-from diffquant.runtime.prompts import parse
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.samplers import SAMPLERS
 
@@ -94,7 +99,7 @@ class DiffusersSide:
             UsageError: a field the library's pipeline has no argument for.
         """
         refuse_unserved("diffusers", request, _SERVED)
-        _literal(request)
+        refuse_weights("diffusers", request, "plain")
         pipeline = self.pipeline
         pipeline.scheduler = self._scheduler(request.sampler, request.schedule)
         taken = signatures.signature(pipeline.__call__).parameters
@@ -179,17 +184,6 @@ class DiffusersSide:
             yield self
         finally:
             del denoiser.forward
-
-
-def _literal(request: PictureRequest) -> None:
-    """Refuse weights in a prompt, which its pipelines would read as words."""
-    style = request.prompt_style
-    for text in filter(None, (*request.prompts, request.negative)):
-        if parse(text, style) != parse(text, "plain"):
-            raise UsageError(
-                f"diffusers reads weights in a prompt as words ({text!r}): write it without, or "
-                "say --prompt-style plain"
-            )
 
 
 def _generators(seeds: tuple[int, ...]) -> list[torch.Generator]:

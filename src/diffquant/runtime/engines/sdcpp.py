@@ -32,6 +32,7 @@ from diffquant.runtime.engines.base import (
     OnStep,
     Pictures,
     refuse_unserved,
+    refuse_weights,
 )
 from diffquant.runtime.families import FAMILIES
 from diffquant.runtime.request import PictureRequest
@@ -94,6 +95,7 @@ class SdcppSide:
             VerificationError: it drew nothing.
         """
         refuse_unserved("sdcpp", request, _SERVED)
+        refuse_weights("sdcpp", request, "a1111")
         if not isinstance(request.prompt, str) or not isinstance(request.seed, int):
             raise UsageError("--engine sdcpp draws one prompt and one seed at a time")
         optional = {
