@@ -33,6 +33,8 @@ __all__ = [
     "moment_nbytes",
     "most_blocks",
     "needs",
+    "on_device",
+    "others_nbytes",
     "spread",
 ]
 
@@ -77,19 +79,19 @@ def _everything(stages: Sequence[Stage], _stage: Stage) -> int:
 
 
 def _part(stages: Sequence[Stage], stage: Stage) -> int:
-    return stage.weights.nbytes + _others(stages, stage)
+    return stage.weights.nbytes + others_nbytes(stages, stage)
 
 
 def _blocks(stages: Sequence[Stage], stage: Stage) -> int:
     weights = stage.weights
     least = min(blocks_nbytes(weights, 0), blocks_nbytes(weights, len(weights.blocks)))
-    return least + _others(stages, stage)
+    return least + others_nbytes(stages, stage)
 
 
 def _layers(stages: Sequence[Stage], stage: Stage) -> int:
     weights = stage.weights
     slots = min(SLOTS * weights.layer.nbytes, weights.layers)
-    return weights.small + slots + _others(stages, stage)
+    return weights.small + slots + others_nbytes(stages, stage)
 
 
 # Level -> (all stages, the one at work) -> bytes of weights on the device; the fastest first.
@@ -101,12 +103,26 @@ LEVELS: Mapping[str, Callable[[Sequence[Stage], Stage], int]] = {
 }
 
 
+def on_device(level: str, stages: Sequence[Stage], stage: Stage, *, kept: int | None = None) -> int:
+    """Bytes of weights on the device while a stage is at work.
+
+    Args:
+        level: a key of LEVELS.
+        stages: all of them.
+        stage: the one at work.
+        kept: blocks of its part that stay, at level blocks; None: as many as take least.
+    """
+    if level == "blocks" and kept is not None:
+        return blocks_nbytes(stage.weights, kept) + others_nbytes(stages, stage)
+    return LEVELS[level](stages, stage)
+
+
 def _parts(stages: Iterable[Stage]) -> dict[str, PartWeights]:
     """Weights by part: an autoencoder that encodes and decodes counts once."""
     return {stage.part: stage.weights for stage in stages}
 
 
-def _others(stages: Sequence[Stage], stage: Stage) -> int:
+def others_nbytes(stages: Sequence[Stage], stage: Stage) -> int:
     """Small parameters of the parts that are not at work."""
     parts = _parts(stages).items()
     return sum(weights.small for part, weights in parts if part != stage.part)
@@ -155,5 +171,5 @@ def _need(found: Footprint, level: str, *, tiled: bool) -> Need:
 
 def block_count(found: Footprint, stage: Stage, budget: int) -> int:
     """How many blocks of a streamed part can stay on the device within a budget for the stage."""
-    spare = budget - stage.activations.nbytes - stage.scratch - _others(found.stages, stage)
+    spare = budget - stage.activations.nbytes - stage.scratch - others_nbytes(found.stages, stage)
     return most_blocks(stage.weights, spare)

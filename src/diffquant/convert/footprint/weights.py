@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 ALIGNMENT = 256  # bytes; where each tensor of a streamed group begins
+_TRITON = usually("cuda")
 
 _BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
 # Tables that the runtime looks rows up in: QuantEmbedding of runtime/models, by canonical names.
@@ -105,7 +106,7 @@ class PartSource:
     layout: Layout = "canonical"
     reads: Callable[[str], bool] = _everything
     compute: str = ""
-    served_by: ServedBy = usually("cuda")
+    served_by: ServedBy = _TRITON
     decodes: bool = False
 
 
@@ -158,7 +159,7 @@ def plan_weights(
         )
         for step in steps
     ]
-    return _sum(rows, compute, served_by or usually("cuda"))
+    return _sum(rows, compute, served_by or _TRITON)
 
 
 def companion_weights(companion: Companion) -> PartWeights:
