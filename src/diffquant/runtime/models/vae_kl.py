@@ -254,7 +254,7 @@ class Encoder(nn.Module):
         return _conv_out(self.norm_out, self.conv_out, x).whole()
 
     def _layers(self) -> _Layers:
-        levels: Iterator[Any] = iter((*self.down, self.mid))
+        levels: _Layers = iter((*self.down, self.mid))
         for level in levels:
             yield from level.layers()
 
@@ -288,7 +288,7 @@ class Decoder(nn.Module):
         return _conv_out(self.norm_out, self.conv_out, x).data
 
     def _layers(self) -> _Layers:
-        levels: Iterator[Any] = iter((self.mid, *reversed(self.up)))
+        levels: _Layers = iter((self.mid, *reversed(self.up)))
         for level in levels:
             yield from level.layers()
 

@@ -314,7 +314,7 @@ class _Decoder(nn.Module):
         return x.map(self._out, self.conv_out.logical_shape[0], CONV).data
 
     def _layers(self) -> _Layers:
-        levels: Iterator[Any] = iter((self.mid_block, *self.up_blocks))
+        levels: _Layers = iter((self.mid_block, *self.up_blocks))
         for level in levels:
             yield from level.layers()
 
