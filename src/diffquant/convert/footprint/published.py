@@ -46,7 +46,7 @@ class Published:
         return PublishedHeader(Path(self.repository), specs, nbytes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # TensorSource has settable attributes
 class PublishedHeader:
     """A TensorSource of names and shapes alone."""
 
