@@ -1,4 +1,4 @@
-"""A diagnosis on a screen: facts in lines of a name and a value, models in a table, then problems."""
+"""A diagnosis on a screen: facts as a name and a value, models in a table, then problems."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def _name(one: FamilyFit) -> str:
 
 
 def _cell(fit: TypeFit) -> str:
-    rung = "too little" if fit.fits is False else fit.rung
+    rung = "needs" if fit.fits is False else fit.rung
     return f"{rung} {fit.peak_nbytes / (1 << 30):.1f} GiB"
 
 

@@ -71,9 +71,11 @@ def _folders(root: Path, own: Path) -> Iterator[Path]:
             if name not in ("", "memory", "cpu", "cpu,cpuacct"):
                 continue
             tree = root / name
-            group = tree / path.lstrip("/")
             yield tree
-            while group != tree and tree in group.parents:
+            group = tree / path.lstrip("/")
+            if ".." in group.parts:  # a group outside of this namespace: nothing of it is mounted
+                continue
+            while group != tree:
                 yield group
                 group = group.parent
 
