@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Opened:
         size: native (width, height) by the configs, for callers that were given none.
         warnings: what was decoded, guessed or odd.
         sources: part -> where its weights are read from; readable while the files are open.
+        modules: part -> its model.
         placement: brings the weights, where they were left in their files; None: all are here.
     """
 
@@ -75,7 +76,8 @@ class Opened:
     origins: tuple[PartOrigin, ...]
     size: tuple[int, int]
     warnings: tuple[str, ...]
-    sources: Mapping[str, tuple[LogicalSource, PartMatch]]
+    sources: Mapping[str, tuple[LogicalSource, PartMatch]] = field(default_factory=dict)
+    modules: Mapping[str, torch.nn.Module] = field(default_factory=dict)
     placement: Placement | None = None
 
 
@@ -239,6 +241,7 @@ def open_pipeline(
             size=_native_size(providers, architecture, vae_module),
             warnings=tuple(warnings),
             sources={name: (one.logical, one.parts[name]) for name, one in chosen.items()},
+            modules=modules,
             placement=placement,
         )
 

@@ -34,6 +34,7 @@ from diffquant.runtime.models.facts import param_dtype
 from diffquant.runtime.noise import NoiseSource
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.samplers import Part, Sampler, default_sampler, make_sampler
+from diffquant.runtime.strips import Decoding, decode_in
 
 __all__ = ["Denoised", "Generated", "OnLatents", "OnStep", "Pipeline", "PipelineParts"]
 
@@ -176,9 +177,9 @@ class Pipeline:
 
         def begin() -> Start:
             noise.restart()
-            return start(parts, family, request, run, noise, shape, latents)
+            return start(parts, family, request, run, noise, shape, latents, self._decoding)
 
-        begun = self._attempt(begin, "encode picture")
+        begun = self._attempt(begin, "encode picture", autoencoder=True)
         size = (request.width, request.height)
         call = family.caller(parts, Conditions(size, request.guidance, begun.beside))
         x, total = begun.latents, len(run.timesteps)
@@ -216,10 +217,20 @@ class Pipeline:
 
     def _picture(self, z: Tensor) -> Tensor:
         vae = self.parts.vae
-        return self._attempt(lambda: to_pixels(vae.decode(z)).cpu(), "decode")
+        return self._attempt(
+            lambda: to_pixels(decode_in(vae, z, self._decoding)).cpu(), "decode", autoencoder=True
+        )
 
-    def _attempt(self, work: Callable[[], _Result], what: str) -> _Result:
-        return work() if self.placement is None else self.placement.attempt(work, what)
+    @property
+    def _decoding(self) -> Decoding:
+        return Decoding() if self.placement is None else self.placement.decoding
+
+    def _attempt(
+        self, work: Callable[[], _Result], what: str, *, autoencoder: bool = False
+    ) -> _Result:
+        if self.placement is None:
+            return work()
+        return self.placement.attempt(work, what, autoencoder=autoencoder)
 
     def _sampler(
         self,

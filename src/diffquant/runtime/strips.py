@@ -13,7 +13,7 @@ what each mode takes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from diffquant.core.errors import UsageError
 from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.models.feature_map import StripPlan
 
-__all__ = ["Decoding", "decode_in", "encode_in"]
+__all__ = ["Decoding", "Mode", "decode_in", "encode_in"]
+
+Mode: TypeAlias = Literal["whole", "strips", "host"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Decoding:
             within convert/footprint/reach.py's STRIP_NBYTES.
     """
 
-    mode: Literal["whole", "strips", "host"] = "whole"
+    mode: Mode = "whole"
     rows: int = 0
 
     def __post_init__(self) -> None:

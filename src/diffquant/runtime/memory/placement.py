@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from diffquant.convert.footprint.levels import spread
 from diffquant.core.errors import ResourceError
 from diffquant.runtime.layers import PackedLayer, PackedWeight, QuantEmbedding
 from diffquant.runtime.memory.groups import Group, blocks_of, layers_of, loose
-from diffquant.runtime.memory.plan import Rung
+from diffquant.runtime.memory.rungs import Rung, next_rung, told
 from diffquant.runtime.memory.stream import Stream
+from diffquant.runtime.strips import Decoding, Mode
 
 __all__ = ["Placement", "out_of_memory"]
 
@@ -108,13 +110,8 @@ class _Part:
         if self.name == "vae" or not blocks or stay == len(blocks):
             return [], []
         rest = loose(self._layers, blocks)
-        kept = [rest, *_spread(blocks, stay)]
+        kept = [rest, *(blocks[index] for index in sorted(spread(len(blocks), stay)))]
         return [rest, *blocks], kept
-
-
-def _spread(blocks: Sequence[Group], count: int) -> list[Group]:
-    """`count` blocks, evenly spread: while they compute, the next that is streamed arrives."""
-    return [blocks[index * len(blocks) // count] for index in range(count)]
 
 
 class Placement:
@@ -130,20 +127,29 @@ class Placement:
     ) -> None:
         """Take the parts, whose weights are stored; nothing is read yet."""
         self.device = device
-        self.rung = rung or Rung("none", "whole", pinned=False, resident={})
+        self.rung = rung or Rung("none", "whole", pinned=False)
         self.steps: list[str] = []
         self._below: tuple[Rung, ...] = ()
         self._parts = [_Part(name, module, self) for name, module in modules.items()]
 
     def settle(self, rung: Rung, below: Sequence[Rung] = ()) -> None:
-        """Place by `rung` from now on; what is on the device goes.
+        """Place by `rung` from now on; what is on the device goes where another level needs that.
 
         Args:
             rung: how weights are placed.
             below: where to go from there when memory does not suffice, in order.
         """
-        self._drop()
+        if (rung.level, rung.resident, rung.pinned) != (
+            self.rung.level,
+            self.rung.resident,
+            self.rung.pinned,
+        ):
+            self._drop()
         self.rung, self._below = rung, tuple(below)
+
+    def release(self) -> None:
+        """Take everything off the device, until it is asked for again."""
+        self._drop()
 
     def make_room(self, part: _Part) -> None:
         """Let the other parts go, where one is on the device at a time."""
@@ -155,12 +161,20 @@ class Placement:
         if there:
             _give_back(self.device)
 
-    def attempt(self, work: Callable[[], _Result], what: str) -> _Result:
+    @property
+    def decoding(self) -> Decoding:
+        """How the autoencoder works now."""
+        return Decoding(cast(Mode, self.rung.decoder))
+
+    def attempt(
+        self, work: Callable[[], _Result], what: str, *, autoencoder: bool = False
+    ) -> _Result:
         """Run `work`, and again one rung down when memory runs out.
 
         Args:
             work: has no effect before it returns.
             what: it is, for people.
+            autoencoder: whether that is the part at work.
 
         Raises:
             ResourceError: there is no rung left.
@@ -174,15 +188,15 @@ class Placement:
                 reason = str(error).partition("\n")[0][:200]
             # out of the handler, which holds the frames that hold the tensors
             self._drop()
-            if not self._below:
+            following = next_rung(self.rung, self._below, autoencoder=autoencoder)
+            if following is None:
                 raise ResourceError(
-                    f"{what}: out of memory on {self.device} even at {_name(self.rung)} "
+                    f"{what}: out of memory on {self.device} even at {told(self.rung)} "
                     f"({reason}): make a smaller picture, or use a smaller type"
                 )
-            before, self.rung, self._below = self.rung, self._below[0], self._below[1:]
-            self.steps.append(
-                f"{what}: out of memory at {_name(before)}, run again at {_name(self.rung)}"
-            )
+            before = told(self.rung)
+            self.rung, self._below = following
+            self.steps.append(f"{what}: out of memory at {before}, run again at {told(self.rung)}")
 
     def _drop(self) -> None:
         for part in self._parts:
@@ -200,11 +214,6 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return any(word in text for word in _WORDS)
-
-
-def _name(rung: Rung) -> str:
-    decoding = {"whole": "", "strips": ", decoding in strips", "host": ", decoding through RAM"}
-    return f"offload {rung.level}{decoding[rung.decoder]}"
 
 
 def _give_back(device: torch.device) -> None:
