@@ -11,7 +11,7 @@ activations, and what decoding a packed weight takes for a moment.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from diffquant.convert.architectures import ARCHITECTURES
@@ -396,7 +396,7 @@ def _decoder(run: _Run) -> Iterator[Stage]:
         title, source = f"autoencoder of {space.title}", space.source
     height, width = run.picture.over(downscale_of(shapes))
     each = STORAGE[compute].block_nbytes
-    decode = functools.partial(decode_moments, kind)
+    decode: Callable[..., Iterator[Moment]] = functools.partial(decode_moments, kind)
     if run.ours and kind == "vae_qwen":
         decode = still_moments
     walk = functools.partial(decode, shapes, itemsize=each, copied=run.picture.copied)
