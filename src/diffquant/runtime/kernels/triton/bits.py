@@ -1,0 +1,80 @@
+"""Device functions that every decoder shares: bytes, float16, 8-bit floats, nibbles.
+
+Numbers are put together from single bytes and bit patterns, so that nothing depends on how a
+block is aligned in memory (34, 18 and 17 bytes are common sizes) nor on what a card can convert:
+8-bit floats are decoded alike on cards with and without them.
+
+In a tile (rows, columns) a row is a run of weights with one scale and a column is a weight. A scale
+is read once per row. Weights are read in groups as wide as what a thread writes at once: `GROUP`,
+16 bytes of results. Left alone the compiler would read in wider groups than it writes, and carry
+every weight through shared memory in between.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["at", "byte", "e2m1", "e4m3", "e5m2", "even_signs", "half", "signed", "weights"]
+
+
+@triton.jit
+def byte(src, offset, mask):  # type: ignore[no-untyped-def]
+    """One byte for every row: (rows,) int32."""
+    return tl.load(src + offset, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def signed(value):  # type: ignore[no-untyped-def]
+    """Bytes 0 to 255 as two's complement: int32."""
+    return (value ^ 128) - 128
+
+
+@triton.jit
+def half(src, offset, mask):  # type: ignore[no-untyped-def]
+    """The little-endian float16 at `offset` of every row: (rows,) float32."""
+    bits = byte(src, offset, mask) | byte(src, offset + 1, mask) << 8
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def at(first, column, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Offsets `first` (rows,) + `column` (columns,), to be read in groups of GROUP."""
+    return tl.max_contiguous(first[:, None] + column[None, :], [1, GROUP])
+
+
+@triton.jit
+def weights(src, first, column, mask, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """The bytes at `first` (rows,) + `column` (columns,): (rows, columns) int32."""
+    return tl.load(src + at(first, column, GROUP), mask=mask[:, None], other=0).to(tl.int32)
+
+
+@triton.jit
+def e4m3(code):  # type: ignore[no-untyped-def]
+    """Float8 e4m3fn from its bits, int32: float32, exact; 0x7F and 0xFF are NaN."""
+    # Exponent and fraction in float32's place are 2**120 too small, subnormals included.
+    bits = (code & 0x80) << 24 | (code & 0x7F) << 20
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def e5m2(code):  # type: ignore[no-untyped-def]
+    """Float8 e5m2 from its bits, int32: float32, exact; it is the upper byte of a float16."""
+    return (code << 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def e2m1(code):  # type: ignore[no-untyped-def]
+    """Float4 e2m1 from its bits, int32: float32, exact; code 8 is -0."""
+    bits = (code & 8) << 28 | (code & 7) << 22  # 2**126 too small
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
+
+
+@triton.jit
+def even_signs(seven):  # type: ignore[no-untyped-def]
+    """Eight signs of seven stored bits, int32: bit 7 makes the count of minus signs even."""
+    parity = seven ^ seven >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    return seven | (parity & 1) << 7

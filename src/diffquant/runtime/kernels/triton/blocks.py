@@ -1,0 +1,85 @@
+"""Block formats: one kernel and one launch for all; a format is a function that decodes a tile.
+
+A weight is a sequence of blocks of `nbytes`, and a block one of runs: `width` weights that share a
+scale. A program takes TILE weights of whole blocks, wherever rows of the weight end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffquant.quant.formats import FORMATS
+from diffquant.runtime.kernels.fields import Kernel, Parts
+from diffquant.runtime.kernels.reference import KERNELS as REFERENCE
+from diffquant.runtime.kernels.triton.launch import TILE, group, launch
+
+__all__ = ["Table", "of_blocks"]
+
+Table = Callable[[torch.device], Tensor]
+
+
+@triton.jit
+def _blocks(  # type: ignore[no-untyped-def]
+    src,
+    table,
+    dst,
+    runs,
+    DECODE: tl.constexpr,  # noqa: N803
+    RUNS: tl.constexpr,  # noqa: N803
+    WIDTH: tl.constexpr,  # noqa: N803
+    PER_BLOCK: tl.constexpr,  # noqa: N803
+    NBYTES: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,  # noqa: N803
+):
+    first = tl.program_id(0).to(tl.int64) * RUNS  # 64 bits: weights beyond 2**31 bytes
+    src += first // PER_BLOCK * NBYTES
+    dst += first * WIDTH
+    run = tl.arange(0, RUNS)
+    mask = run < runs - first
+    value = DECODE(src, run // PER_BLOCK * NBYTES, run % PER_BLOCK, mask, table, GROUP)
+    offset = run[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(dst + offset, value.to(dst.dtype.element_ty), mask=mask[:, None])
+
+
+def of_blocks(name: str, decode: Any, width: int, table: Table | None = None) -> Kernel:
+    """Make the kernel of a format.
+
+    Args:
+        name: FORMATS name of a format whose only part is `weight`.
+        decode: device function (src, block, sub, mask, table, GROUP) -> (runs, width) float32.
+            `block` (runs,) is the offset of each run's block, `sub` its place in the block.
+        width: weights in a run.
+        table: what the format looks up, on the given device.
+    """
+    row = FORMATS[name]
+    size, nbytes = row.block_size, row.nbytes((1, row.block_size))
+
+    def kernel(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        weight, count = parts["weight"].contiguous(), math.prod(shape)
+        if weight.dtype != torch.uint8 or weight.numel() * size != count * nbytes:
+            return REFERENCE[name](parts, shape, dtype)
+        out = torch.empty(shape, dtype=dtype, device=weight.device)
+        launch(
+            _blocks,
+            count,
+            weight,
+            table(weight.device) if table else weight,
+            out,
+            count // width,
+            DECODE=decode,
+            RUNS=max(TILE, size) // width,
+            WIDTH=width,
+            PER_BLOCK=size // width,
+            NBYTES=nbytes,
+            GROUP=group(dtype),
+        )
+        return out
+
+    return kernel
