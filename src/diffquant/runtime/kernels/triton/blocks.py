@@ -18,7 +18,7 @@ from torch import Tensor
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels.fields import Kernel, Parts
 from diffquant.runtime.kernels.reference import KERNELS as REFERENCE
-from diffquant.runtime.kernels.triton.launch import TILE, group, launch
+from diffquant.runtime.kernels.triton.launch import TILE, aligned, group, launch
 
 __all__ = ["Table", "of_blocks"]
 
@@ -62,13 +62,14 @@ def of_blocks(name: str, decode: Any, width: int, table: Table | None = None) ->
     size, nbytes = row.block_size, row.nbytes((1, row.block_size))
 
     def kernel(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        weight, count = parts["weight"].contiguous(), math.prod(shape)
-        if weight.dtype != torch.uint8 or weight.numel() * size != count * nbytes:
+        stored, count = parts["weight"], math.prod(shape)
+        if stored.dtype != torch.uint8 or stored.numel() * size != count * nbytes:
             return REFERENCE[name](parts, shape, dtype)
+        weight = aligned(stored)
         out = torch.empty(shape, dtype=dtype, device=weight.device)
         launch(
             _blocks,
-            count,
+            -(-count // max(TILE, size)),
             weight,
             table(weight.device) if table else weight,
             out,

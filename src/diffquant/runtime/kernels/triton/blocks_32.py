@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from diffquant.runtime.kernels.fields import Kernel
-from diffquant.runtime.kernels.triton.bits import byte, e2m1, half, signed, weights
+from diffquant.runtime.kernels.triton.bits import byte, e2m1, half, int8, number, weights, word
 from diffquant.runtime.kernels.triton.blocks import of_blocks
 from diffquant.runtime.kernels.triton.tables import table
 
@@ -26,40 +26,39 @@ def _halves(src, first, mask, GROUP: tl.constexpr, WIDTH: tl.constexpr):  # type
 @triton.jit
 def _fifths(src, first, mask):  # type: ignore[no-untyped-def]
     """The bits of a uint32 per run, as fifth bits of nibbles: (runs, 32) int32."""
-    bits = byte(src, first, mask) | byte(src, first + 1, mask) << 8
-    bits |= byte(src, first + 2, mask) << 16 | byte(src, first + 3, mask) << 24
+    bits = word(src, first, mask) | word(src, first + 2, mask) << 16
     return (bits[:, None] >> tl.arange(0, 32)[None, :] & 1) << 4
 
 
 @triton.jit
 def _q8_0(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    q = signed(weights(src, block + 2, tl.arange(0, 32), mask, GROUP))
-    return q.to(tl.float32) * half(src, block, mask)[:, None]
+    q = int8(weights(src, block + 2, tl.arange(0, 32), mask, GROUP))
+    return q * half(src, block, mask)[:, None]
 
 
 @triton.jit
 def _q4_0(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     q = _halves(src, block + 2, mask, GROUP, 32)
-    return (q - 8).to(tl.float32) * half(src, block, mask)[:, None]
+    return number(q, 8) * half(src, block, mask)[:, None]
 
 
 @triton.jit
 def _q4_1(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    q = _halves(src, block + 4, mask, GROUP, 32).to(tl.float32)
+    q = number(_halves(src, block + 4, mask, GROUP, 32), 0)
     return q * half(src, block, mask)[:, None] + half(src, block + 2, mask)[:, None]
 
 
 @triton.jit
 def _q5_0(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     q = _halves(src, block + 6, mask, GROUP, 32) | _fifths(src, block + 2, mask)
-    return (q - 16).to(tl.float32) * half(src, block, mask)[:, None]
+    return number(q, 16) * half(src, block, mask)[:, None]
 
 
 @triton.jit
 def _q5_1(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     q = _halves(src, block + 8, mask, GROUP, 32) | _fifths(src, block + 4, mask)
     scale, minimum = half(src, block, mask), half(src, block + 2, mask)
-    return q.to(tl.float32) * scale[:, None] + minimum[:, None]
+    return number(q, 0) * scale[:, None] + minimum[:, None]
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from diffquant.runtime.kernels.fields import Kernel
-from diffquant.runtime.kernels.triton.bits import byte, half, signed, weights
+from diffquant.runtime.kernels.triton.bits import byte, half, int8, number, weights, word
 from diffquant.runtime.kernels.triton.blocks import of_blocks
 from diffquant.runtime.kernels.triton.tables import table
 
@@ -30,9 +30,9 @@ def _pairs(src, first, sub, mask, GROUP: tl.constexpr):  # type: ignore[no-untyp
 @triton.jit
 def _q2_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     both = byte(src, block + sub, mask)
-    scale = (both & 15).to(tl.float32) * half(src, block + 80, mask)
-    minimum = (both >> 4).to(tl.float32) * half(src, block + 82, mask)
-    q = _pairs(src, block + 16, sub, mask, GROUP).to(tl.float32)
+    scale = number(both & 15, 0) * half(src, block + 80, mask)
+    minimum = number(both >> 4, 0) * half(src, block + 82, mask)
+    q = number(_pairs(src, block + 16, sub, mask, GROUP), 0)
     return q * scale[:, None] - minimum[:, None]
 
 
@@ -40,11 +40,11 @@ def _q2_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no
 def _q3_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     nibble = byte(src, block + 96 + sub % 8, mask) >> sub // 8 * 4 & 15
     upper = byte(src, block + 104 + sub % 4, mask) >> sub // 4 * 2 & 3
-    scale = half(src, block + 108, mask) * ((nibble | upper << 4) - 32).to(tl.float32)
+    scale = half(src, block + 108, mask) * number(nibble | upper << 4, 32)
     third = weights(src, block + sub % 2 * 16, tl.arange(0, 16), mask, GROUP)
     third = third >> (sub // 2)[:, None] & 1
-    q = (_pairs(src, block + 32, sub, mask, GROUP) | third << 2) - 4
-    return scale[:, None] * q.to(tl.float32)
+    q = _pairs(src, block + 32, sub, mask, GROUP) | third << 2
+    return scale[:, None] * number(q, 4)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _scale_and_minimum(src, block, sub, mask):  # type: ignore[no-untyped-def]
     scale = tl.where(sub < 4, first & 63, third & 15 | first >> 2 & 48)
     minimum = tl.where(sub < 4, second & 63, third >> 4 | second >> 2 & 48)
     d, dmin = half(src, block, mask), half(src, block + 2, mask)
-    return d * scale.to(tl.float32), dmin * minimum.to(tl.float32)
+    return d * number(scale, 0), dmin * number(minimum, 0)
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _nibbles(src, first, sub, mask, GROUP: tl.constexpr):  # type: ignore[no-unt
 @triton.jit
 def _q4_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     scale, minimum = _scale_and_minimum(src, block, sub, mask)
-    q = _nibbles(src, block + 16, sub, mask, GROUP).to(tl.float32)
+    q = number(_nibbles(src, block + 16, sub, mask, GROUP), 0)
     return q * scale[:, None] - minimum[:, None]
 
 
@@ -78,23 +78,23 @@ def _q5_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no
     scale, minimum = _scale_and_minimum(src, block, sub, mask)
     fifth = weights(src, block + 16, tl.arange(0, 32), mask, GROUP) >> sub[:, None] & 1
     q = _nibbles(src, block + 48, sub, mask, GROUP) | fifth << 4
-    return q.to(tl.float32) * scale[:, None] - minimum[:, None]
+    return number(q, 0) * scale[:, None] - minimum[:, None]
 
 
 @triton.jit
 def _q6_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    scale = signed(byte(src, block + 192 + sub, mask)).to(tl.float32) * half(src, block + 208, mask)
+    scale = int8(byte(src, block + 192 + sub, mask)) * half(src, block + 208, mask)
     low = weights(src, block + sub // 8 * 64 + sub % 4 * 16, tl.arange(0, 16), mask, GROUP)
     low = low >> (sub % 8 // 4 * 4)[:, None] & 15
-    q = (low | _pairs(src, block + 128, sub, mask, GROUP) << 4) - 32
-    return q.to(tl.float32) * scale[:, None]
+    q = low | _pairs(src, block + 128, sub, mask, GROUP) << 4
+    return number(q, 32) * scale[:, None]
 
 
 @triton.jit
 def _iq4_xs(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    upper = byte(src, block + 2 + sub // 4, mask) >> sub % 4 * 2 & 3
+    upper = word(src, block + 2, mask) >> sub * 2 & 3
     lower = byte(src, block + 4 + sub // 2, mask) >> sub % 2 * 4 & 15
-    scale = half(src, block, mask) * ((lower | upper << 4) - 32).to(tl.float32)
+    scale = half(src, block, mask) * number(lower | upper << 4, 32)
     column = tl.arange(0, 32)
     packed = weights(src, block + 8 + sub * 16, column % 16, mask, GROUP)
     return scale[:, None] * tl.load(table + (packed >> (column // 16 * 4)[None, :] & 15))

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["TILE", "WARPS", "group", "launch"]
+__all__ = ["TILE", "WARPS", "aligned", "group", "launch"]
 
 TILE = 2048  # weights a program decodes
 WARPS = 4
+_WIDEST = 16  # bytes of the widest load
 
 
 def group(dtype: torch.dtype) -> int:
@@ -19,16 +20,23 @@ def group(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def launch(kernel: Any, count: int, weight: Tensor, *args: Any, **constants: Any) -> None:
-    """Run `kernel` on tiles of TILE weights out of `count`.
+def aligned(part: Tensor) -> Tensor:
+    """A part in one piece that begins where the widest loads may; nearly all do and are not copied.
+
+    One way to be aligned means one compiled kernel, and 16-bit loads that are always allowed.
+    """
+    part = part.contiguous()
+    return part.clone() if part.data_ptr() % _WIDEST else part
+
+
+def launch(kernel: Any, programs: int, weight: Tensor, *args: Any, **constants: Any) -> None:
+    """Run `programs` programs of `kernel` on the device of `weight`, its first argument.
 
     A product and a sum are rounded one after the other, as the reference rounds them: the
     compiler must not fuse them.
     """
-    if not count:
+    if not programs:
         return
     here = torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext()
     with here:
-        kernel[(-(-count // TILE),)](
-            weight, *args, **constants, num_warps=WARPS, enable_fp_fusion=False
-        )
+        kernel[(programs,)](weight, *args, **constants, num_warps=WARPS, enable_fp_fusion=False)
