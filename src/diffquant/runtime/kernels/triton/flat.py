@@ -32,6 +32,7 @@ def _four_bits(  # type: ignore[no-untyped-def]
     dynamic,
     dst,
     count,
+    nbytes,
     DOUBLE: tl.constexpr,  # noqa: N803
     BLOCKS: tl.constexpr,  # noqa: N803
     SIZE: tl.constexpr,  # noqa: N803
@@ -51,7 +52,7 @@ def _four_bits(  # type: ignore[no-untyped-def]
     else:
         scale = tl.load(absmax + first + block, mask=some, other=0)
     place = at(block * (SIZE // 2), tl.arange(0, SIZE // 2), GROUP // 2)
-    packed = tl.load(src + place, mask=place * 2 < left, other=0).to(tl.int32)
+    packed = tl.load(src + place, mask=place < nbytes - first * (SIZE // 2), other=0).to(tl.int32)
     kind = dst.dtype.element_ty
     high = (tl.load(book + (packed >> 4)) * scale[:, None]).to(kind)
     low = (tl.load(book + (packed & 15)) * scale[:, None]).to(kind)
@@ -83,6 +84,7 @@ def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype)
         on_device("dynamic", weight.device),
         out,
         count,
+        weight.numel(),
         DOUBLE=double,
         BLOCKS=TILE // BLOCK_SIZE,
         SIZE=BLOCK_SIZE,

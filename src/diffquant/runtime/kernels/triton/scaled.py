@@ -60,7 +60,7 @@ def _scaled(  # type: ignore[no-untyped-def]
     value = VALUE(tl.load(src + start + place, mask=mask, other=0).to(tl.int32))
     block = (first_r + row) // BLOCK_R * stride_r + first_c // BLOCK_C * stride_c
     value = value * tl.load(scale + block, mask=some, other=0).to(tl.float32)[:, None]
-    if FACTOR:
+    if FACTOR != 0.0:
         value = value * FACTOR
     tl.store(dst + start + place, value.to(dst.dtype.element_ty), mask=mask)
 
