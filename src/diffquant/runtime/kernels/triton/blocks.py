@@ -1,7 +1,7 @@
 """Block formats: one kernel and one launch for all; a format is a function that decodes a tile.
 
 A weight is a sequence of blocks of `nbytes`, and a block one of runs: `width` weights that share a
-scale. A program takes TILE weights of whole blocks, wherever rows of the weight end.
+scale. A program takes a tile of whole blocks, wherever rows of the weight end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels.fields import Kernel, Parts
 from diffquant.runtime.kernels.reference import KERNELS as REFERENCE
-from diffquant.runtime.kernels.triton.launch import TILE, aligned, group, launch
+from diffquant.runtime.kernels.triton.launch import aligned, group, launch, tile
 
 __all__ = ["Table", "of_blocks"]
 
@@ -26,17 +26,17 @@ Table = Callable[[torch.device], Tensor]
 
 
 @triton.jit
-def _blocks(  # type: ignore[no-untyped-def]
+def _blocks(
     src,
     table,
     dst,
     runs,
-    DECODE: tl.constexpr,  # noqa: N803
-    RUNS: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
-    PER_BLOCK: tl.constexpr,  # noqa: N803
-    NBYTES: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
+    DECODE: tl.constexpr,
+    RUNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    NBYTES: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * RUNS  # 64 bits: weights beyond 2**31 bytes
     src += first // PER_BLOCK * NBYTES
@@ -65,17 +65,18 @@ def of_blocks(name: str, decode: Any, width: int, table: Table | None = None) ->
         stored, count = parts["weight"], math.prod(shape)
         if stored.dtype != torch.uint8 or stored.numel() * size != count * nbytes:
             return REFERENCE[name](parts, shape, dtype)
-        weight = aligned(stored)
+        weight, (weights, warps) = aligned(stored), tile(name)
         out = torch.empty(shape, dtype=dtype, device=weight.device)
         launch(
             _blocks,
-            -(-count // max(TILE, size)),
+            -(-count // weights),
+            warps,
             weight,
             table(weight.device) if table else weight,
             out,
             count // width,
             DECODE=decode,
-            RUNS=max(TILE, size) // width,
+            RUNS=weights // width,
             WIDTH=width,
             PER_BLOCK=size // width,
             NBYTES=nbytes,

@@ -16,7 +16,7 @@ __all__ = ["KERNELS"]
 
 
 @triton.jit
-def _halves(src, first, mask, GROUP: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _halves(src, first, mask, GROUP: tl.constexpr, WIDTH: tl.constexpr):
     """Nibbles of WIDTH / 2 bytes, all low ones first: (runs, WIDTH) int32."""
     column = tl.arange(0, WIDTH)
     packed = weights(src, first, column % (WIDTH // 2), mask, GROUP)
@@ -24,51 +24,51 @@ def _halves(src, first, mask, GROUP: tl.constexpr, WIDTH: tl.constexpr):  # type
 
 
 @triton.jit
-def _fifths(src, first, mask):  # type: ignore[no-untyped-def]
+def _fifths(src, first, mask):
     """The bits of a uint32 per run, as fifth bits of nibbles: (runs, 32) int32."""
     bits = word(src, first, mask) | word(src, first + 2, mask) << 16
     return (bits[:, None] >> tl.arange(0, 32)[None, :] & 1) << 4
 
 
 @triton.jit
-def _q8_0(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _q8_0(src, block, sub, mask, table, GROUP: tl.constexpr):
     q = int8(weights(src, block + 2, tl.arange(0, 32), mask, GROUP))
     return q * half(src, block, mask)[:, None]
 
 
 @triton.jit
-def _q4_0(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _q4_0(src, block, sub, mask, table, GROUP: tl.constexpr):
     q = _halves(src, block + 2, mask, GROUP, 32)
     return number(q, 8) * half(src, block, mask)[:, None]
 
 
 @triton.jit
-def _q4_1(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _q4_1(src, block, sub, mask, table, GROUP: tl.constexpr):
     q = number(_halves(src, block + 4, mask, GROUP, 32), 0)
     return q * half(src, block, mask)[:, None] + half(src, block + 2, mask)[:, None]
 
 
 @triton.jit
-def _q5_0(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _q5_0(src, block, sub, mask, table, GROUP: tl.constexpr):
     q = _halves(src, block + 6, mask, GROUP, 32) | _fifths(src, block + 2, mask)
     return number(q, 16) * half(src, block, mask)[:, None]
 
 
 @triton.jit
-def _q5_1(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _q5_1(src, block, sub, mask, table, GROUP: tl.constexpr):
     q = _halves(src, block + 8, mask, GROUP, 32) | _fifths(src, block + 4, mask)
     scale, minimum = half(src, block, mask), half(src, block + 2, mask)
     return number(q, 0) * scale[:, None] + minimum[:, None]
 
 
 @triton.jit
-def _iq4_nl(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _iq4_nl(src, block, sub, mask, table, GROUP: tl.constexpr):
     q = _halves(src, block + 2, mask, GROUP, 32)
     return half(src, block, mask)[:, None] * tl.load(table + q)
 
 
 @triton.jit
-def _mxfp4(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _mxfp4(src, block, sub, mask, table, GROUP: tl.constexpr):
     # Doubled integers, and code 8 is +0; the scale is halved: 2 ** (exponent - 128).
     value = e2m1(_halves(src, block + 1, mask, GROUP, 32)) * 2.0 + 0.0
     exponent = byte(src, block, mask)
@@ -78,7 +78,7 @@ def _mxfp4(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
-def _nvfp4(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _nvfp4(src, block, sub, mask, table, GROUP: tl.constexpr):
     value = e2m1(_halves(src, block + 4 + sub * 8, mask, GROUP, 16)) * 2.0 + 0.0
     code = byte(src, block + sub, mask)
     # Half of an unsigned e4m3: 2**119; its NaN counts as 0, if the sign bit is not set.

@@ -20,7 +20,7 @@ __all__ = ["KERNELS"]
 
 
 @triton.jit
-def _pairs(src, first, sub, mask, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _pairs(src, first, sub, mask, GROUP: tl.constexpr):
     """Two bits of each weight, sixteen runs of 16: four runs of 32 lie in the same 32 bytes."""
     start = first + sub // 8 * 32 + sub % 2 * 16
     packed = weights(src, start, tl.arange(0, 16), mask, GROUP)
@@ -28,7 +28,7 @@ def _pairs(src, first, sub, mask, GROUP: tl.constexpr):  # type: ignore[no-untyp
 
 
 @triton.jit
-def _q2_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _q2_k(src, block, sub, mask, table, GROUP: tl.constexpr):
     both = byte(src, block + sub, mask)
     scale = number(both & 15, 0) * half(src, block + 80, mask)
     minimum = number(both >> 4, 0) * half(src, block + 82, mask)
@@ -37,7 +37,7 @@ def _q2_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _q3_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _q3_k(src, block, sub, mask, table, GROUP: tl.constexpr):
     nibble = byte(src, block + 96 + sub % 8, mask) >> sub // 8 * 4 & 15
     upper = byte(src, block + 104 + sub % 4, mask) >> sub // 4 * 2 & 3
     scale = half(src, block + 108, mask) * number(nibble | upper << 4, 32)
@@ -48,7 +48,7 @@ def _q3_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _scale_and_minimum(src, block, sub, mask):  # type: ignore[no-untyped-def]
+def _scale_and_minimum(src, block, sub, mask):
     """Of Q4_K's or Q5_K's eight runs: (runs,) float32 each; 6-bit numbers as reference.py draws."""
     first = byte(src, block + 4 + sub % 4, mask)
     second = byte(src, block + 8 + sub % 4, mask)
@@ -60,21 +60,21 @@ def _scale_and_minimum(src, block, sub, mask):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _nibbles(src, first, sub, mask, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _nibbles(src, first, sub, mask, GROUP: tl.constexpr):
     """Nibbles of eight runs of 32: 32 bytes hold one run low and the next one high."""
     packed = weights(src, first + sub // 2 * 32, tl.arange(0, 32), mask, GROUP)
     return packed >> (sub % 2 * 4)[:, None] & 15
 
 
 @triton.jit
-def _q4_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _q4_k(src, block, sub, mask, table, GROUP: tl.constexpr):
     scale, minimum = _scale_and_minimum(src, block, sub, mask)
     q = number(_nibbles(src, block + 16, sub, mask, GROUP), 0)
     return q * scale[:, None] - minimum[:, None]
 
 
 @triton.jit
-def _q5_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _q5_k(src, block, sub, mask, table, GROUP: tl.constexpr):
     scale, minimum = _scale_and_minimum(src, block, sub, mask)
     fifth = weights(src, block + 16, tl.arange(0, 32), mask, GROUP) >> sub[:, None] & 1
     q = _nibbles(src, block + 48, sub, mask, GROUP) | fifth << 4
@@ -82,7 +82,7 @@ def _q5_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _q6_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _q6_k(src, block, sub, mask, table, GROUP: tl.constexpr):
     scale = int8(byte(src, block + 192 + sub, mask)) * half(src, block + 208, mask)
     low = weights(src, block + sub // 8 * 64 + sub % 4 * 16, tl.arange(0, 16), mask, GROUP)
     low = low >> (sub % 8 // 4 * 4)[:, None] & 15
@@ -91,7 +91,7 @@ def _q6_k(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _iq4_xs(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _iq4_xs(src, block, sub, mask, table, GROUP: tl.constexpr):
     upper = word(src, block + 2, mask) >> sub * 2 & 3
     lower = byte(src, block + 4 + sub // 2, mask) >> sub % 2 * 4 & 15
     scale = half(src, block, mask) * number(lower | upper << 4, 32)

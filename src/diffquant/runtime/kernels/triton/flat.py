@@ -16,14 +16,14 @@ from diffquant.quant.codecs.flat_blocks import BLOCK_SIZE
 from diffquant.runtime.kernels.fields import Kernel, Parts
 from diffquant.runtime.kernels.reference import KERNELS as REFERENCE
 from diffquant.runtime.kernels.triton.bits import at, byte
-from diffquant.runtime.kernels.triton.launch import TILE, aligned, group, launch
+from diffquant.runtime.kernels.triton.launch import aligned, group, launch, tile
 from diffquant.runtime.kernels.triton.tables import on_device
 
 __all__ = ["KERNELS"]
 
 
 @triton.jit
-def _four_bits(  # type: ignore[no-untyped-def]
+def _four_bits(
     src,
     absmax,
     nested,
@@ -33,11 +33,11 @@ def _four_bits(  # type: ignore[no-untyped-def]
     dst,
     count,
     nbytes,
-    DOUBLE: tl.constexpr,  # noqa: N803
-    BLOCKS: tl.constexpr,  # noqa: N803
-    SIZE: tl.constexpr,  # noqa: N803
-    NESTED: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
+    DOUBLE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     left = count - first * SIZE  # weights
@@ -73,9 +73,11 @@ def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype)
         return REFERENCE[name](parts, shape, dtype)
     weight, absmax = aligned(parts["weight"]), aligned(parts["absmax"])
     out = torch.empty(shape, dtype=dtype, device=weight.device)
+    weights, warps = tile(name)
     launch(
         _four_bits,
-        -(-count // TILE),
+        -(-count // weights),
+        warps,
         weight,
         absmax,
         aligned(parts["nested_absmax"]) if double else absmax,
@@ -86,7 +88,7 @@ def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype)
         count,
         weight.numel(),
         DOUBLE=double,
-        BLOCKS=TILE // BLOCK_SIZE,
+        BLOCKS=weights // BLOCK_SIZE,
         SIZE=BLOCK_SIZE,
         NESTED=NESTED_BLOCK,
         GROUP=group(dtype),

@@ -20,14 +20,14 @@ __all__ = ["KERNELS"]
 
 
 @triton.jit
-def _points(table, index, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _points(table, index, WIDTH: tl.constexpr):
     """Points of a grid: (runs, WIDTH) float32."""
     offset = index[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     return tl.load(table + offset).to(tl.float32)
 
 
 @triton.jit
-def _expand(d, table, index, signs, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _expand(d, table, index, signs, WIDTH: tl.constexpr):
     """Scale times point, bit j of `signs` for weight j: (runs, WIDTH) float32."""
     weight = d[:, None] * _points(table, index, WIDTH)
     # Minus as a bit: the language subtracts from 0, which makes 0 of 0 and not -0.
@@ -36,14 +36,14 @@ def _expand(d, table, index, signs, WIDTH: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def _long_word(src, offset, mask):  # type: ignore[no-untyped-def]
+def _long_word(src, offset, mask):
     """The uint32 of four times seven signs and a scale, and the scale: (runs,) int32."""
     bits = word(src, offset, mask) | word(src, offset + 2, mask) << 16
     return bits, bits >> 28 & 15
 
 
 @triton.jit
-def _iq2_xxs(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _iq2_xxs(src, block, sub, mask, table, GROUP: tl.constexpr):
     start = block + 2 + sub // 4 * 8
     signs, scale = _long_word(src, start + 4, mask)
     d = half(src, block, mask) * (0.5 + number(scale, 0)) * 0.25
@@ -52,7 +52,7 @@ def _iq2_xxs(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def _iq2_xs(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _iq2_xs(src, block, sub, mask, table, GROUP: tl.constexpr):
     both = word(src, block + 2 + sub * 2, mask)
     scale = byte(src, block + 66 + sub // 4, mask) >> sub // 2 % 2 * 4 & 15
     d = half(src, block, mask) * (0.5 + number(scale, 0)) * 0.25
@@ -60,7 +60,7 @@ def _iq2_xs(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def _iq2_s(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _iq2_s(src, block, sub, mask, table, GROUP: tl.constexpr):
     scale = byte(src, block + 74 + sub // 4, mask) >> sub // 2 % 2 * 4 & 15
     d = half(src, block, mask) * (0.5 + number(scale, 0)) * 0.25
     upper = byte(src, block + 66 + sub // 4, mask) >> sub % 4 * 2 & 3
@@ -69,7 +69,7 @@ def _iq2_s(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
-def _iq3_xxs(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _iq3_xxs(src, block, sub, mask, table, GROUP: tl.constexpr):
     signs, scale = _long_word(src, block + 66 + sub // 8 * 4, mask)
     d = half(src, block, mask) * (0.5 + number(scale, 0)) * 0.5
     signs = even_signs(signs >> sub // 2 % 4 * 7 & 127) >> sub % 2 * 4
@@ -77,7 +77,7 @@ def _iq3_xxs(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def _iq3_s(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _iq3_s(src, block, sub, mask, table, GROUP: tl.constexpr):
     scale = byte(src, block + 106 + sub // 16, mask) >> sub // 8 % 2 * 4 & 15
     d = half(src, block, mask) * (1.0 + 2.0 * number(scale, 0))
     upper = byte(src, block + 66 + sub // 8, mask) >> sub % 8 & 1
@@ -87,14 +87,14 @@ def _iq3_s(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
-def _shifted(scale, table, index, negative):  # type: ignore[no-untyped-def]
+def _shifted(scale, table, index, negative):
     """Scale times (point + 1/8), or - 1/8 where `negative`: (runs, 8) float32."""
     shift = tl.where(negative != 0, -0.125, 0.125)
     return scale[:, None] * (_points(table, index, 8) + shift[:, None])
 
 
 @triton.jit
-def _iq1_s(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _iq1_s(src, block, sub, mask, table, GROUP: tl.constexpr):
     both = word(src, block + 34 + sub // 4 * 2, mask)
     scale = half(src, block, mask) * number(2 * (both >> 12 & 7) + 1, 0)
     index = byte(src, block + 2 + sub, mask) | (both >> sub % 4 * 3 & 7) << 8
@@ -102,7 +102,7 @@ def _iq1_s(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
-def _iq1_m(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _iq1_m(src, block, sub, mask, table, GROUP: tl.constexpr):
     # The float16 scale lies in the top nibbles of the four words of scales.
     bits = word(src, block + 48, mask) >> 12 | word(src, block + 50, mask) >> 12 << 4
     bits |= word(src, block + 52, mask) >> 12 << 8 | word(src, block + 54, mask) >> 12 << 12

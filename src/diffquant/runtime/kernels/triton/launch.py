@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["TILE", "WARPS", "aligned", "group", "launch"]
+__all__ = ["TILES", "Tile", "aligned", "group", "launch", "tile"]
 
-TILE = 2048  # weights a program decodes
-WARPS = 4
 _WIDEST = 16  # bytes of the widest load
+
+
+class Tile(NamedTuple):
+    """What a program takes: how many weights, a power of two from 512 on, and how many warps."""
+
+    weights: int = 2048
+    warps: int = 4
+
+
+# Formats that are faster with another tile than the default: benchmarks/gpu_kernels.py --sweep.
+TILES: dict[str, Tile] = {}
+
+
+def tile(name: str) -> Tile:
+    """The tile of a format."""
+    return TILES.get(name, Tile())
 
 
 def group(dtype: torch.dtype) -> int:
@@ -29,7 +43,9 @@ def aligned(part: Tensor) -> Tensor:
     return part.clone() if part.data_ptr() % _WIDEST else part
 
 
-def launch(kernel: Any, programs: int, weight: Tensor, *args: Any, **constants: Any) -> None:
+def launch(
+    kernel: Any, programs: int, warps: int, weight: Tensor, *args: Any, **constants: Any
+) -> None:
     """Run `programs` programs of `kernel` on the device of `weight`, its first argument.
 
     A product and a sum are rounded one after the other, as the reference rounds them: the
@@ -39,4 +55,4 @@ def launch(kernel: Any, programs: int, weight: Tensor, *args: Any, **constants: 
         return
     here = torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext()
     with here:
-        kernel[(programs,)](weight, *args, **constants, num_warps=WARPS, enable_fp_fusion=False)
+        kernel[(programs,)](weight, *args, **constants, num_warps=warps, enable_fp_fusion=False)

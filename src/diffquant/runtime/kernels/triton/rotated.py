@@ -20,7 +20,7 @@ from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels.fields import Kernel, Parts
 from diffquant.runtime.kernels.reference import KERNELS as REFERENCE
 from diffquant.runtime.kernels.triton.bits import at, byte, e4m3, int8, number
-from diffquant.runtime.kernels.triton.launch import TILE, aligned, group, launch
+from diffquant.runtime.kernels.triton.launch import aligned, group, launch, tile
 
 __all__ = ["KERNELS"]
 
@@ -28,7 +28,7 @@ _STEP = 16  # weights that share an s_rel
 
 
 @triton.jit
-def _turn(x, GROUPS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _turn(x, GROUPS: tl.constexpr, SIZE: tl.constexpr):
     """One factor, on the fastest digit, which becomes the slowest: (GROUPS, SIZE)."""
     even, odd = tl.split(tl.reshape(x, (GROUPS, SIZE // 4, 2, 2)))
     a, c = tl.split(even)
@@ -41,7 +41,7 @@ def _turn(x, GROUPS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyp
 
 
 @triton.jit
-def _rounded(x):  # type: ignore[no-untyped-def]
+def _rounded(x):
     """To whole numbers, half to even, and to +-127; NaN and the sign of 0 stay."""
     whole = (x + 12582912.0) - 12582912.0  # beyond 2**22 inexact, and cut to 127
     whole = tl.where(whole == 0.0, x * 0.0, whole)
@@ -49,7 +49,7 @@ def _rounded(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _rotated(  # type: ignore[no-untyped-def]
+def _rotated(
     src,
     scale,
     step,
@@ -57,11 +57,11 @@ def _rotated(  # type: ignore[no-untyped-def]
     dst,
     groups,
     per_row,  # groups in a row
-    CODES: tl.constexpr,  # noqa: N803
-    GROUPS: tl.constexpr,  # noqa: N803
-    SIZE: tl.constexpr,  # noqa: N803
-    STEP: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
+    CODES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    STEP: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * GROUPS
     turn = tl.arange(0, GROUPS)
@@ -114,10 +114,11 @@ def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype)
     if codes == "book" and (step.numel() * _STEP, book.dtype) != (count, torch.float32):
         return REFERENCE[name](parts, shape, dtype)
     out = torch.empty(shape, dtype=dtype, device=weight.device)
-    groups = count // row.rotation
+    groups, (weights, warps) = count // row.rotation, tile(name)
     launch(
         _rotated,
-        -(-groups // (TILE // row.rotation)),
+        -(-count // weights),
+        warps,
         weight,
         aligned(scale),
         aligned(step).view(torch.uint8),
@@ -126,7 +127,7 @@ def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype)
         groups,
         columns // row.rotation,
         CODES=codes,
-        GROUPS=TILE // row.rotation,
+        GROUPS=weights // row.rotation,
         SIZE=row.rotation,
         STEP=_STEP,
         GROUP=group(dtype),

@@ -22,7 +22,7 @@ from diffquant.quant.layout import matrix_shape
 from diffquant.runtime.kernels.fields import Kernel, Parts
 from diffquant.runtime.kernels.reference import KERNELS as REFERENCE
 from diffquant.runtime.kernels.triton.bits import at, e4m3, e5m2, int8
-from diffquant.runtime.kernels.triton.launch import TILE, aligned, group, launch
+from diffquant.runtime.kernels.triton.launch import aligned, group, launch, tile
 
 __all__ = ["KERNELS"]
 
@@ -32,7 +32,7 @@ _WIDTHS = (1024, 512, 256, 128)
 
 
 @triton.jit
-def _scaled(  # type: ignore[no-untyped-def]
+def _scaled(
     src,
     scale,
     dst,
@@ -40,13 +40,13 @@ def _scaled(  # type: ignore[no-untyped-def]
     columns,
     stride_r,
     stride_c,
-    VALUE: tl.constexpr,  # noqa: N803
-    FACTOR: tl.constexpr,  # noqa: N803
-    BLOCK_R: tl.constexpr,  # noqa: N803
-    BLOCK_C: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
+    VALUE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     across = (columns + COLUMNS - 1) // COLUMNS
     down = tl.program_id(0) // across
@@ -110,10 +110,12 @@ def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype)
     weight = aligned(stored).view(torch.uint8)
     out = torch.empty(shape, dtype=dtype, device=weight.device)
     width = _BLOCK if row.blockwise else min(_WIDTHS, key=lambda wide: -(-columns // wide) * wide)
-    height = TILE // width
+    weights, warps = tile(name)
+    height = max(1, weights // width)
     launch(
         _scaled,
         -(-rows // height) * -(-columns // width),
+        warps,
         weight,
         aligned(scale),
         out,

@@ -15,7 +15,7 @@ __all__ = ["KERNELS"]
 
 
 @triton.jit
-def _tq1_0(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _tq1_0(src, block, sub, mask, table, GROUP: tl.constexpr):
     # Runs of 16: ten of five digits of bytes 0-31, five of bytes 32-47, one of four of bytes 48-51.
     column = tl.arange(0, 16)
     last = (sub == 15)[:, None]
@@ -31,7 +31,7 @@ def _tq1_0(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
-def _tq2_0(src, block, sub, mask, table, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _tq2_0(src, block, sub, mask, table, GROUP: tl.constexpr):
     packed = weights(src, block + sub // 4 * 32, tl.arange(0, 32), mask, GROUP)
     level = packed >> (sub % 4 * 2)[:, None] & 3
     return half(src, block + 64, mask)[:, None] * number(level, 1)

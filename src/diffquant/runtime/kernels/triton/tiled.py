@@ -16,7 +16,7 @@ from torch import Tensor
 from diffquant.runtime.kernels.fields import Kernel, Parts
 from diffquant.runtime.kernels.reference import KERNELS as REFERENCE
 from diffquant.runtime.kernels.triton.bits import at, byte, e2m1, e4m3
-from diffquant.runtime.kernels.triton.launch import TILE, aligned, group, launch
+from diffquant.runtime.kernels.triton.launch import aligned, group, launch, tile
 
 __all__ = ["KERNELS"]
 
@@ -24,7 +24,7 @@ _WIDTHS = {"mxfp8": 32, "nvfp4_comfy": 16}
 
 
 @triton.jit
-def _tiled(  # type: ignore[no-untyped-def]
+def _tiled(
     src,
     block_scale,
     tensor_scale,
@@ -33,10 +33,10 @@ def _tiled(  # type: ignore[no-untyped-def]
     columns,
     stride,  # stored bytes in a row
     tiles,  # tiles of scales beside each other
-    FOUR_BITS: tl.constexpr,  # noqa: N803
-    RUNS: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
+    FOUR_BITS: tl.constexpr,
+    RUNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     across = (columns + WIDTH - 1) // WIDTH
     run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
@@ -73,12 +73,13 @@ def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype)
     tensor_scale = parts.get("tensor_scale", scales)
     if four_bits and (tensor_scale.dtype, tensor_scale.numel()) != (torch.float32, 1):
         return REFERENCE[name](parts, shape, dtype)
-    across = -(-columns // width)
+    across, (weights, warps) = -(-columns // width), tile(name)
     weight = aligned(stored).view(torch.uint8)
     out = torch.empty(shape, dtype=dtype, device=weight.device)
     launch(
         _tiled,
-        -(-rows * across // (TILE // width)),
+        -(-rows * across * width // weights),
+        warps,
         weight,
         aligned(scales).view(torch.uint8),
         aligned(tensor_scale),
@@ -88,7 +89,7 @@ def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype)
         stored.shape[1],
         scales.shape[1] // 4,
         FOUR_BITS=four_bits,
-        RUNS=TILE // width,
+        RUNS=weights // width,
         WIDTH=width,
         GROUP=group(dtype),
     )
