@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -48,7 +47,7 @@ def _blocks(
     tl.store(dst + offset, value.to(dst.dtype.element_ty), mask=mask[:, None])
 
 
-def of_blocks(name: str, decode: Any, width: int, table: Table | None = None) -> Kernel:
+def of_blocks(name: str, decode: object, width: int, table: Table | None = None) -> Kernel:
     """Make the kernel of a format.
 
     Args:

@@ -1,4 +1,4 @@
-"""ggml's blocks of 256 weights with scales of their own scales; layouts in quant/codecs/q4_k.py etc.
+"""ggml's blocks of 256 weights with scales of their own scales; see quant/codecs/q4_k.py etc.
 
 The order of the weights of a block is that of runs: where several runs share bytes (one reads the
 low nibbles, the next the high ones), each reads them, the second time from the nearest cache.

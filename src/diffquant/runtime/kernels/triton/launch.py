@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,12 @@ from torch import Tensor
 __all__ = ["TILES", "Tile", "aligned", "group", "launch", "tile"]
 
 _WIDEST = 16  # bytes of the widest load
+
+
+class _Kernel(Protocol):
+    """A function under `triton.jit`: indexed by the number of programs, then called."""
+
+    def __getitem__(self, programs: tuple[int]) -> Callable[..., object]: ...
 
 
 class Tile(NamedTuple):
@@ -44,7 +51,12 @@ def aligned(part: Tensor) -> Tensor:
 
 
 def launch(
-    kernel: Any, programs: int, warps: int, weight: Tensor, *args: Any, **constants: Any
+    kernel: _Kernel,
+    programs: int,
+    warps: int,
+    weight: Tensor,
+    *args: Tensor | int,
+    **constants: object,
 ) -> None:
     """Run `programs` programs of `kernel` on the device of `weight`, its first argument.
 

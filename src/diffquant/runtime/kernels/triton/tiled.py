@@ -66,6 +66,20 @@ def _tiled(
     tl.store(dst + (row * columns)[:, None] + inside, value, mask=mask)
 
 
+def _fits(stored: Tensor, scales: Tensor, rows: int, blocks: int, nbytes: int) -> bool:
+    """Whether `rows` of so many blocks of `nbytes` are stored, and whole tiles of their scales."""
+    if stored.ndim != 2 or scales.ndim != 2 or scales.dtype.itemsize != 1:
+        return False
+    whole = scales.shape[0] % 128 == 0 and scales.shape[1] % 4 == 0
+    return (
+        whole
+        and stored.shape[0] >= rows
+        and stored.shape[1] >= blocks * nbytes
+        and scales.shape[0] >= rows
+        and scales.shape[1] >= blocks
+    )
+
+
 def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     width, four_bits = _WIDTHS[name], name == "nvfp4_comfy"
     rows, columns = shape
@@ -74,6 +88,8 @@ def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype)
     if four_bits and (tensor_scale.dtype, tensor_scale.numel()) != (torch.float32, 1):
         return REFERENCE[name](parts, shape, dtype)
     across, (weights, warps) = -(-columns // width), tile(name)
+    if not _fits(stored, scales, rows, across, width // 2 if four_bits else width):
+        return REFERENCE[name](parts, shape, dtype)
     weight = aligned(stored).view(torch.uint8)
     out = torch.empty(shape, dtype=dtype, device=weight.device)
     launch(
