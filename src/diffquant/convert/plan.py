@@ -236,7 +236,10 @@ def _targets(parts: Sequence[PartMatch], request: Request) -> tuple[Target, ...]
     """
     encoder = _encoder(parts, request)
     if encoder is None:
-        return candidates(request.target, request.container)
+        own = not parts[0].architecture and PARTS[parts[0].kind].packs_convolutions
+        last = (TARGETS["diffquant"],) if own and request.container == "safetensors" else ()
+        found = candidates(request.target, request.container)
+        return found if request.target else (*found, *last)
     row = ENCODER_FILES[encoder.kind]
     if not request.target:
         return tuple(TARGETS[name] for name in row.targets)
