@@ -96,7 +96,10 @@ def recognise_part(
     """As `recognise`, and an autoencoder in a file of its own too.
 
     Args:
-        specs, metadata, configs, arch: as `recognise` takes them.
+        specs: as `recognise` takes them, and the next three likewise.
+        metadata: see there.
+        configs: see there.
+        arch: see there.
         quantized: only such autoencoders as have a precision policy: tiny ones.
 
     Raises:

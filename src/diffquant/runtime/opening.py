@@ -36,6 +36,7 @@ from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.packing import packed_weights
 from diffquant.runtime.pipeline import Pipeline
 from diffquant.runtime.schedules import SchedulerFacts
+from diffquant.runtime.titles import titles_of
 from diffquant.runtime.tokenizer_sources import Place, find_tokenizer
 from diffquant.runtime.tokenizers import Tokenizer
 
@@ -64,6 +65,7 @@ class Opened:
         origins: one row per part.
         size: native (width, height) by the configs, for callers that were given none.
         warnings: what was decoded, guessed or odd.
+        titles: what the model's header or index calls it.
     """
 
     pipeline: Pipeline
@@ -72,6 +74,7 @@ class Opened:
     origins: tuple[PartOrigin, ...]
     size: tuple[int, int]
     warnings: tuple[str, ...]
+    titles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +229,7 @@ def open_pipeline(
             origins=tuple(origins),
             size=_native_size(providers, architecture, vae_module),
             warnings=tuple(warnings),
+            titles=titles_of(first.source.metadata, first.source.configs),
         )
 
 

@@ -149,7 +149,7 @@ def _generate(job: Job, run: _Run) -> Made:
         settings,
         files,
         sampler=made.sampler,
-        cfg=opened.pipeline.family.cfg if request.cfg is None else request.cfg,
+        cfg=opened.pipeline.cfg if request.cfg is None else request.cfg,
         dtype=dtype,
         preset=preset.name if preset and preset.name != "default" else "none",
     )
@@ -189,7 +189,7 @@ def _opened(job: Job, path: Path, dtype: str) -> Opened:
 
 
 def _previews(job: Job, opened: Opened, run: _Run) -> OnLatents | None:
-    """What writes OUT.preview.png, at most ten times a run."""
+    """What writes OUT.preview.png, the picture as the model sees it, at most ten times a run."""
     if job.preview is None:
         return None
     show: Show = shower(opened.architecture, opened.pipeline.parts.vae, job.preview.tiny)

@@ -16,6 +16,8 @@ the size of the next skip, as huggingface/diffusers does.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,7 +33,10 @@ from diffquant.runtime.models.unet_config import (
     config_from,
 )
 
-__all__ = ["AttentionSpec", "ResSpec", "ResampleSpec", "UNet", "UNetConfig", "config_from"]
+__all__ = [
+    "AttentionSpec", "ResSpec", "ResampleSpec", "UNet", "UNetConfig", "config_from",
+    "guidance_embedding",
+]  # fmt: skip
 
 
 class _ResBlock(nn.Module):
@@ -205,6 +210,41 @@ class _Block(nn.ModuleList):
         return x
 
 
+def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
+    """Sinusoids of 1000 * (guidance - 1), guidance (B,): float32 (B, width), sines first.
+
+    A strength of 1 is no guidance: distillation counted from there. Source:
+    huggingface/diffusers@58eb52c:src/diffusers/pipelines/latent_consistency_models/
+    pipeline_latent_consistency_text2img.py get_guidance_scale_embedding, __call__.
+    """
+    half = width // 2
+    steps = torch.arange(half, dtype=torch.float32, device=guidance.device)
+    frequencies = torch.exp(steps * (-math.log(10000.0) / (half - 1)))
+    angles = (guidance.float() - 1)[:, None] * 1000 * frequencies
+    found = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    return functional.pad(found, (0, width % 2))
+
+
+class _TimeEmbed(nn.ModuleDict):
+    """Two layers; before the first, the guidance is added where the model takes one."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        base, embedding = config.base, config.embedding
+        super().__init__(
+            {"0": QuantLinear(base, embedding), "2": QuantLinear(embedding, embedding)}
+        )
+        self.guidance = config.guidance
+        if config.guidance is not None:
+            self["cond_proj"] = QuantLinear(config.guidance, base, bias=False)
+
+    def forward(self, t: Tensor, guidance: Tensor | None) -> Tensor:
+        if self.guidance is not None:
+            assert guidance is not None
+            t = t + self["cond_proj"](guidance_embedding(guidance, self.guidance).to(t.dtype))
+        out: Tensor = self["2"](functional.silu(self["0"](t)))
+        return out
+
+
 class UNet(nn.Module):
     """The denoiser of SD1.5, SD2, SDXL and what was pruned or distilled from them."""
 
@@ -213,9 +253,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         base, embedding = config.base, config.embedding
-        self.time_embed = nn.Sequential(
-            QuantLinear(base, embedding), nn.SiLU(), QuantLinear(embedding, embedding)
-        )
+        self.time_embed = _TimeEmbed(config)
         if config.label is not None:
             label = (
                 QuantLinear(config.label, embedding),
@@ -234,7 +272,14 @@ class UNet(nn.Module):
             norm, nn.SiLU(), QuantConv2d(base, config.out_channels, 3, padding=1)
         )
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         """Predict noise (or velocity).
 
         Args:
@@ -242,11 +287,13 @@ class UNet(nn.Module):
             t: (B,) training timesteps, 0 to 999, fractions allowed.
             context: (B, T, context width) text states.
             label: (B, config.label), where the model has `label_emb`.
+            guidance: (B,) distilled strength, where the model has `time_embed.cond_proj`.
 
         Returns:
             (B, out_channels, h, w).
         """
-        emb = self.time_embed(timestep_embedding(t, self.config.base).to(param_dtype(self)))
+        times = timestep_embedding(t, self.config.base).to(param_dtype(self))
+        emb = self.time_embed(times, guidance)
         if self.config.label is not None:
             emb = emb + self.label_emb(label)
         skips: list[Tensor] = []
