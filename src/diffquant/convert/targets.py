@@ -74,8 +74,8 @@ class Target:
         otherwise: what it does with any other format.
         fallbacks: what a row takes whose length does not fit the wanted format.
         reshapes: whether it restores shapes from `comfy.gguf.orig_shape.*`.
-        packs: where a packed weight may sit; in a GGUF file BF16 counts as packed, elsewhere only
-            what has scales.
+        packs: where a packed weight may sit in a GGUF file; BF16 counts as packed.
+        kernels_with_scales: whether it unpacks convolutions outside of GGUF.
         arrays_beside_5d: whether it reads array metadata in a file with a tensor of more than four
             dimensions.
     """
@@ -87,6 +87,7 @@ class Target:
     fallbacks: Mapping[str, str]
     reshapes: bool = False
     packs: Packs = "linear"
+    kernels_with_scales: bool = False
     arrays_beside_5d: bool = True
 
     def problems(self, container: str, tensors: Iterable[Stored]) -> tuple[str, ...]:
@@ -101,7 +102,7 @@ class Target:
         if container != "gguf":
             if kernels := self.kernels(tensors):
                 found.append(
-                    f"{len(kernels)} packed convolutions (it unpacks linear layers alone): "
+                    f"{len(kernels)} packed convolutions (only linear layers are unpacked): "
                     f"{shorten(kernels, 2)}"
                 )
             return tuple(found)
@@ -122,8 +123,8 @@ class Target:
         return found
 
     def kernels(self, tensors: Iterable[Stored]) -> list[str]:
-        """Keys of convolutions that are packed outside of GGUF, where it unpacks matrices alone."""
-        if self.packs != "linear":
+        """Keys of convolutions with scales, where it is not known to unpack them."""
+        if self.kernels_with_scales:
             return []
         return [one.key for one in tensors if len(one.shape) > 2 and one.format in _SCALED]
 
@@ -257,7 +258,7 @@ _ROWS = (
         {"safetensors": _CASTS | _COMFYUI | _QUANTOPS | BNB_FORMATS - {"int8_bnb"}},
         "no safetensors file has it",
         FALLBACKS,
-        packs="layers",
+        kernels_with_scales=True,
     ),
 )
 

@@ -1,4 +1,4 @@
-"""What a Qwen-Image transformer holds, read from its keys; names are Diffusers', as in qwen_image.py.
+"""What a Qwen-Image transformer holds, read from its keys, which are Diffusers'.
 
 What shapes cannot say: `zero_cond_t` (Edit-2511) shows other pictures to the modulation at time 0,
 for they hold no noise; `use_layer3d_rope` (Layered) puts the last picture one frame before all.

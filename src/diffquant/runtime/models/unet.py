@@ -16,14 +16,12 @@ the size of the next skip, as huggingface/diffusers does.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.runtime.layers import QuantConv2d, QuantLinear
-from diffquant.runtime.models.facts import param_dtype, timestep_embedding
+from diffquant.runtime.models.facts import guidance_embedding, param_dtype, timestep_embedding
 from diffquant.runtime.models.unet_config import (
     AttentionSpec,
     LayerSpec,
@@ -33,10 +31,7 @@ from diffquant.runtime.models.unet_config import (
     config_from,
 )
 
-__all__ = [
-    "AttentionSpec", "ResSpec", "ResampleSpec", "UNet", "UNetConfig", "config_from",
-    "guidance_embedding",
-]  # fmt: skip
+__all__ = ["AttentionSpec", "ResSpec", "ResampleSpec", "UNet", "UNetConfig", "config_from"]
 
 
 class _ResBlock(nn.Module):
@@ -208,21 +203,6 @@ class _Block(nn.ModuleList):
                 case _:
                     x = layer(x)
         return x
-
-
-def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
-    """Sinusoids of 1000 * (guidance - 1), guidance (B,): float32 (B, width), sines first.
-
-    A strength of 1 is no guidance: distillation counted from there. Source:
-    huggingface/diffusers@58eb52c:src/diffusers/pipelines/latent_consistency_models/
-    pipeline_latent_consistency_text2img.py get_guidance_scale_embedding, __call__.
-    """
-    half = width // 2
-    steps = torch.arange(half, dtype=torch.float32, device=guidance.device)
-    frequencies = torch.exp(steps * (-math.log(10000.0) / (half - 1)))
-    angles = (guidance.float() - 1)[:, None] * 1000 * frequencies
-    found = torch.cat((angles.sin(), angles.cos()), dim=-1)
-    return functional.pad(found, (0, width % 2))
 
 
 class _TimeEmbed(nn.ModuleDict):
