@@ -36,8 +36,7 @@ KL = vae_kl.VaeConfig(
 )
 QWEN = vae_qwen.QwenVaeConfig(
     encoder=tuple(
-        vae_qwen.VaeLayer(*row)
-        for row in ((6, 6), (6, 6, True), (6, 8), (8, 8, True), (8, 8))
+        vae_qwen.VaeLayer(*row) for row in ((6, 6), (6, 6, True), (6, 8), (8, 8, True), (8, 8))
     ),
     decoder=(
         (vae_qwen.VaeLayer(8, 8), vae_qwen.VaeLayer(8, 4, resamples=True)),
@@ -215,9 +214,7 @@ REACHES = {
     "convolution": (CONV, torch.nn.Conv2d(1, 1, 3, padding=1)),
     "doubling": (
         DOUBLE,
-        torch.nn.Sequential(
-            torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(1, 1, 3, padding=1)
-        ),
+        torch.nn.Sequential(torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(1, 1, 3, padding=1)),
     ),
     "halving, far sides": (
         HALVE,
