@@ -71,6 +71,7 @@ def test_weights_beyond_2_gib_are_addressed():
 
 
 @pytest.mark.parametrize("name", ["q4_k", "nf4_dq", "fp8_e4m3_scaled", "int8_convrot", "f16"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch itself
 def test_a_compiled_layer_is_one_graph_and_equal(name):
     shape = (256, 512)
     layer = QuantLinear(shape[1], shape[0], bias=False)

@@ -25,6 +25,7 @@ from diffquant.runtime.families import (
     Text,
     TextOptions,
 )
+from diffquant.runtime.devices import full_float32
 from diffquant.runtime.families.base import device_of
 from diffquant.runtime.guidance import Guidance, needs_negative
 from diffquant.runtime.inpaint import Start, paste, start
@@ -153,6 +154,7 @@ class Pipeline:
         )
 
     @torch.no_grad()
+    @full_float32()
     def denoise(
         self,
         request: PictureRequest,
@@ -221,6 +223,7 @@ class Pipeline:
         return Denoised(x, name, total, tuple(dict.fromkeys(cut)))
 
     @torch.no_grad()
+    @full_float32()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to pictures (B, H, W, 3) float32 in [0, 1], one by one."""
         vae = self.parts.vae

@@ -84,10 +84,11 @@ def capped(device: torch.device, asked: Asked) -> Iterator[None]:
     if asked.vram is None:
         yield
         return
-    total = torch.cuda.get_device_properties(device).total_memory
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.get_device_properties(index).total_memory
     share = max(asked.vram - CONTEXT_NBYTES["cuda"], 1) / total
-    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
