@@ -55,7 +55,7 @@ def test_a_preview_resembles_the_picture(name):
     assert np.corrcoef(shown.ravel(), wanted.ravel())[0, 1] > 0.5
 
 
-@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpmpp_2m", "lcm", "heun"])
+@pytest.mark.parametrize("sampler", ["euler", "ddim"])
 def test_early_previews_are_of_the_picture_and_not_of_its_noise(sampler):
     opened = open_pipeline(EXAMPLES / "sd15-shapes")
     pipeline, seen, noisy = opened.pipeline, [], []

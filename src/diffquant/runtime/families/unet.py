@@ -21,10 +21,10 @@ from diffquant.runtime.families.base import (
 from diffquant.runtime.models.facts import param_dtype
 from diffquant.runtime.models.unet import UNet
 
-__all__ = ["unet_beside", "unet_caller"]
+__all__ = ["LCM_GUIDANCE", "unet_beside", "unet_caller"]
 
 # Of latent consistency models: SimianLuo/LCM_Dreamshaper_v7 README.md draws with it.
-_GUIDANCE = 8.0
+LCM_GUIDANCE = 8.0
 
 
 def unet_caller(
@@ -46,7 +46,7 @@ def unet_caller(
     assert isinstance(unet, UNet)
     if unet.config.guidance is None:
         no_guidance(conditions)
-    strength = _GUIDANCE if conditions.guidance is None else conditions.guidance
+    strength = LCM_GUIDANCE if conditions.guidance is None else conditions.guidance
     beside = beside_latents(conditions, unet.config.in_channels, parts.vae.config.latents, "UNet")
     dtype, device = param_dtype(unet), device_of(unet)
 
