@@ -396,9 +396,8 @@ def _decoder(run: _Run) -> Iterator[Stage]:
         title, source = f"autoencoder of {space.title}", space.source
     height, width = run.picture.over(downscale_of(shapes))
     each = STORAGE[compute].block_nbytes
-    decode = functools.partial(decode_moments, kind)
-    if run.ours and kind == "vae_qwen":
-        decode = still_moments
+    as_still = run.ours and kind == "vae_qwen"
+    decode = still_moments if as_still else functools.partial(decode_moments, kind)
     walk = functools.partial(decode, shapes, itemsize=each, copied=run.picture.copied)
     moments = _walked(run, walk(height=height, width=width), title)
     tile = peak(_walked(run, walk(height=min(TILE, height), width=min(TILE, width)), title))
