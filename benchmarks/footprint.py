@@ -288,6 +288,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     from diffquant.core.heap import give_back_freed_blocks
 
     torch.set_num_threads(job["threads"])
+    torch.set_flush_denormal(True)  # equal weights make numbers that are slow and mean nothing
     give_back_freed_blocks()
     device = job["device"]
     for dtype in (torch.float32, torch.bfloat16):  # what torch loads late counts as imports

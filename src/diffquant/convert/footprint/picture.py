@@ -379,6 +379,8 @@ def _decoder(run: _Run) -> Iterator[Stage]:
     if part is not None and part.kind == "vae_tiny_encoder":
         run.notes.append("this file holds an encoder alone: it decodes nothing")
         return
+    if part is None and not run.estimates:
+        return
     if part is None and (space is None or not space.vae):
         if row is not None:
             of = f" of {space.title}" if space is not None else ""
