@@ -3,6 +3,8 @@
 No torch: the inspector answers from a header, and the runtime plans before a byte moves.
 
     picture.py      footprint(), parts_footprint(): the stages of one picture
+    stages.py       what is asked and what comes out, plain data
+    texts.py        the stages of text encoders
     moments.py      what lives at once, and the largest sum
     unet.py transformer.py vae.py encoders.py     activations, a walk per family
     transformer_runtime.py vae_runtime.py         where this package's runtime differs
@@ -18,14 +20,8 @@ from diffquant.convert.footprint.levels import (
     block_count,
     needs,
 )
-from diffquant.convert.footprint.picture import (
-    Footprint,
-    Picture,
-    Stage,
-    footprint,
-    parts_footprint,
-    with_denoiser,
-)
+from diffquant.convert.footprint.picture import footprint, parts_footprint, with_denoiser
+from diffquant.convert.footprint.stages import Footprint, Picture, Stage
 from diffquant.convert.footprint.weights import PartSource
 
 __all__ = [
