@@ -19,8 +19,8 @@ from typing import Any
 
 from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.detect import detect, detect_part, to_canonical
-from diffquant.convert.lora.bases import template
 from diffquant.convert.lora.places import modules_of
+from diffquant.convert.templates import template
 from diffquant.core.errors import ArchitectureError, NotInvertible
 from diffquant.core.tensors import TensorSpec
 
@@ -126,7 +126,7 @@ def bases() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name, cut, changes in BASES:
         shapes = {key: tuple(shape) for key, shape in known[name].items()}
-        found.append(_row(_filled({**shapes, **changes}, cut)))
+        found.append(_row(filled({**shapes, **changes}, cut)))
     return [_shortened(row, found[:index]) for index, row in enumerate(found)]
 
 
@@ -171,8 +171,8 @@ def _row(full: Modules) -> dict[str, Any]:
     return {
         "architecture": match.architecture,
         "variant": match.variant,
-        "names": _folded(own),
-        "other": _folded({**rest, **(_comfy(own) if part.kind == "hunyuan_video" else {})}),
+        "names": folded(own),
+        "other": folded({**rest, **(_comfy(own) if part.kind == "hunyuan_video" else {})}),
     }
 
 
@@ -196,7 +196,7 @@ def _comfy(modules: Modules) -> Modules:
     return found
 
 
-def _filled(shapes: Modules, cut: tuple[str, ...]) -> Modules:
+def filled(shapes: Modules, cut: tuple[str, ...]) -> Modules:
     """Put the blocks back that a shortened manifest leaves out: they are as block 1 is."""
     found = dict(shapes)
     for stack in cut:
@@ -219,7 +219,7 @@ def _weights(shapes: Mapping[str, tuple[int, ...]]) -> Modules:
     }
 
 
-def _folded(modules: Modules) -> dict[str, dict[str, str]]:
+def folded(modules: Modules) -> dict[str, dict[str, str]]:
     """Template -> numbers in it ("0-18", "1-2 1 0") -> shape ("9216x3072")."""
     found: dict[str, dict[tuple[int, ...], set[tuple[int, ...]]]] = {}
     for name, shape in modules.items():

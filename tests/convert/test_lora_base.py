@@ -12,10 +12,11 @@ import pytest
 
 from diffquant.convert.detect import detect
 from diffquant.convert.lora.base import guess_base
-from diffquant.convert.lora.bases import bases, template
+from diffquant.convert.lora.bases import bases
 from diffquant.convert.lora.claims import claims_of, denied
 from diffquant.convert.lora.distilled import DISTILLED, distilled_of
 from diffquant.convert.lora.group import group_adapters
+from diffquant.convert.templates import template
 from diffquant.core.errors import ArchitectureError
 from diffquant.core.tensors import TensorSpec
 

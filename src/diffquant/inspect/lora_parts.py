@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from diffquant.convert.lora.base import BaseGuess
-from diffquant.convert.lora.bases import template
 from diffquant.convert.lora.group import Adapter
+from diffquant.convert.templates import template
 
 __all__ = ["LoraBlocks", "LoraPart", "touched_blocks", "touched_parts"]
 

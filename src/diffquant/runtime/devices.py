@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["available_devices", "native_dtype"]
+__all__ = ["available_devices", "native_dtype", "why_native"]
 
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last on Arm
 
@@ -33,6 +33,22 @@ def native_dtype(device: torch.device | str) -> torch.dtype:
         major, _ = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if major >= 8 else torch.float16
     return torch.float16 if kind == "mps" else torch.float32
+
+
+def why_native(device: torch.device | str) -> str:
+    """Why `native_dtype` is what it is, for people."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        if native_dtype(device) is torch.bfloat16:
+            return "the processor multiplies bfloat16 (AVX512_BF16, AMX or Arm's BF16)"
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            return "this torch has no oneDNN, which bfloat16 takes on a CPU"
+        return "the processor does not multiply bfloat16 (no AVX512_BF16, AMX or Arm's BF16)"
+    if kind == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        than = "from 8.0 on bfloat16 is native" if major >= 8 else "below 8.0 bfloat16 is emulated"
+        return f"compute capability {major}.{minor}; {than}"
+    return "bfloat16 needs macOS 14" if kind == "mps" else "no narrower dtype is known to be native"
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from diffquant.convert.lora.bases import Base, bases, template
+from diffquant.convert.lora.bases import Base, bases
 from diffquant.convert.lora.encoders import Encoder, alone, encoder_of
 from diffquant.convert.lora.group import Adapter
 from diffquant.convert.lora.kinds import WeightShape
 from diffquant.convert.rules import Shape
+from diffquant.convert.templates import template
 
 __all__ = ["UNKNOWN", "BaseGuess", "Fit", "guess_base", "same_shape"]
 

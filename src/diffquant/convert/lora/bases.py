@@ -1,7 +1,7 @@
 """The models LoRAs are trained on: every matrix and kernel of each, by name and shape.
 
 A LoRA's header names modules and gives the shapes of their weights, so what it was made for is a
-look-up: `bases.json` holds the full-size models as templates, numbers cut out,
+look-up: `bases.json` holds the full-size models as templates (convert/templates.py),
 
     "double_blocks.#.img_attn.qkv": {"0-18": "9216x3072"}
 
@@ -13,28 +13,18 @@ file from published configs.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from pathlib import Path
-from typing import TypeAlias
 
 from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.rules import Shape
+from diffquant.convert.templates import Numbers, Templates, expanded, shapes_of
 
-__all__ = ["Base", "Numbers", "bases", "template"]
+__all__ = ["Base", "bases"]
 
-_NUMBER = re.compile(r"(?:(?<=[._])|^)\d+(?=[._]|$)")
 _FILE = Path(__file__).with_name("bases.json")
-Templates: TypeAlias = Mapping[str, Mapping[str, str]]
-Numbers: TypeAlias = tuple[int, ...]
-
-
-def template(name: str) -> tuple[str, Numbers]:
-    """Cut the numbers out: "blocks.3.ff.net.0" -> ("blocks.#.ff.net.#", (3, 0))."""
-    return _NUMBER.sub("#", name), tuple(int(one) for one in _NUMBER.findall(name))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,12 +69,7 @@ class Base:
 
     def modules(self) -> dict[str, Shape]:
         """Every module as the architecture's own files name it, and its weight's shape."""
-        return {
-            _numbered(text, numbers): tuple(map(int, shape.split("x")))
-            for text, rows in self.names.items()
-            for numbered, shape in rows.items()
-            for numbers in _expanded(numbered)
-        }
+        return shapes_of(self.names)
 
     def templates(self, *, own: bool, underscored: bool) -> tuple[str, ...]:
         """Every template of one naming."""
@@ -124,25 +109,5 @@ def _weights(base: Base, text: str, underscored: bool) -> dict[Numbers, Shape]:
     for which in ("other", "names"):
         for numbers, shape in _spelled(base, which, underscored).get(text, {}).items():
             size = tuple(map(int, shape.split("x")))
-            found.update(dict.fromkeys(_expanded(numbers), size))
-    return found
-
-
-def _numbered(text: str, numbers: Numbers) -> str:
-    """Put the numbers back into a template."""
-    rest = iter(numbers)
-    return "".join(str(next(rest)) if one == "#" else one for one in text)
-
-
-def _expanded(text: str) -> Iterator[Numbers]:
-    """Read "1-2 0, 4 0+2", products of ranges with a space between places."""
-    for row in text.split(", "):
-        yield from product(*map(_range, row.split()))
-
-
-def _range(text: str) -> list[int]:
-    found: list[int] = []
-    for run in text.split("+"):
-        first, _, last = run.partition("-")
-        found.extend(range(int(first), int(last or first) + 1))
+            found.update(dict.fromkeys(expanded(numbers), size))
     return found

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffquant.convert.lora.bases import bases, template
+from diffquant.convert.lora.bases import bases
 from diffquant.convert.lora.group import Adapter
+from diffquant.convert.templates import template
 
 __all__ = ["ENCODERS", "Encoder", "EncoderRow", "alone", "encoder_of"]
 
