@@ -6,6 +6,7 @@ No torch: the inspector answers from a header, and the runtime plans before a by
     moments.py      what lives at once, and the largest sum
     unet.py transformer.py vae.py encoders.py     activations, a walk per family
     weights.py decode.py                          stored bytes, blocks, what decoding takes
+    strips.py reach.py                            decoding in strips, and how a map is cut
     companions.py vae_usual.py                    parts a file lacks
     levels.py       what each level of offloading needs
 """

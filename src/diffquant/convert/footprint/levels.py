@@ -6,7 +6,7 @@ blocks      of the part at work two blocks, one computing and one arriving, and 
 sequential  of the part at work two layers, one computing and one arriving
 
 A part without a list of blocks, such as a decoder, is never streamed. At each level the decoder
-may work in tiles. Added up: resident weights, activations, and what decoding one packed weight
+may work in strips. Added up: resident weights, activations, and what decoding one packed weight
 takes, as if the widest weight were decoded at the widest step.
 """
 
@@ -59,7 +59,7 @@ class Need:
 
     Attributes:
         level: a key of LEVELS.
-        tiled: whether the decoder works in tiles.
+        tiled: whether the decoder works in strips.
         nbytes: the largest stage, weights and all.
         stage, title: which one that is.
     """
@@ -72,9 +72,9 @@ class Need:
 
 
 def needs(found: Footprint) -> tuple[Need, ...]:
-    """Each level without and with tiles, in the order they should be tried.
+    """Each level without and with strips, in the order they should be tried.
 
-    Tiles come before a slower level: they cost a picture seconds, streaming costs every step.
+    Strips come before a slower level: they cost a picture seconds, streaming costs every step.
     """
     return tuple(_need(found, level, tiled=tiled) for level in LEVELS for tiled in (False, True))
 

@@ -17,9 +17,10 @@ from diffquant.convert.architectures.spaces import SPACES
 from diffquant.convert.footprint.companions import COMPANIONS, companions_of
 from diffquant.convert.footprint.encoders import encoder_moment, sizes_of
 from diffquant.convert.footprint.moments import Buffer, Moment, largest_buffer, peak
+from diffquant.convert.footprint.strips import strip_moments
 from diffquant.convert.footprint.transformer import row_for, transformer_moments
 from diffquant.convert.footprint.unet import unet_moments
-from diffquant.convert.footprint.vae import TILE, decode_moments, downscale_of
+from diffquant.convert.footprint.vae import decode_moments, downscale_of
 from diffquant.convert.footprint.vae_usual import usual_vae
 from diffquant.convert.footprint.weights import (
     PartWeights,
@@ -36,7 +37,6 @@ __all__ = ["Footprint", "Picture", "Stage", "footprint", "with_denoiser"]
 
 _FLOAT32 = 4
 _LATENT_COPIES = 3  # latents, prediction and the sampler's own, in float32
-_RGB = 3
 _VIDEO = ("wan", "hunyuan", "ltx")
 
 
@@ -81,7 +81,8 @@ class Stage:
         weights: of the part.
         activations: the moment at which most is in memory.
         largest: the largest tensor that is no weight.
-        tiled: the moment when the picture is decoded in tiles; None for other stages.
+        tiled: the moment when the picture is decoded in strips; None for other stages.
+        host: likewise, with feature maps in host memory.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Stage:
     activations: Moment
     largest: Buffer
     tiled: Moment | None = None
+    host: Moment | None = None
 
     @property
     def scratch(self) -> int:
@@ -308,8 +310,11 @@ def _decoder(run: _Run) -> Iterator[Stage]:
     each = STORAGE[compute].block_nbytes
     walk = functools.partial(decode_moments, kind, shapes, itemsize=each, copied=run.picture.copied)
     moments = _walked(run, walk(height=height, width=width), title)
-    tile = peak(_walked(run, walk(height=min(TILE, height), width=min(TILE, width)), title))
-    canvas = 2 * _RGB * run.picture.height * run.picture.width * _FLOAT32
+    cut = functools.partial(strip_moments, kind, shapes, height=height, width=width, itemsize=each)
+    strips, host = (
+        peak(_walked(run, cut(copied=run.picture.copied, host=away), title))
+        for away in (False, True)
+    )
     yield Stage(
         "decode",
         "vae",
@@ -319,7 +324,8 @@ def _decoder(run: _Run) -> Iterator[Stage]:
         weights,
         peak(moments),
         largest_buffer(moments),
-        replace(tile, buffers=(*tile.buffers, Buffer("picture and blending", canvas, 2))),
+        strips,
+        host,
     )
 
 
