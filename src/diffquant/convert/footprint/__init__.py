@@ -9,6 +9,7 @@ No torch: the inspector answers from a header, and the runtime plans before a by
     unet.py transformer.py vae.py encoders.py     activations, a walk per family
     transformer_runtime.py vae_runtime.py         where this package's runtime differs
     weights.py decode.py                          stored bytes, blocks, what decoding takes
+    strips.py reach.py                            decoding in strips, and how a map is cut
     companions.py vae_usual.py                    parts a file lacks
     levels.py       what each level of offloading needs
 """

@@ -20,10 +20,11 @@ from diffquant.convert.architectures.spaces import SPACES
 from diffquant.convert.footprint.decode import ServedBy, usually
 from diffquant.convert.footprint.moments import Buffer, Moment, largest_buffer, peak
 from diffquant.convert.footprint.stages import Footprint, Picture, Run, Stage
+from diffquant.convert.footprint.strips import strip_moments
 from diffquant.convert.footprint.texts import text_stages, text_tokens
 from diffquant.convert.footprint.transformer import row_for, transformer_moments
 from diffquant.convert.footprint.unet import unet_moments
-from diffquant.convert.footprint.vae import TILE, decode_moments, downscale_of
+from diffquant.convert.footprint.vae import decode_moments, downscale_of
 from diffquant.convert.footprint.vae_runtime import encode_moments, still_moments
 from diffquant.convert.footprint.vae_usual import usual_vae
 from diffquant.convert.footprint.weights import (
@@ -40,7 +41,6 @@ __all__ = ["footprint", "parts_footprint", "with_denoiser"]
 
 _FLOAT32 = 4
 _LATENT_COPIES = 3  # latents, prediction and the sampler's own, in float32
-_RGB = 3
 _VIDEO = ("wan", "hunyuan", "ltx")
 
 
@@ -68,7 +68,7 @@ def footprint(
     parts = {one.name: PartSource(logical, one, served_by=served_by) for one in match.parts}
     guided = row is not None and row.sampling_for(match.variant).cfg > 1
     run = _run(parts, picture, match.architecture, match.variant, guided=guided, ours=ours)
-    return _found(run, _denoiser(run))
+    return _found(run, _denoiser(run), tuple(_decoder(run)))
 
 
 def parts_footprint(
@@ -91,8 +91,9 @@ def parts_footprint(
         from_picture: whether a picture is encoded first.
     """
     run = _run(parts, picture, architecture, variant, guided=guided, ours=True, estimates=False)
-    first = _picture_encoder(run) if from_picture else ()
-    return _found(run, (*first, *_denoiser(run)))
+    last = tuple(_decoder(run))
+    first = _picture_encoder(run, last) if from_picture else ()
+    return _found(run, (*first, *_denoiser(run)), last)
 
 
 def _run(
@@ -109,11 +110,11 @@ def _run(
     return Run(architecture, variant, picture, guided, parts, shapes, estimates, ours, [])
 
 
-def _found(run: Run, between: Iterable[Stage]) -> Footprint:
-    """All stages; `between` are those after the texts and before decoding."""
+def _found(run: Run, between: Iterable[Stage], last: Iterable[Stage]) -> Footprint:
+    """All stages; `between` are those after the texts and before decoding, the last."""
     if run.architecture in _VIDEO:
         run.notes.append("counted for one frame: activations grow with every frame of a video")
-    stages = (*text_stages(run), *between, *_decoder(run))
+    stages = (*text_stages(run), *between, *last)
     return Footprint(
         run.architecture, run.variant, run.picture, run.guided, stages, tuple(run.notes)
     )
@@ -237,8 +238,11 @@ def _decoder(run: Run) -> Iterator[Stage]:
     decode = still_moments if as_still else functools.partial(decode_moments, kind)
     walk = functools.partial(decode, shapes, itemsize=each, copied=run.picture.copied)
     moments = _walked(run, walk(height=height, width=width), title)
-    tile = peak(_walked(run, walk(height=min(TILE, height), width=min(TILE, width)), title))
-    canvas = 2 * _RGB * run.picture.height * run.picture.width * _FLOAT32
+    cut = functools.partial(strip_moments, kind, shapes, height=height, width=width, itemsize=each)
+    strips, host = (
+        peak(_walked(run, cut(copied=run.picture.copied, host=away), title))
+        for away in (False, True)
+    )
     yield Stage(
         "decode",
         "vae",
@@ -248,12 +252,16 @@ def _decoder(run: Run) -> Iterator[Stage]:
         weights,
         peak(moments),
         largest_buffer(moments),
-        replace(tile, buffers=(*tile.buffers, Buffer("picture and blending", canvas, 2))),
+        strips,
+        host,
     )
 
 
-def _picture_encoder(run: Run) -> Iterator[Stage]:
-    """The autoencoder that turns a given picture into latents."""
+def _picture_encoder(run: Run, decoding: tuple[Stage, ...]) -> Iterator[Stage]:
+    """The autoencoder that turns a given picture into latents.
+
+    In strips its maps are those of decoding at half the channels: what decoding takes is enough.
+    """
     part = run.part("vae")
     if part is None:
         return
@@ -268,9 +276,19 @@ def _picture_encoder(run: Run) -> Iterator[Stage]:
     )
     title = VAE_TITLES.get(part.kind, part.kind)
     moments = _walked(run, walk, title)
-    weights = part_weights(run.parts["vae"], compute=compute)
-    largest = largest_buffer(moments)
-    yield Stage("encode picture", "vae", title, True, "this file", weights, peak(moments), largest)
+    stage = Stage(
+        "encode picture",
+        "vae",
+        title,
+        True,
+        "this file",
+        part_weights(run.parts["vae"], compute=compute),
+        peak(moments),
+        largest_buffer(moments),
+    )
+    for one in decoding:
+        stage = replace(stage, tiled=one.tiled, host=one.host)
+    yield stage
 
 
 def _decoder_dtype(run: Run) -> str:

@@ -55,8 +55,8 @@ class Stage:
         weights: of the part.
         activations: the moment at which most is in memory.
         largest: the largest tensor that is no weight.
-        tiled: the moment when the picture is decoded in tiles; None for other stages.
-        host: the same with maps that lie in host memory; None where nobody does that.
+        tiled: the moment when the picture is decoded (or encoded) in strips; None for other stages.
+        host: likewise, with feature maps in host memory.
     """
 
     name: str
