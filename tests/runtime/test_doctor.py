@@ -166,7 +166,7 @@ def test_torchs_own_words_say_why_there_is_no_card(monkeypatch):
         return False
 
     cuda(monkeypatch, available=old)
-    assert accelerators([]).why_none[0] == "CUDA: the driver on your system is too old"
+    assert accelerators([]).why_none["CUDA"] == "the driver on your system is too old"
 
 
 def test_a_card_that_fails_is_a_finding_and_not_a_crash(monkeypatch):

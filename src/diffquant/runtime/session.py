@@ -269,7 +269,7 @@ def _generate(job: Job, ready: _Ready, run: _Run) -> Made:
         ready.settings,
         ready.files,
         sampler=made.sampler,
-        cfg=opened.pipeline.family.cfg if request.cfg is None else request.cfg,
+        cfg=opened.pipeline.cfg if request.cfg is None else request.cfg,
         dtype=ready.dtype,
         preset=ready.preset.name if ready.preset and ready.preset.name != "default" else "none",
     )
@@ -335,7 +335,7 @@ def _opened(job: Job, path: Path, dtype: str, files: contextlib.ExitStack) -> Op
 
 
 def _previews(job: Job, opened: Opened, run: _Run) -> OnLatents | None:
-    """What writes OUT.preview.png, at most ten times a run."""
+    """What writes OUT.preview.png, the picture as the model sees it, at most ten times a run."""
     if job.preview is None:
         return None
     show: Show = shower(opened.architecture, opened.pipeline.parts.vae, job.preview.tiny)

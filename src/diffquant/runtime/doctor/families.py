@@ -44,7 +44,7 @@ class TypeFit:
         type: of the denoiser.
         denoiser_nbytes: its weights.
         level: none, model, blocks or sequential; the least demanding one where nothing fits.
-        tiled: whether the picture is decoded in strips.
+        decoder: whole or strips: how the picture is decoded.
         peak_nbytes: predicted, with what the device takes for itself.
         fits: whether the budget is enough; None where none is known.
         stage, decides: encode, denoise or decode, and the part that needs most then.
@@ -53,7 +53,7 @@ class TypeFit:
     type: str
     denoiser_nbytes: int
     level: str
-    tiled: bool
+    decoder: str
     peak_nbytes: int
     fits: bool | None
     stage: str
@@ -61,8 +61,8 @@ class TypeFit:
 
     @property
     def rung(self) -> str:
-        """Level and strips in words."""
-        return f"{self.level}+strips" if self.tiled else self.level
+        """Level and decoder in words."""
+        return self.level if self.decoder == "whole" else f"{self.level}+{self.decoder}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def _rung(name: str, found: Footprint, budget: int | None) -> TypeFit:
         type=name,
         denoiser_nbytes=denoiser.weights.nbytes,
         level=need.level,
-        tiled=need.tiled,
+        decoder="strips" if need.tiled else "whole",
         peak_nbytes=need.nbytes + CONTEXT_NBYTES,
         fits=fits,
         stage=need.stage,
