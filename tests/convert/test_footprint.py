@@ -14,7 +14,7 @@ from diffquant.convert.architectures.spaces import SPACES
 from diffquant.convert.binding import bind
 from diffquant.convert.footprint import LEVELS, Picture, footprint, needs, with_denoiser
 from diffquant.convert.footprint.companions import COMPANIONS, companions_of
-from diffquant.convert.footprint.decode import decode_nbytes
+from diffquant.convert.footprint.decode import decode_nbytes, usually
 from diffquant.convert.footprint.levels import block_count, blocks_nbytes, spread
 from diffquant.convert.footprint.moments import Buffer, Moment, largest_buffer, peak
 from diffquant.convert.footprint.reach import STRIP_NBYTES
@@ -162,6 +162,22 @@ def test_a_layer_of_several_pieces_is_decoded_piece_by_piece_and_joined():
     largest = max(prod(shape) for shape in MANIFESTS["flux-dev.transformer.original"].values())
     assert weights.scratch.nbytes == 2 * 2 * largest  # the pieces, and the joined weight
     assert "linear1" in weights.scratch.label
+
+
+def test_a_cpu_lays_the_kernels_of_convolutions_out_again():
+    largest = 1280 * 2560 * 9
+    logical, match = opened(MANIFESTS["sd15.unet.ldm"], "F32")
+    gpu, cpu = (
+        part_weights(PartSource(logical, match.parts[0], serving=usually(device)), compute="F32")
+        for device in ("cuda", "cpu")
+    )
+    assert (gpu.scratch.nbytes, cpu.scratch.nbytes) == (0, 4 * largest)
+    logical, match = opened(MANIFESTS["sd15.unet.ldm"])
+    source = PartSource(logical, match.parts[0], serving=usually("cpu"))
+    assert part_weights(source, compute="F32").scratch.nbytes == 2 * 4 * largest
+    logical, match = opened(MANIFESTS["flux-dev.transformer.original"], "F32")
+    source = PartSource(logical, match.parts[0], serving=usually("cpu"))
+    assert part_weights(source, compute="F32").scratch.nbytes == 0  # matrices are not
 
 
 def test_keys_that_a_loader_does_not_read_are_left_out():

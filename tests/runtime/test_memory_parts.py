@@ -125,8 +125,8 @@ def test_weights_that_the_loader_leaves_in_the_file_are_not_counted():
 @pytest.mark.parametrize("fmt", ["q4_k", "nf4", "bf16", "f32"])
 def test_decoding_is_counted_by_what_serves_the_format_here(fmt):
     source = one("clip-l.hf")
-    assert source.served_by(fmt) == best(fmt, "cpu", torch.bfloat16).backend
-    assert source.served_by("") == "torch"
+    assert source.serving.backend(fmt) == best(fmt, "cpu", torch.bfloat16).backend
+    assert source.serving.backend("") == "torch"
 
 
 def test_a_part_the_runtime_has_no_model_for_is_refused():

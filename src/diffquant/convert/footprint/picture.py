@@ -17,7 +17,7 @@ from dataclasses import replace
 from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.parts import VAE_TITLES
 from diffquant.convert.architectures.spaces import SPACES
-from diffquant.convert.footprint.decode import ServedBy, usually
+from diffquant.convert.footprint.decode import Serving, usually
 from diffquant.convert.footprint.moments import Buffer, Moment, largest_buffer, peak
 from diffquant.convert.footprint.stages import Footprint, Picture, Run, Stage
 from diffquant.convert.footprint.strips import strip_moments
@@ -49,7 +49,7 @@ def footprint(
     match: Match,
     picture: Picture,
     *,
-    served_by: ServedBy | None = None,
+    serving: Serving | None = None,
     ours: bool = False,
 ) -> Footprint:
     """Estimate what making a picture with a file takes.
@@ -60,12 +60,12 @@ def footprint(
         logical: the opened file.
         match: what it is.
         picture: what is to be made.
-        served_by: what decodes packed weights; a GPU with Triton where not given.
+        serving: what decodes packed weights; a GPU with Triton where not given.
         ours: whether the runtime of this package runs it, else other programs as far as known.
     """
     row = ARCHITECTURES.get(match.architecture)
-    served_by = served_by or usually("cuda")
-    parts = {one.name: PartSource(logical, one, served_by=served_by) for one in match.parts}
+    serving = serving or usually("cuda")
+    parts = {one.name: PartSource(logical, one, serving=serving) for one in match.parts}
     guided = row is not None and row.sampling_for(match.variant).cfg > 1
     run = _run(parts, picture, match.architecture, match.variant, guided=guided, ours=ours)
     return _found(run, _denoiser(run), tuple(_decoder(run)))
