@@ -84,7 +84,7 @@ def filled(model, seed=0):
 
     with torch.no_grad():
         for one in model.parameters():
-            # Means far from zero and unequal groups, or statistics of a strip could pass for the map's.
+            # Means far from zero: statistics of a strip must not pass for the map's.
             one.copy_(0.5 + 0.3 * random(*one.shape))
             one.abs_()
         for layer in model.modules():

@@ -8,7 +8,7 @@ import torch
 
 from diffquant.core.errors import ResourceError
 from diffquant.runtime.control import damaged
-from diffquant.runtime.layers import PackedLayer
+from diffquant.runtime.layers import PackedLayer, QuantEmbedding
 from diffquant.runtime.memory.placement import out_of_memory
 from diffquant.runtime.memory.rungs import Rung
 from diffquant.runtime.opening import open_pipeline
@@ -79,6 +79,21 @@ def test_at_level_model_one_part_is_there_at_a_time():
             if isinstance(layer, PackedLayer) and layer.packed.device.type != "meta"
         }
         assert there == {"vae"}
+
+
+@pytest.mark.parametrize(
+    ("level", "here"), [("none", True), ("model", True), ("blocks", False), ("sequential", False)]
+)
+def test_tables_of_tokens_stay_on_the_host_where_weights_stream(level, here):
+    """Even of a part whose blocks all stay: the planner does not count them either."""
+    every = {"denoiser": 99, "text_encoder": 99, "text_encoder_2": 99} if level == "blocks" else {}
+    rung = Rung(level, "whole", pinned=False, resident=every)
+    with placed(DEMOS / "flux1-shapes", rung) as opened:
+        text = opened.modules["text_encoder"]
+        text(torch.zeros(1, 7, dtype=torch.int64))
+        tables = [layer for layer in text.modules() if isinstance(layer, QuantEmbedding)]
+        assert tables
+        assert all((layer.packed.device.type == "cpu") == here for layer in tables)
 
 
 def test_at_level_none_parts_stay():
