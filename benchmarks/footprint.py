@@ -1,11 +1,13 @@
 """Is the memory estimate right? One call of real-size models, measured and estimated.
 
 python benchmarks/footprint.py [--device cpu|cuda] [--json FILE] [--cases NAME,...] [--threads N]
+    [--pixels N]
 
 Every case is a process of its own: a model of real names and shapes (tests/data/manifests.json.xz),
 its weights filled with one number in the format under test (values change nothing here), one call
 of the denoiser or one decoding. Measured on a CPU: peak anonymous memory, sampled 50 times a
-second, less what the same process holds after imports and a small convolution and matmul. On CUDA:
+second, less what the same process holds after imports, a small convolution and matmul, and for
+`ours` a small weight decoded by numba: what CONTEXT_NBYTES has for a CPU, printed first. On CUDA:
 torch.cuda.max_memory_allocated, and max_memory_reserved beside it. Estimated: weights, activations
 and the decoding of one packed weight, as convert/footprint.py adds them up for a level.
 
@@ -18,6 +20,7 @@ Target: within 20 % of measured, never under it by more than 10 %.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import lzma
@@ -54,6 +57,8 @@ CASES = (
     Case("sd15 f32 compute", "ours", "sd15.unet.ldm", "bf16", "float32", 512),
     Case("sd15 q8_0", "ours", "sd15.unet.ldm", "q8_0", "bfloat16", 512),
     Case("sd15 q4_k_s", "ours", "sd15.unet.ldm", "q4_k_s", "bfloat16", 512),
+    Case("sd15 q8_0 f32 compute", "ours", "sd15.unet.ldm", "q8_0", "float32", 512),
+    Case("sd15 q4_k_s f32 compute", "ours", "sd15.unet.ldm", "q4_k_s", "float32", 512),
     Case("sd15 diffusers", "diffusers", "sd15.unet.diffusers", "bf16", "bfloat16", 512),
     Case("vae 512", "ours", "sd.vae-kl-f8.ldm", "bf16", "bfloat16", 512, "vae"),
     Case("vae 512 f32", "ours", "sd.vae-kl-f8.ldm", "f32", "float32", 512, "vae"),
@@ -138,11 +143,12 @@ COMPUTE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 CASTS = ("bf16", "f16", "f32")
 
 
-def estimate(case: Case) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
+def estimate(case: Case, device: str) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
     """The stage under test, and key -> (format, shape) of its weights."""
     from diffquant.convert.binding import bind
     from diffquant.convert.detect import detect, detect_part
     from diffquant.convert.footprint import Picture, footprint, with_denoiser
+    from diffquant.convert.footprint.decode import usually
     from diffquant.convert.footprint.weights import plan_weights
     from diffquant.convert.plan import Request, make_plan
     from diffquant.quant.types import type_named
@@ -152,7 +158,8 @@ def estimate(case: Case) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
     specs = logical.specs()
     match = detect_part(specs) if case.part == "vae" else detect(specs)
     picture = Picture(case.pixels, case.pixels, compute=COMPUTE[case.compute])
-    found = footprint(logical, match, picture)
+    is_ours, served_by = case.engine == "ours", usually(device.partition(":")[0])
+    found = footprint(logical, match, picture, served_by=served_by, ours=is_ours)
     weights = {key: (case.stored, spec.shape) for key, spec in specs.items()}
     if case.stored not in CASTS:
         plan = make_plan(logical, match, Request("gguf", type=type_named(case.stored)))
@@ -161,7 +168,8 @@ def estimate(case: Case) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
             step.key: (step.decision.format or step.stored.lower(), step.assignment.shape)
             for step in steps
         }
-        found = with_denoiser(found, plan_weights(steps, compute=picture.compute))
+        planned = plan_weights(steps, compute=picture.compute, served_by=served_by)
+        found = with_denoiser(found, planned)
     name = "decode" if case.part == "vae" else "denoise"
     return next(one for one in found.stages if one.name == name), weights
 
@@ -280,6 +288,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     from diffquant.core.heap import give_back_freed_blocks
 
     torch.set_num_threads(job["threads"])
+    torch.set_flush_denormal(True)  # equal weights make numbers that are slow and mean nothing
     give_back_freed_blocks()
     device = job["device"]
     for dtype in (torch.float32, torch.bfloat16):  # what torch loads late counts as imports
@@ -290,10 +299,13 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     case = next((one for one in CASES if one.name == job["name"]), None)
     if job["engine"] == "diffusers":
         import diffusers  # noqa: F401 - counts as imports
+    if job["engine"] == "ours" and device == "cpu":
+        packed("q8_0", (256, 256), device).dequantize(torch.float32)  # numba and its decoder
     if case is None:
         time.sleep(0.1)
         return {}
-    stage, weights = estimate(case)
+    case = dataclasses.replace(case, pixels=job["pixels"] or case.pixels)
+    stage, weights = estimate(case, device)
     call = {"ours": ours, "diffusers": theirs}[case.engine](case, weights, device)
     cuda = device.startswith("cuda")
     if cuda:
@@ -317,7 +329,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    job = {"device": arguments.device, "threads": arguments.threads}
+    job = {"device": arguments.device, "threads": arguments.threads, "pixels": arguments.pixels}
     report: dict[str, Any] = {"environment": environment(), **job, "runs": {}}
     if arguments.device.startswith("cuda"):
         import torch
@@ -339,6 +351,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if case.engine not in bare:
             none = {**job, "name": "", "engine": case.engine}
             bare[case.engine] = run(none, __file__)["anonymous_nbytes"]
+            print(f"process without a model, {case.engine}: {mib(bare[case.engine])} MiB")
         one = run({**job, "name": case.name, "engine": case.engine}, __file__)
         total = one["weights_nbytes"] + one["activations_nbytes"] + one["scratch_nbytes"]
         measured = one["allocated_nbytes"] or one["anonymous_nbytes"] - bare[case.engine]
@@ -364,6 +377,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--cases", help="names, with commas")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pixels", type=int, default=0, help="side of the picture, for all cases")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

@@ -1,7 +1,9 @@
 """Memory arithmetic: sums of named tensors, weights as stored, and what each level leaves out."""
 
+import itertools
 import json
 import lzma
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -13,11 +15,11 @@ from diffquant.convert.binding import bind
 from diffquant.convert.footprint import LEVELS, Picture, footprint, needs, with_denoiser
 from diffquant.convert.footprint.companions import COMPANIONS, companions_of
 from diffquant.convert.footprint.decode import decode_nbytes
-from diffquant.convert.footprint.levels import block_count
+from diffquant.convert.footprint.levels import block_count, blocks_nbytes, spread
 from diffquant.convert.footprint.moments import Buffer, Moment, largest_buffer, peak
 from diffquant.convert.footprint.transformer_rows import TRANSFORMERS
 from diffquant.convert.footprint.vae import decode_moments
-from diffquant.convert.footprint.weights import plan_weights
+from diffquant.convert.footprint.weights import PartSource, part_weights, plan_weights
 from diffquant.convert.plan import Request, make_plan
 from diffquant.convert.recognise import recognise
 from diffquant.core.tensors import TensorSpec
@@ -100,8 +102,55 @@ def test_the_blocks_of_both_namings_are_those_that_are_streamed():
     theirs = stage(estimate("flux-dev.transformer.diffusers"), "denoise").weights
     assert len(ours.blocks) == 19 + 38
     assert sorted(ours.blocks) == sorted(theirs.blocks)
-    assert ours.nbytes == sum(ours.blocks) + ours.rest
-    assert 0 < ours.rest < ours.nbytes / 100
+    assert ours.nbytes == sum(ours.blocks) + ours.loose + ours.small
+    assert 0 < ours.loose + ours.small < ours.nbytes / 100
+    assert ours.tables == 0
+
+
+def test_weights_are_split_by_what_is_streamed():
+    found = estimate("sdxl-base.checkpoint.ldm")
+    unet, clip = stage(found, "denoise").weights, stage(found, "encode").weights
+    shapes = MANIFESTS["sdxl-base.checkpoint.ldm"]
+    unet_keys = [key for key in shapes if key.startswith("model.diffusion_model.")]
+    assert unet.small == sum(2 * prod(shapes[key]) for key in unet_keys if len(shapes[key]) == 1)
+    assert clip.tables == 2 * (49408 + 77) * 768
+    assert unet.nbytes == pytest.approx(unet.small + unet.loose + sum(unet.blocks), abs=1)
+    assert unet.layer.nbytes == max(
+        2 * prod(shapes[key]) for key in unet_keys if len(shapes[key]) > 1
+    )
+
+
+def test_groups_begin_each_tensor_at_256_bytes():
+    shapes = {key: tuple(shape) for key, shape in MANIFESTS["t5-xxl-encoder.hf"].items()}
+    logical, match = opened({**shapes, "encoder.block.0.layer.0.SelfAttention.q.weight": (3, 5)})
+    weights = part_weights(PartSource(logical, match.parts[0]), compute="BF16")
+    plain = sum(2 * prod(one) for key, one in shapes.items() if key.startswith("encoder.block.1."))
+    norms = 2 * 2 * 4096
+    assert weights.blocks[1] == plain - norms
+    q = 2 * 4096 * 4096
+    assert weights.blocks[0] == plain - norms - q + 256  # 15 numbers take 256 bytes
+
+
+def test_a_layer_of_several_pieces_is_decoded_piece_by_piece_and_joined():
+    shapes = MANIFESTS["flux-dev.transformer.diffusers"]
+    logical, match = opened(shapes, "F8_E4M3")
+    weights = part_weights(PartSource(logical, match.parts[0]), compute="BF16")
+    largest = max(prod(shape) for shape in MANIFESTS["flux-dev.transformer.original"].values())
+    assert weights.scratch.nbytes == 2 * 2 * largest  # the pieces, and the joined weight
+    assert "linear1" in weights.scratch.label
+
+
+def test_keys_that_a_loader_does_not_read_are_left_out():
+    logical, match = opened(MANIFESTS["qwen2.5-vl-7b.hf"])
+    every = PartSource(logical, match.parts[0])
+    some = replace(every, reads=lambda key: not key.startswith(("lm_head.", "visual.")))
+    whole, read = (part_weights(one, compute="BF16").nbytes for one in (every, some))
+    vision = sum(
+        2 * prod(shape)
+        for key, shape in MANIFESTS["qwen2.5-vl-7b.hf"].items()
+        if key.startswith("visual.") or key.startswith("lm_head.")
+    )
+    assert whole - read == vision > 2 << 30
 
 
 @pytest.mark.parametrize(
@@ -245,24 +294,59 @@ def test_model_level_holds_the_largest_part_alone():
 def test_blocks_level_holds_two_blocks_and_what_is_no_block():
     denoise = stage(estimate("sdxl-base.unet.ldm"), "denoise")
     weights = denoise.weights
-    assert LEVELS["blocks"]((), denoise) == weights.rest + 2 * max(weights.blocks)
-    assert weights.rest > 0
+    fixed = weights.small + weights.loose
+    assert LEVELS["blocks"]((), denoise) == fixed + 2 * max(weights.blocks)
+    assert fixed > 0
 
 
-def test_decoders_are_never_streamed():
+def test_decoders_are_whole_at_blocks_and_streamed_by_layer_at_sequential():
+    weights = stage(estimate("sdxl-base.checkpoint.ldm"), "decode").weights
     decode = stage(estimate("sdxl-base.checkpoint.ldm"), "decode")
-    assert decode.weights.blocks == ()
-    assert LEVELS["blocks"]((), decode) == LEVELS["sequential"]((), decode) == decode.weights.nbytes
+    assert weights.blocks == ()
+    assert LEVELS["blocks"]((), decode) == weights.nbytes
+    assert LEVELS["sequential"]((), decode) == weights.small + 2 * weights.layer.nbytes
+
+
+def test_tables_of_tokens_are_on_the_device_only_where_nothing_is_streamed():
+    found = estimate("sdxl-base.checkpoint.ldm")
+    encode = stage(found, "encode")
+    weights, alone = encode.weights, (encode,)
+    assert LEVELS["model"](alone, encode) == weights.nbytes
+    assert weights.tables == 2 * (49408 + 77) * 768
+    assert blocks_nbytes(weights, len(weights.blocks)) == weights.nbytes - weights.tables
+
+
+def test_small_parameters_of_every_part_stay():
+    stages = estimate("sdxl-base.checkpoint.ldm").stages
+    small = sum(one.weights.small for one in stages)
+    for level in ("model", "blocks", "sequential"):
+        for one in stages:
+            others = small - one.weights.small
+            assert LEVELS[level](stages, one) == LEVELS[level]((one,), one) + others
+            assert others > 0
+
+
+@pytest.mark.parametrize(("total", "kept"), [(57, 0), (57, 1), (57, 20), (57, 57), (2, 1)])
+def test_blocks_that_stay_are_spread_evenly(total, kept):
+    stay = sorted(spread(total, kept))
+    assert len(stay) == kept
+    assert all(0 <= index < total for index in stay)
+    gaps = {after - before for before, after in itertools.pairwise(stay)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 def test_blocks_that_stay_are_what_the_budget_leaves():
-    denoise = stage(estimate("flux-dev.transformer.original"), "denoise")
-    fixed = denoise.weights.rest + denoise.activations.nbytes + denoise.scratch
-    small, large = min(denoise.weights.blocks), max(denoise.weights.blocks)
-    assert block_count(denoise, fixed + 2 * large + 3 * small) == 3
-    assert block_count(denoise, fixed + 2 * large + 3 * small - 1) == 2
-    assert block_count(denoise, fixed + sum(denoise.weights.blocks)) == 57
-    assert block_count(denoise, 0) == 0
+    found = estimate("flux-dev.transformer.original")
+    denoise = stage(found, "denoise")
+    weights = denoise.weights
+    moment = denoise.activations.nbytes + denoise.scratch
+    for kept in (0, 3, 30, 56, 57):
+        budget = blocks_nbytes(weights, kept) + moment
+        assert block_count(found, denoise, budget) >= kept
+    assert block_count(found, denoise, 0) == 0
+    exact = blocks_nbytes(weights, 57) + moment
+    assert exact == weights.nbytes + moment
+    assert block_count(found, denoise, exact - 1) < 57
 
 
 def test_a_planned_type_replaces_the_weights_of_the_denoiser_alone():
@@ -284,6 +368,17 @@ def test_a_planned_type_replaces_the_weights_of_the_denoiser_alone():
 )
 def test_decoding_takes_nothing_for_what_is_stored_as_computed(fmt, compute, each):
     assert decode_nbytes(fmt, 1000, compute=compute) == 1000 * each
+
+
+@pytest.mark.parametrize("backend", ["numba", "triton"])
+def test_kernels_that_write_the_result_at_once_take_the_result(backend):
+    for compute, each in (("BF16", 2), ("F32", 4)):
+        found = {
+            decode_nbytes(fmt, 1000, compute=compute, backend=backend)
+            for fmt in ("q4_k", "nf4_dq", "int8_convrot", "fp8_e4m3_scaled")
+        }
+        assert found == {1000 * each}
+    assert decode_nbytes("", 1000, compute="BF16", backend=backend) == 12_000
 
 
 @pytest.mark.parametrize("name", ["taesd.decoder.original", "taef1.decoder.original"])

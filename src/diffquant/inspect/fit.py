@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.generic import GENERIC
+from diffquant.convert.footprint import CONTEXT_NBYTES as CONTEXTS
 from diffquant.convert.footprint import (
     Footprint,
     Picture,
@@ -32,9 +33,9 @@ from diffquant.quant.types import type_named
 
 __all__ = ["CONTEXT_NBYTES", "FitLevel", "FitReport", "FitStage", "Smaller", "fit"]
 
-# What a device takes before the first tensor: context, libraries' workspaces, fragments. ComfyUI
-# sets as much aside: Comfy-Org/ComfyUI@a125cd84:comfy/model_management.py, EXTRA_RESERVED_VRAM.
-CONTEXT_NBYTES = 400 << 20
+# The budget is a GPU's, and Triton decodes there.
+CONTEXT_NBYTES = CONTEXTS["cuda"]
+_DECODES = "packed weights are decoded by Triton's kernels; without Triton a weight takes more"
 
 _LARGEST_SIDE = 1 << 16
 _USUAL_SIDE = 1024
@@ -188,6 +189,8 @@ def fit(
     levels = tuple(_levels(found, vram))
     level = next((one.name for one in levels if one.fits), "")
     notes = [*found.notes, *_encoder_decides(found, levels)]
+    if any(stage.scratch for stage in found.stages):
+        notes.append(_DECODES)
     advice: tuple[Smaller, ...] = ()
     if vram is not None and level != levels[0].name:
         advice = tuple(_advice(subject, found, vram, notes))
@@ -343,7 +346,7 @@ def _encoder_decides(found: Footprint, levels: tuple[FitLevel, ...]) -> Iterator
 
 def _resident(found: Footprint, vram: int) -> int | None:
     stage = next((one for one in found.stages if one.name == "denoise"), None)
-    return block_count(stage, vram - CONTEXT_NBYTES) if stage is not None else None
+    return block_count(found, stage, vram - CONTEXT_NBYTES) if stage is not None else None
 
 
 def _advice(subject: Subject, found: Footprint, vram: int, notes: list[str]) -> Iterator[Smaller]:

@@ -2,31 +2,43 @@
 
 No torch: the inspector answers from a header, and the runtime plans before a byte moves.
 
-    picture.py      footprint(): the stages of one picture
+    picture.py      footprint(), parts_footprint(): the stages of one picture
     moments.py      what lives at once, and the largest sum
     unet.py transformer.py vae.py encoders.py     activations, a walk per family
+    transformer_runtime.py vae_runtime.py         where this package's runtime differs
     weights.py decode.py                          stored bytes, blocks, what decoding takes
     companions.py vae_usual.py                    parts a file lacks
     levels.py       what each level of offloading needs
 """
 
-from diffquant.convert.footprint.levels import LEVELS, Need, block_count, needs
+from diffquant.convert.footprint.levels import (
+    CONTEXT_NBYTES,
+    LEVELS,
+    Need,
+    block_count,
+    needs,
+)
 from diffquant.convert.footprint.picture import (
     Footprint,
     Picture,
     Stage,
     footprint,
+    parts_footprint,
     with_denoiser,
 )
+from diffquant.convert.footprint.weights import PartSource
 
 __all__ = [
+    "CONTEXT_NBYTES",
     "LEVELS",
     "Footprint",
     "Need",
+    "PartSource",
     "Picture",
     "Stage",
     "block_count",
     "footprint",
     "needs",
+    "parts_footprint",
     "with_denoiser",
 ]

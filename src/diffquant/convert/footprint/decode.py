@@ -3,17 +3,22 @@
 Weights stay packed in memory and are decoded whole when their layer runs. The torch reference
 (runtime/kernels/reference.py) decodes in float32: fields, their product with the scale and the cast
 copy live side by side, so that a weight costs 8 bytes and more for a moment. A kernel that writes
-its result at once costs the bytes of the compute dtype alone. Each row is counted again by
-tests/runtime/test_footprint.py.
+its result at once (numba, Triton) costs the bytes of the compute dtype alone. Each row is counted
+again by tests/runtime/test_footprint.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeAlias
 
 from diffquant.core.dtypes import STORAGE
 
-__all__ = ["decode_nbytes"]
+__all__ = ["BACKENDS", "Backend", "ServedBy", "decode_nbytes", "usually"]
+
+Backend: TypeAlias = Literal["stored", "numba", "triton", "torch"]
+BACKENDS: tuple[Backend, ...] = ("stored", "numba", "triton", "torch")
+ServedBy: TypeAlias = Callable[[str], str]  # number format -> one of BACKENDS
 
 _BF16_COPY = 2.0  # decoded in float32 and cast while both copies live
 
@@ -42,18 +47,32 @@ _UNKNOWN = 12.0  # formats that are read and no kernel runs: what most that are 
 _SAME = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 
-def decode_nbytes(fmt: str, size: int, *, compute: str) -> int:
+# Device -> what decodes there where everything is installed.
+_USUAL: Mapping[str, Backend] = {"cpu": "numba", "cuda": "triton"}
+
+
+def usually(device: str) -> ServedBy:
+    """What decodes any format on a device with numba and Triton installed; torch elsewhere."""
+    backend = _USUAL.get(device, "torch")
+    return lambda _fmt: backend
+
+
+def decode_nbytes(fmt: str, size: int, *, compute: str, backend: str = "torch") -> int:
     """Bytes that decoding a weight takes at its worst moment, the result among them.
 
     Args:
         fmt: FORMATS name, "" for numbers without a row.
         size: number of weights.
         compute: STORAGE name of the dtype it is decoded to; a weight stored so takes nothing.
+        backend: one of BACKENDS; formats without a row are always read by the reference.
     """
+    assert backend in BACKENDS, backend
     wanted = STORAGE[compute].block_nbytes
     if _SAME.get(fmt) == compute:
         return 0
     if fmt in ("f32", "f16", "bf16", "fp8_e4m3", "fp8_e5m2"):
+        return size * wanted
+    if backend != "torch" and fmt in _REFERENCE:
         return size * wanted
     each = _REFERENCE.get(fmt, _UNKNOWN)
     if fmt in _CASTS_LATE and compute != "F32":

@@ -4,7 +4,8 @@ A layer holds its residual, norm, q, k, v and output, and twice two hidden maps 
 feed-forward. T5 adds the bias of positions, heads x tokens x tokens, twice
 (huggingface/transformers 5.23.0: src/transformers/models/t5/modeling_t5.py). Language models are
 asked for the states of every layer, and compute logits where Diffusers calls the whole model
-(huggingface/diffusers@58eb52c: src/diffusers/pipelines/qwenimage/pipeline_qwenimage.py).
+(huggingface/diffusers@58eb52c: src/diffusers/pipelines/qwenimage/pipeline_qwenimage.py). The
+runtime of this package computes no logits, and its layers hold three hidden maps and two others.
 """
 
 from __future__ import annotations
@@ -37,8 +38,20 @@ def sizes_of(shapes: Shapes, kind: str) -> EncoderSizes | None:
     return EncoderSizes(kind, width, hidden, _depth(shapes), vocabulary)
 
 
-def encoder_moment(sizes: EncoderSizes, *, text_tokens: int, batch: int, itemsize: int) -> Moment:
-    """The widest step of encoding `batch` prompts of `text_tokens` tokens."""
+def encoder_moment(
+    sizes: EncoderSizes, *, text_tokens: int, batch: int, itemsize: int, ours: bool = False
+) -> Moment:
+    """The widest step of encoding `batch` prompts of `text_tokens` tokens.
+
+    Args:
+        sizes: of the encoder.
+        text_tokens: per prompt; CLIP's own number is known.
+        batch: prompts.
+        itemsize: bytes of a number of the compute dtype.
+        ours: whether the runtime of this package runs it.
+    """
+    if ours:
+        return _runtime_moment(sizes, text_tokens=text_tokens, batch=batch, itemsize=itemsize)
     tokens = (_CLIP_TOKENS if sizes.kind in _CLIP else text_tokens) * batch
     width, each = sizes.width, tokens * itemsize
     buffers = [
@@ -54,6 +67,21 @@ def encoder_moment(sizes: EncoderSizes, *, text_tokens: int, batch: int, itemsiz
         )
         buffers.append(Buffer("logits", sizes.vocabulary * each))
     return Moment("encoding", tuple(buffers))
+
+
+def _runtime_moment(sizes: EncoderSizes, *, text_tokens: int, batch: int, itemsize: int) -> Moment:
+    """A feed-forward of runtime/models/{clip,t5,qwen_text}.py: the gate, its product, the other."""
+    tokens = (_CLIP_TOKENS if sizes.kind in _CLIP else text_tokens) * batch
+    width, each = sizes.width, tokens * itemsize
+    hidden = Buffer("feed-forward", 3 * sizes.hidden * each, 3)
+    if sizes.kind == "t5_encoder":
+        heads = max(width // _T5_HEAD, 1)
+        bias = Buffer("position bias", heads * text_tokens * text_tokens * itemsize)
+        return Moment("encoding", (Buffer("residuals and norm", 3 * width * each, 3), hidden, bias))
+    states = sizes.layers + 2  # the embedding, every layer, a norm
+    return Moment(
+        "encoding", (Buffer("states of every layer", states * width * each, states), hidden)
+    )
 
 
 def _depth(shapes: Shapes) -> int:

@@ -14,6 +14,7 @@ from diffquant.convert.footprint.transformer_rows import (
     Term,
     TransformerRow,
 )
+from diffquant.convert.footprint.transformer_runtime import RUNTIME
 from diffquant.convert.rules import Shapes
 
 __all__ = ["row_for", "transformer_moments"]
@@ -37,13 +38,18 @@ _THUMB = (
 _THUMB_TOKENS = 512
 
 
-def row_for(kind: str, shapes: Shapes) -> TransformerRow | None:
+def row_for(kind: str, shapes: Shapes, *, ours: bool = False) -> TransformerRow | None:
     """The row of a kind of denoiser; a rule of thumb for those nobody measured.
+
+    Args:
+        kind: of the part.
+        shapes: canonical part-local names.
+        ours: as the runtime of this package runs it, where that differs.
 
     Returns:
         None: it is no transformer as far as its names tell.
     """
-    row = TRANSFORMERS.get(kind)
+    row = (RUNTIME.get(kind) if ours else None) or TRANSFORMERS.get(kind)
     if row is not None and row.sizes and all(key in shapes for key, _ in row.sizes.values()):
         return row
     sizes = _block_sizes(shapes)

@@ -36,7 +36,7 @@ class UsualVae:
         """Encoder and decoder, in 16 bits."""
         largest = Buffer("a convolution", self.largest * _HALF)
         nothing = Buffer("nothing to decode", 0)
-        return PartWeights(self.parameters * _HALF, (), largest, largest, nothing)
+        return PartWeights(self.parameters * _HALF, 0, 0, (), largest, nothing)
 
 
 def usual_vae(kind: str, channels: int) -> UsualVae:
