@@ -18,7 +18,7 @@ _NAME_COLUMNS = 12
 _FEW = 3  # formats that are named without being asked for
 _NARROW = 80  # below, a table of models is a list
 _WORDS = {
-    "none": "every part stays on the device",
+    "none": "every part stays",
     "model": "one part at a time",
     "blocks": "blocks streamed",
     "sequential": "layers streamed",
@@ -171,6 +171,8 @@ def _list(rows: Iterable[FamilyFit], *, explain: bool) -> None:
             tone = {True: GOOD, False: BAD, None: {}}[fit.fits]
             styled(f"    {fit.type:8}", (_cell(fit), tone))
             told = f"decided by {fit.stage}: {fit.decides}; denoiser {human(fit.denoiser_nbytes)}"
+            kept = fit.resident.get("denoiser")
+            told += f", {count(kept, 'block')} of it stay" if kept else ""
             for line in wrap(told, " " * 12) if explain else ():
                 styled((line, DIM))
 
