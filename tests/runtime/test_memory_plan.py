@@ -14,7 +14,7 @@ from diffquant.convert.binding import bind
 from diffquant.convert.footprint import CONTEXT_NBYTES, Picture, footprint, with_denoiser
 from diffquant.convert.footprint.levels import DECODERS, LEVELS
 from diffquant.convert.footprint.moments import Buffer, Moment
-from diffquant.convert.footprint.picture import Footprint, Stage
+from diffquant.convert.footprint.stages import Footprint, Stage
 from diffquant.convert.footprint.weights import PartWeights, plan_weights
 from diffquant.convert.plan import Request, make_plan
 from diffquant.convert.recognise import recognise

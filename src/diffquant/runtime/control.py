@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels import rotated
-from diffquant.runtime.layers import PackedLayer, PackedWeight, Segment
+from diffquant.runtime.layers import Home, PackedLayer, PackedWeight, Segment
 
 __all__ = ["SCALE_BYTES", "damaged", "repeated_blocks", "shuffle"]
 
@@ -137,18 +137,22 @@ def damaged(denoiser: nn.Module, *, seed: int = 0, rows: bool = False) -> Iterat
         )
     )
     generator = torch.Generator().manual_seed(seed)
-    kept: list[tuple[PackedLayer, PackedWeight]] = []
+    kept: list[tuple[PackedLayer, PackedWeight, Home | None]] = []
     for layer in block.modules():
         if isinstance(layer, PackedLayer) and layer.packed is not None:
-            kept.append((layer, layer.packed))
+            whole = layer.bound()  # first of all: this may bring the weight, and end the home
+            if layer.home is not None:
+                whole = whole.copy()  # what is streamed will be written over
+            kept.append((layer, layer.packed, layer.home))
             layer.packed = PackedWeight(
-                tuple(shuffle(one, generator, rows=rows) for one in layer.packed.segments)
+                tuple(shuffle(one, generator, rows=rows) for one in whole.segments)
             )
+            layer.home = None  # the damaged weight is here to stay
     try:
         yield name
     finally:
-        for layer, weight in kept:
-            layer.packed = weight
+        for layer, weight, home in kept:
+            layer.packed, layer.home = weight, home
 
 
 def _weights(block: nn.Module) -> int:

@@ -17,11 +17,18 @@ from diffquant.runtime.families.base import device_of
 from diffquant.runtime.models.autoencoder import Autoencoder, from_pixels
 from diffquant.runtime.models.facts import param_dtype
 from diffquant.runtime.noise import NoiseSource
+from diffquant.runtime.strips import Decoding, encode_in
 
 __all__ = ["encode_picture", "resize"]
 
 
-def encode_picture(vae: Autoencoder, pictures: Tensor, noise: NoiseSource, count: int) -> Tensor:
+def encode_picture(
+    vae: Autoencoder,
+    pictures: Tensor,
+    noise: NoiseSource,
+    count: int,
+    decoding: Decoding | None = None,
+) -> Tensor:
     """Encode pictures to latents, drawing one sample for each picture that will be made.
 
     Args:
@@ -29,12 +36,17 @@ def encode_picture(vae: Autoencoder, pictures: Tensor, noise: NoiseSource, count
         pictures: (1 or B, H, W, 3) in [0, 1].
         noise: streams of the B pictures.
         count: B; a single picture is encoded once and sampled B times.
+        decoding: how the autoencoder runs.
 
     Returns:
         (B, C, h, w) float32 on the autoencoder's device.
     """
     device, dtype = device_of(vae), param_dtype(vae)
-    found = [vae.encode(one.to(device, dtype)) for one in from_pixels(pictures.float())[:, None]]
+    how = decoding or Decoding()
+    found = [
+        encode_in(vae, one.to("cpu" if how.mode == "host" else device, dtype), how)
+        for one in from_pixels(pictures.float())[:, None]
+    ]
     mean, spread = (torch.cat(parts).float() for parts in zip(*found, strict=True))
     deviation = torch.exp(0.5 * spread.clamp(-30, 20))
     drawn = noise.draw((count, *mean.shape[1:])).to(device)

@@ -23,6 +23,7 @@ from diffquant.runtime.img2img import encode_picture
 from diffquant.runtime.noise import NoiseSource
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.samplers import Sampler
+from diffquant.runtime.strips import Decoding
 
 __all__ = ["Start", "paste", "start"]
 
@@ -67,6 +68,7 @@ def start(
     noise: NoiseSource,
     shape: tuple[int, int, int, int],
     given: Tensor | None,
+    decoding: Decoding | None = None,
 ) -> Start:
     """Prepare a run.
 
@@ -78,6 +80,7 @@ def start(
         noise: streams of the pictures; drawn from in diffusers' order.
         shape: (B, C, h, w) of the latents.
         given: noise instead of drawing it; for a run that begins part-way the latents themselves.
+        decoding: how the autoencoder runs.
 
     Raises:
         UsageError: latents of another shape, or a mask that leaves nothing to paint.
@@ -93,7 +96,7 @@ def start(
     clean = None
     # SD's inpainting models start from noise alone at full strength: nothing is drawn for it
     if request.image is not None and not (join and request.strength == 1 and not family.flow):
-        clean = encode_picture(parts.vae, request.image, noise, shape[0]).to(device)
+        clean = encode_picture(parts.vae, request.image, noise, shape[0], decoding).to(device)
     drawn = (noise.draw(shape) if given is None else given).to(device, torch.float32)
     if clean is None or (request.mask is not None and request.strength == 1 and not family.flow):
         latents = drawn * run.init_scale
@@ -112,7 +115,7 @@ def start(
     if join is None:
         return Start(latents, None, clean, drawn, small, request.end == 1)
     rest = 0.5 + (request.image.float() - 0.5) * (1 - hole.permute(0, 2, 3, 1))  # grey is 0
-    masked = encode_picture(parts.vae, rest, noise, shape[0]).to(device)
+    masked = encode_picture(parts.vae, rest, noise, shape[0], decoding).to(device)
     return Start(latents, join(hole.expand(shape[0], -1, -1, -1).to(device), masked))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffquant.core.errors import UsageError
 from diffquant.runtime.facts_of_run import Files, hash_of_file, hash_of_model
 from diffquant.runtime.lora import LoraUse
+from diffquant.runtime.memory.budget import Asked
 from diffquant.runtime.opening import Opened
 from diffquant.runtime.pictures import picture_file
 from diffquant.runtime.presets import Clues, LoraClue, Preset, contradictions, preset_named
@@ -65,6 +66,7 @@ class Job:
         preset: "auto", "none" or a name; None: the recipe's, else "auto".
         preview: None for none.
         recipe: of a picture that is repeated; `fields` win over it.
+        memory: what may be taken, and how weights are placed.
     """
 
     model: Path
@@ -82,6 +84,7 @@ class Job:
     preset: str | None = None
     preview: Preview | None = None
     recipe: Recipe | None = None
+    memory: Asked = field(default_factory=Asked)
 
 
 def further(job: Job) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,11 @@ from torch.nn import functional
 from diffquant.core.errors import PlanMismatch, UnknownFormat, UnsupportedDtype, UnsupportedShape
 from diffquant.runtime.kernels import KERNELS, ROWWISE, best
 
+if TYPE_CHECKING:
+    from diffquant.runtime.stored import StoredWeight
+
 __all__ = [
+    "Home",
     "LowRank",
     "PackedLayer",
     "PackedWeight",
@@ -136,9 +140,16 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Move every part; dtypes never change."""
+        return self._each(lambda part: part.to(device))
+
+    def copy(self) -> PackedWeight:
+        """The same weight in memory of its own."""
+        return self._each(Tensor.clone)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PackedWeight:
         return PackedWeight(
             tuple(
-                Segment(s.format, s.shape, {k: v.to(device) for k, v in s.parts.items()})
+                Segment(s.format, s.shape, {k: change(v) for k, v in s.parts.items()})
                 for s in self.segments
             )
         )
@@ -166,6 +177,24 @@ class LowRank:
         return LowRank(self.down.to(device), self.up.to(device), self.scale, self.rows)
 
 
+class Home(Protocol):
+    """Where weights live that are not on the device all the time; see runtime/memory.
+
+    Attributes:
+        device: what is computed on.
+    """
+
+    device: torch.device
+
+    def weight(self, layer: PackedLayer) -> PackedWeight:
+        """The layer's weight on the device, good until another layer asks for its own."""
+        ...
+
+    def rows(self, layer: PackedLayer, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of a table named by `index` (n,), decoded, on the device: (n, width)."""
+        ...
+
+
 class PackedLayer(nn.Module):
     """What the three layers share: a packed weight, an optional bias, a list of adapters.
 
@@ -178,6 +207,8 @@ class PackedLayer(nn.Module):
         super().__init__()
         self.logical_shape = shape
         self.packed: PackedWeight | None = None
+        self.stored: StoredWeight | None = None
+        self.home: Home | None = None
         self.adapters: list[LowRank] = []
         self.bias: nn.Parameter | None = None
         if bias:
@@ -196,11 +227,25 @@ class PackedLayer(nn.Module):
             raise UnsupportedShape(f"expected a weight of shape {wanted}, found {found}")
         self.packed = weight
 
-    def bound(self) -> PackedWeight:
-        """The packed weight; calling a layer before `bind` is a bug of ours."""
+    def bind_stored(self, stored: StoredWeight) -> None:
+        """Take a weight that stays in its file until a home brings it; see `bind`."""
+        self.bind(stored.outline)
+        self.stored = stored
+
+    def outline(self) -> PackedWeight:
+        """The weight for what is not in its numbers: its shape, formats, bytes."""
         if self.packed is None:
             raise PlanMismatch("a layer was called before its weight was bound")
         return self.packed
+
+    @property
+    def device(self) -> torch.device:
+        """What the layer computes on."""
+        return self.outline().device if self.home is None else self.home.device
+
+    def bound(self) -> PackedWeight:
+        """The packed weight; calling a layer before `bind` is a bug of ours."""
+        return self.outline() if self.home is None else self.home.weight(self)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Decode the weight for one call: `logical_shape`."""
@@ -208,7 +253,7 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.packed is not None:
+        if self.packed is not None and self.packed.device.type != "meta":
             probe = torch.empty(0, dtype=torch.uint8, device=self.packed.device)
             device = fn(probe).device
             if device != probe.device:
@@ -278,5 +323,9 @@ class QuantEmbedding(PackedLayer):
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Look up integer `ids` (...): (..., width) in `dtype`."""
-        rows = self.bound().take_rows(ids.reshape(-1), dtype)
+        flat = ids.reshape(-1)
+        if self.home is not None:
+            rows = self.home.rows(self, flat, dtype)
+        else:
+            rows = self.bound().take_rows(flat, dtype)
         return rows.reshape(*ids.shape, self.logical_shape[1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -39,8 +39,11 @@ from diffquant.runtime.models import (
     z_image,
 )
 from diffquant.runtime.models.facts import Hyper, Shapes
+from diffquant.runtime.stored import StoredWeight
 
-__all__ = ["MODELS", "ModelRow", "bind", "build", "model_for"]
+__all__ = ["MODELS", "ModelRow", "Weights", "bind", "build", "model_for", "outline"]
+
+Weights: TypeAlias = Mapping[str, PackedWeight | StoredWeight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ def model_for(part_kind: str) -> str | None:
 
 def build(
     model_kind: str,
-    weights: Mapping[str, PackedWeight],
+    weights: Weights,
     hyper: Hyper,
     *,
     dtype: torch.dtype = torch.float32,
@@ -126,7 +129,8 @@ def build(
 
     Args:
         model_kind: a key of MODELS.
-        weights: part-local key, in the row's layout, to packed weight, vectors included.
+        weights: part-local key, in the row's layout, to packed weight, vectors included; weights
+            of layers that are still stored stay so, until a home brings them.
         hyper: what shapes cannot say, as config.json fields; see the model's `config_from`.
         dtype: compute dtype; packed weights are decoded to it call by call.
         device: where weights and parameters go.
@@ -138,14 +142,19 @@ def build(
     if model_kind not in MODELS:
         raise UnknownFormat(model_kind, MODELS, what="model kind")
     row = MODELS[model_kind]
-    weights = {key: weight for key, weight in weights.items() if row.reads(key)}
-    config = row.config_from({key: weight.shape for key, weight in weights.items()}, hyper)
+    taken: Weights = {key: weight for key, weight in weights.items() if row.reads(key)}
+    config = row.config_from({key: outline(weight).shape for key, weight in taken.items()}, hyper)
     model = row.module(config).to(dtype)
-    bind(model, weights, label=model_kind)
+    bind(model, taken, label=model_kind)
     return model.requires_grad_(False).eval().to(device)
 
 
-def bind(model: nn.Module, weights: Mapping[str, PackedWeight], *, label: str) -> None:
+def outline(weight: PackedWeight | StoredWeight) -> PackedWeight:
+    """The weight for its shape and formats; its numbers may still be in the file."""
+    return weight.outline if isinstance(weight, StoredWeight) else weight
+
+
+def bind(model: nn.Module, weights: Weights, *, label: str) -> None:
     """Give every packed layer its weight and every small parameter its values; see `build`."""
     layers = {
         f"{name}.weight": module
@@ -159,12 +168,18 @@ def bind(model: nn.Module, weights: Mapping[str, PackedWeight], *, label: str) -
     if unknown := sorted(weights.keys() - expected):
         raise UnmappedKeys(f"{label}: unexpected {shorten(unknown)}", keys=tuple(unknown))
     for key, layer in layers.items():
+        weight = weights[key]
         try:
-            layer.bind(weights[key])
+            if isinstance(weight, StoredWeight):
+                layer.bind_stored(weight)
+            else:
+                layer.bind(weight)
         except UnsupportedShape as error:
             raise UnsupportedShape(f"{label}: {key}: {error}") from None
     for key, parameter in parameters.items():
-        if weights[key].shape != tuple(parameter.shape):
-            found = f"expected shape {tuple(parameter.shape)}, found {weights[key].shape}"
+        weight = weights[key]
+        if outline(weight).shape != tuple(parameter.shape):
+            found = f"expected shape {tuple(parameter.shape)}, found {outline(weight).shape}"
             raise UnsupportedShape(f"{label}: {key}: {found}")
-        parameter.data = weights[key].dequantize(parameter.dtype)
+        loaded = weight.load() if isinstance(weight, StoredWeight) else weight
+        parameter.data = loaded.dequantize(parameter.dtype)

@@ -116,7 +116,7 @@ def _prepare(architecture: str, views: Mapping[str, View], path: Path, weight: f
         targets = [target for target in match.targets if target.layer.name not in unreached]
         adapters, silent = [], True
         for layer, adapter in _adapters(bind(source), targets, views, weight):
-            adapters.append((layer, adapter.to(layer.bound().device)))
+            adapters.append((layer, adapter.to(layer.device)))
             silent = silent and not bool(adapter.up.any())
     matched = match.matched - len(unreached)
     warnings = list(_warnings(path, file, matched, unmatched))

@@ -77,7 +77,7 @@ def view_of(module: nn.Module, component: Component) -> View:
         for name, layer in module.named_modules()
         if isinstance(layer, PackedLayer)
     }
-    shapes = {key: layer.bound().shape for key, layer in layers.items()}
+    shapes = {key: layer.outline().shape for key, layer in layers.items()}
     shapes |= {key: tuple(one.shape) for key, one in module.named_parameters()}
     kind = model_for(component.kind)
     layout = MODELS[kind].layout if kind is not None else "canonical"

@@ -93,7 +93,12 @@ class NoiseSource:
 
     def __init__(self, seeds: Sequence[int], rng: str = "cpu") -> None:
         """Start the streams; `rng` is a key of STREAMS."""
-        self._streams = [STREAMS[rng](seed) for seed in seeds]
+        self._seeds, self._rng = tuple(seeds), rng
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again, as if nothing had been drawn."""
+        self._streams = [STREAMS[self._rng](seed) for seed in self._seeds]
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         """Draw (B, ...) float32 on the CPU, B being the number of seeds."""

@@ -8,8 +8,8 @@ cache remembers the source of a file we wrote; what is still missing is listed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ from diffquant.core.tensors import TensorSource
 from diffquant.io import open_source
 from diffquant.runtime.families import FAMILIES, Family, PipelineParts
 from diffquant.runtime.layers import PackedWeight
-from diffquant.runtime.loading import MODELS, build, model_for
+from diffquant.runtime.loading import MODELS, Weights, build, model_for
+from diffquant.runtime.memory.placement import Placement
 from diffquant.runtime.models.autoencoder import Autoencoder
-from diffquant.runtime.packing import packed_weights
+from diffquant.runtime.packing import stored_weights
 from diffquant.runtime.pipeline import Pipeline
 from diffquant.runtime.schedules import SchedulerFacts
 from diffquant.runtime.tokenizer_sources import Place, find_tokenizer
@@ -64,6 +65,9 @@ class Opened:
         origins: one row per part.
         size: native (width, height) by the configs, for callers that were given none.
         warnings: what was decoded, guessed or odd.
+        sources: part -> where its weights are read from; readable while the files are open.
+        modules: part -> its model.
+        placement: brings the weights, where they were left in their files; None: all are here.
     """
 
     pipeline: Pipeline
@@ -72,6 +76,9 @@ class Opened:
     origins: tuple[PartOrigin, ...]
     size: tuple[int, int]
     warnings: tuple[str, ...]
+    sources: Mapping[str, tuple[LogicalSource, PartMatch]] = field(default_factory=dict)
+    modules: Mapping[str, torch.nn.Module] = field(default_factory=dict)
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,29 +93,27 @@ class _Provider:
     match: Match | None
 
 
-@contextlib.contextmanager
 def _providers(
-    model: Path, base: Path | None, added: Mapping[str, Path]
-) -> Iterator[tuple[list[_Provider], dict[str, _Provider]]]:
+    stack: contextlib.ExitStack, model: Path, base: Path | None, added: Mapping[str, Path]
+) -> tuple[list[_Provider], dict[str, _Provider]]:
     """Open the model and whatever may fill its gaps, in order of precedence; and added parts."""
-    with contextlib.ExitStack() as stack:
-        first = _provide(stack, model)
-        if first.match is None:
-            raise ArchitectureError(f"{model}: a single part, not a model")
-        found = [first]
-        family = _family(first)
-        extra = {
-            name: _provide_component(stack, path, name, first.architecture, family)
-            for name, path in added.items()
-        }
-        if base is not None:
-            found.append(_provide(stack, base))
-        else:
-            mark = first.source.metadata.get("diffquant.source.fingerprint")
-            remembered = recall(mark) if isinstance(mark, str) else None
-            if remembered is not None:
-                found.append(_provide(stack, remembered))
-        yield found, extra
+    first = _provide(stack, model)
+    if first.match is None:
+        raise ArchitectureError(f"{model}: a single part, not a model")
+    found = [first]
+    family = _family(first)
+    extra = {
+        name: _provide_component(stack, path, name, first.architecture, family)
+        for name, path in added.items()
+    }
+    if base is not None:
+        found.append(_provide(stack, base))
+    else:
+        mark = first.source.metadata.get("diffquant.source.fingerprint")
+        remembered = recall(mark) if isinstance(mark, str) else None
+        if remembered is not None:
+            found.append(_provide(stack, remembered))
+    return found, extra
 
 
 def _family(first: _Provider) -> Family:
@@ -157,6 +162,7 @@ def open_pipeline(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     denoiser_dtype: torch.dtype | None = None,
+    files: contextlib.ExitStack | None = None,
 ) -> Opened:
     """Open a model and everything it needs to make pictures.
 
@@ -169,6 +175,8 @@ def open_pipeline(
         dtype: compute dtype.
         device: torch device.
         denoiser_dtype: compute dtype of the denoiser alone, where it differs.
+        files: keeps the files open, and large weights stay in them until `Opened.placement` brings
+            them; None: everything is read now, to the device.
 
     Raises:
         UsageError: parts that are nowhere to be found, all of them listed.
@@ -176,7 +184,8 @@ def open_pipeline(
     """
     wanted = {**(added or {}), **({"vae": vae} if vae is not None else {})}
     given = {name: wanted.pop(name) for name in list(wanted) if name.startswith("tokenizer")}
-    with _providers(model, base, wanted) as (providers, extra):
+    with contextlib.ExitStack() as opened_here:
+        providers, extra = _providers(files or opened_here, model, base, wanted)
         first = providers[0]
         architecture, match = first.architecture, first.match
         assert match is not None
@@ -192,7 +201,10 @@ def open_pipeline(
                     f"{provider.path}: the runtime has no {part.kind}, which the {name} is"
                 )
             row = MODELS[kind]
-            weights = packed_weights(provider.logical, part, row.layout, row.reads)
+            stored = stored_weights(provider.logical, part, row.layout, row.reads)
+            weights: Weights = stored
+            if files is None:
+                weights = {key: weight.load() for key, weight in stored.items()}
             own = provider.source.metadata
             hyper = {
                 **_hyper([*extra.values(), *providers], architecture, name, part),
@@ -200,8 +212,9 @@ def open_pipeline(
             }
             compute = denoiser_dtype if name == "denoiser" and denoiser_dtype else dtype
             modules[name] = build(kind, weights, hyper, dtype=compute, device=device)
-            origins.append(_origin(name, provider, weights))
-            warnings.extend(_decoded(name, weights, provider, part, row.layout))
+            outlines = {key: weight.outline for key, weight in stored.items()}
+            origins.append(_origin(name, provider, outlines))
+            warnings.extend(_decoded(name, outlines, provider, part, row.layout))
         vae_module = modules["vae"]
         assert isinstance(vae_module, Autoencoder)
         encoders = [name for name in family.needs if name.startswith("text_encoder")]
@@ -219,13 +232,17 @@ def open_pipeline(
             zeros_for_empty=_index_says(providers, "force_zeros_for_empty_prompt", default=True),
             distilled=_index_says(providers, "is_distilled", default=False),
         )
+        placement = None if files is None else Placement(modules, torch.device(device))
         return Opened(
-            pipeline=Pipeline(parts),
+            pipeline=Pipeline(parts, placement),
             architecture=architecture,
             variant=match.variant,
             origins=tuple(origins),
             size=_native_size(providers, architecture, vae_module),
             warnings=tuple(warnings),
+            sources={name: (one.logical, one.parts[name]) for name, one in chosen.items()},
+            modules=modules,
+            placement=placement,
         )
 
 

@@ -1,4 +1,4 @@
-"""From a file's tensors to packed weights: bytes leave the mapped file once, nothing is unpacked.
+"""From a file's tensors to packed weights: bytes are read as they are stored, nothing is unpacked.
 
 Canonical keys may be fused of several tensors of the file, or be some rows of one: each piece
 becomes a segment of its own, in the format it is stored in.
@@ -6,21 +6,25 @@ becomes a segment of its own, in the format it is stored in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffquant.convert.architectures.base import Layout
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.match import PartMatch, to_layout
-from diffquant.convert.rules import Assignment
+from diffquant.convert.rules import Assignment, Piece
 from diffquant.core.heap import give_back_freed_blocks
-from diffquant.core.tensors import ByteArray
+from diffquant.core.tensors import ByteArray, TensorSpec
 from diffquant.quant.formats import FORMATS
-from diffquant.runtime.layers import PackedWeight, Segment
+from diffquant.runtime.kernels import ROWWISE
+from diffquant.runtime.layers import PackedWeight
+from diffquant.runtime.stored import StoredPart, StoredSegment, StoredWeight, rows_of
 
-__all__ = ["packed_weights"]
+__all__ = ["packed_weights", "stored_weights"]
 
 _TORCH = {
     "F32": torch.float32,
@@ -40,20 +44,31 @@ def packed_weights(
     layout: Layout = "canonical",
     reads: Callable[[str], bool] = lambda _: True,
 ) -> dict[str, PackedWeight]:
-    """Load a part's weights by the keys of `layout`, packed as they are stored.
+    """Load a part's weights by the keys of `layout`, packed as they are stored; see below."""
+    stored = stored_weights(logical, part, layout, reads)
+    return {key: weight.load() for key, weight in stored.items()}
 
-    Those whose key `reads` turns down are left in the file.
+
+def stored_weights(
+    logical: LogicalSource,
+    part: PartMatch,
+    layout: Layout = "canonical",
+    reads: Callable[[str], bool] = lambda _: True,
+) -> dict[str, StoredWeight]:
+    """A part's weights by the keys of `layout`, each to be loaded while the source is open.
+
+    Those whose key `reads` turns down are left out.
     On Linux this also tells the C library, for the whole process, to give large freed blocks back.
     """
     give_back_freed_blocks()  # a decoded layer must not stay part of the process
     return {
-        assignment.target: PackedWeight(_segments(logical, assignment))
+        assignment.target: StoredWeight.of(_segments(logical, assignment))
         for assignment in to_layout(part, layout)
         if reads(assignment.target)
     }
 
 
-def _segments(logical: LogicalSource, assignment: Assignment) -> tuple[Segment, ...]:
+def _segments(logical: LogicalSource, assignment: Assignment) -> list[StoredSegment]:
     """One segment per piece, so that fused weights need no common format.
 
     A piece that is only some rows of a packed weight, or a type the kernels lack, is decoded.
@@ -71,40 +86,87 @@ def _segments(logical: LogicalSource, assignment: Assignment) -> tuple[Segment, 
         if known and (whole or FORMATS[tensor.format].is_cast):
             segments.append(_packed(logical, tensor, shape, (piece.start, piece.stop)))
         else:
-            values = logical.read(piece.key)
-            flat = values.reshape(rows, -1)[piece.start : piece.stop]
-            flat = flat.T if assignment.transpose else flat
-            plain = torch.from_numpy(np.array(flat, dtype=np.float32)).reshape(
-                assignment.shape if assignment.transpose else shape
-            )
-            segments.append(Segment("f32", tuple(plain.shape), {"weight": plain}))
-    return tuple(segments)
+            into = assignment.shape if assignment.transpose else shape
+            decode = functools.partial(_decoded, logical, piece, rows, into, assignment.transpose)
+            outline = torch.empty(into, dtype=torch.float32, device="meta")
+            segments.append(StoredSegment("f32", into, {"weight": StoredPart(outline, decode)}))
+    return segments
+
+
+def _decoded(
+    logical: LogicalSource, piece: Piece, rows: int, shape: tuple[int, ...], transpose: bool
+) -> Tensor:
+    """A piece in float32: some rows of a packed weight, or all of one that has to be turned."""
+    flat = logical.read(piece.key).reshape(rows, -1)[piece.start : piece.stop]
+    flat = flat.T if transpose else flat
+    return torch.from_numpy(np.array(flat, dtype=np.float32)).reshape(shape)
 
 
 def _packed(
     logical: LogicalSource, tensor: LogicalTensor, shape: tuple[int, ...], rows: tuple[int, int]
-) -> Segment:
+) -> StoredSegment:
     parts = {}
     for name, key in tensor.parts.items():
         spec = logical.source.specs[key]
-        data = logical.source.read(key)
+        cut = (0, spec.nbytes)
         if FORMATS[tensor.format].is_cast and spec.size:
             per = spec.nbytes // (tensor.shape[0] if tensor.shape else 1)
-            data = data[rows[0] * per : rows[1] * per]
-        parts[name] = _as_torch(data, spec.dtype, name, tensor, shape)
+            cut = (rows[0] * per, rows[1] * per)
+        like = functools.partial(_as_torch, spec.dtype, name, tensor, shape)
+        outline = like(torch.empty(cut[1] - cut[0], dtype=torch.uint8, device="meta"))
+        whole = cut == (0, spec.nbytes)
+        parts[name] = StoredPart(
+            outline,
+            functools.partial(_read, logical, spec, cut, like),
+            functools.partial(_read_rows, logical, spec, outline)
+            if whole and tensor.format in ROWWISE and spec.rows == shape[0] and outline.ndim > 1
+            else None,
+        )
     for name, value in tensor.constants.items():
-        parts[name] = torch.tensor(value, dtype=torch.float32)
-    return Segment(tensor.format, shape, parts)
+        constant = torch.tensor(value, dtype=torch.float32)
+        parts[name] = StoredPart(constant.to("meta"), functools.partial(_same, constant))
+    return StoredSegment(tensor.format, shape, parts)
+
+
+def _same(constant: Tensor) -> Tensor:
+    return constant
+
+
+def _read(
+    logical: LogicalSource,
+    spec: TensorSpec,
+    cut: tuple[int, int],
+    like: Callable[[Tensor], Tensor],
+) -> Tensor:
+    return like(_owned(logical.source.read(spec.key))[cut[0] : cut[1]])
+
+
+def _read_rows(
+    logical: LogicalSource, spec: TensorSpec, outline: Tensor, wanted: Sequence[int]
+) -> Tensor:
+    def read(start: int, stop: int) -> Tensor:
+        flat = _owned(logical.source.read(spec.key, (start, stop)))
+        typed = flat if spec.dtype not in _TORCH else flat.view(_TORCH[spec.dtype])
+        return typed.to(outline.dtype).reshape(stop - start, *outline.shape[1:])
+
+    return rows_of(read, wanted)
+
+
+def _owned(data: ByteArray) -> Tensor:
+    """Bytes that were read, as a tensor: copied only where they are somebody else's."""
+    if not data.flags.owndata:
+        data = np.array(data, dtype=np.uint8)
+    data.flags.writeable = True  # torch warns of read-only memory; nobody writes to weights
+    return torch.from_numpy(data)
 
 
 def _as_torch(
-    data: ByteArray, dtype: str, name: str, tensor: LogicalTensor, shape: tuple[int, ...]
-) -> torch.Tensor:
-    """Copy bytes off the map into a tensor of the stored dtype, in the part's own shape."""
-    owned = torch.from_numpy(np.array(data, dtype=np.uint8))
+    dtype: str, name: str, tensor: LogicalTensor, shape: tuple[int, ...], flat: Tensor
+) -> Tensor:
+    """Flat bytes of a part as a tensor of the stored dtype, in the part's own shape."""
     if dtype not in _TORCH:  # ggml blocks stay bytes: (N, bytes per row)
-        return owned.reshape(shape[0], -1)
-    typed = owned.view(_TORCH[dtype])
+        return flat.reshape(shape[0], -1)
+    typed = flat.view(_TORCH[dtype])
     row = FORMATS[tensor.format]
     if row.is_tiled:
         part = next(one for one in row.parts if one.name == name)

@@ -8,9 +8,10 @@ device. Of a batch each picture has a generator of its own, as if it were made a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,14 +27,18 @@ from diffquant.runtime.families import (
 )
 from diffquant.runtime.families.base import device_of
 from diffquant.runtime.guidance import Guidance, needs_negative
-from diffquant.runtime.inpaint import paste, start
+from diffquant.runtime.inpaint import Start, paste, start
+from diffquant.runtime.memory.placement import Placement
 from diffquant.runtime.models.autoencoder import to_pixels
 from diffquant.runtime.models.facts import param_dtype
 from diffquant.runtime.noise import NoiseSource
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.samplers import Part, Sampler, default_sampler, make_sampler
+from diffquant.runtime.strips import Decoding, decode_in
 
 __all__ = ["Denoised", "Generated", "OnLatents", "OnStep", "Pipeline", "PipelineParts"]
+
+_Result = TypeVar("_Result")
 
 OnStep: TypeAlias = Callable[[int, int], None]
 OnLatents: TypeAlias = Callable[[int, int, Tensor], None]
@@ -76,9 +81,14 @@ class Generated:
 
 
 class Pipeline:
-    """Generates pictures with parts that are already in memory."""
+    """Generates pictures.
 
-    def __init__(self, parts: PipelineParts) -> None:
+    Attributes:
+        parts: their weights in memory, or brought by the placement.
+        placement: runs each piece of work, and again with less memory when that runs out.
+    """
+
+    def __init__(self, parts: PipelineParts, placement: Placement | None = None) -> None:
         """Take the parts.
 
         Raises:
@@ -86,7 +96,7 @@ class Pipeline:
         """
         if parts.architecture not in FAMILIES:
             raise UnknownFormat(parts.architecture, FAMILIES, what="architecture with a runtime")
-        self.parts = parts
+        self.parts, self.placement = parts, placement
         self.family: Family = FAMILIES[parts.architecture]
 
     @property
@@ -160,11 +170,16 @@ class Pipeline:
         shape = (count, *self._latent_shape(request.width, request.height))
         cfg = family.cfg if request.cfg is None else request.cfg
         guide = Guidance(cfg, request.cfg_rescale, request.cfg_cutoff)
-        positive, opposite = self._texts(request, cfg)
+        positive, opposite = self._attempt(lambda: self._texts(request, cfg), "encode")
         noise = NoiseSource(request.seeds, request.rng)
         name = request.sampler or default_sampler(parts.scheduler, flow=family.flow)
         run = self._sampler(name, request, shape, noise)
-        begun = start(parts, family, request, run, noise, shape, latents)
+
+        def begin() -> Start:
+            noise.restart()
+            return start(parts, family, request, run, noise, shape, latents, self._decoding)
+
+        begun = self._attempt(begin, "encode picture", autoencoder=True)
         size = (request.width, request.height)
         call = family.caller(parts, Conditions(size, request.guidance, begun.beside))
         x, total = begun.latents, len(run.timesteps)
@@ -174,7 +189,10 @@ class Pipeline:
             now = guide.at(index, total)
             guided = opposite is not None and now.needs_negative
             texts = (opposite, positive) if opposite is not None and guided else (positive,)
-            found = call(run.scale_input(x, index), t, texts)
+            scaled = run.scale_input(x, index)
+            found = self._attempt(
+                functools.partial(call, scaled, t, texts), f"step {index + 1} of {total}"
+            )
             output = now.apply(found[1], found[0], family.guide) if guided else found[0]
             x = begun.protect(run.step(output, x, index), run, index + 1)
             if not bool(torch.isfinite(x).all()):
@@ -195,7 +213,24 @@ class Pipeline:
         vae = self.parts.vae
         device = device_of(vae)
         z = vae.unscale(latents.to(device, torch.float32)).to(param_dtype(vae))
-        return torch.cat([to_pixels(vae.decode(one)).cpu() for one in z[:, None]])
+        return torch.cat([self._picture(one) for one in z[:, None]])
+
+    def _picture(self, z: Tensor) -> Tensor:
+        vae = self.parts.vae
+        return self._attempt(
+            lambda: to_pixels(decode_in(vae, z, self._decoding)).cpu(), "decode", autoencoder=True
+        )
+
+    @property
+    def _decoding(self) -> Decoding:
+        return Decoding() if self.placement is None else self.placement.decoding
+
+    def _attempt(
+        self, work: Callable[[], _Result], what: str, *, autoencoder: bool = False
+    ) -> _Result:
+        if self.placement is None:
+            return work()
+        return self.placement.attempt(work, what, autoencoder=autoencoder)
 
     def _sampler(
         self,

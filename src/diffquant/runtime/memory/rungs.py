@@ -23,7 +23,7 @@ from diffquant.convert.footprint.levels import (
     others_nbytes,
     spread,
 )
-from diffquant.convert.footprint.picture import Footprint, Stage
+from diffquant.convert.footprint.stages import Footprint, Stage
 
 __all__ = [
     "Rung",

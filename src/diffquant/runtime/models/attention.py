@@ -1,4 +1,4 @@
-"""What diffusion transformers share: rotary positions, attention, and norms.
+"""What models share: attention, and of diffusion transformers rotary positions and norms.
 
 Queries and keys are rotated in neighbouring pairs, pair i of an axis by position / theta^(2i /
 width): so a product of two of them knows only how far apart they are, along each axis.
@@ -7,11 +7,30 @@ Source: arXiv:2104.09864; several axes: black-forest-labs/flux src/flux/math.py.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Positions", "QkNorm", "RmsNorm", "attend", "modulated", "rotary"]
+__all__ = [
+    "SCORES_NBYTES",
+    "Positions",
+    "QkNorm",
+    "RmsNorm",
+    "attend",
+    "attention",
+    "modulated",
+    "rotary",
+]
+
+SCORES_NBYTES = 256 << 20  # of a matrix of scores that is held
+_SCORE_NBYTES = 8  # torch computes scores and their softmax in float32 where no kernel is fused
+_BLOCK = 64  # queries and keys on which a kernel is asked whether it serves
+_KERNELS = (
+    torch.backends.cuda.can_use_flash_attention,
+    torch.backends.cuda.can_use_efficient_attention,
+)  # cuDNN's own comes after the plain one where these two do not serve
 
 Positions = tuple[Tensor, Tensor]  # cosines and sines, from `rotary`
 
@@ -53,8 +72,57 @@ def attend(
         (B, L, heads * head_dim).
     """
     q, k = _rotate(q, *positions), _rotate(k, *positions)
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.transpose(1, 2).flatten(2)
+    return attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot product attention whose matrix of scores stays within SCORES_NBYTES.
+
+    Fused kernels hold no such matrix. Where none serves (MPS, or a dtype or head width that a CUDA
+    device has none for), queries are cut: each finds what it would have found among all.
+
+    Args:
+        q: (B, heads, L, head_dim).
+        k: (B, heads, S, head_dim).
+        v: like k.
+        mask: bool, False where a key is nobody's; broadcasts against (B, heads, L, S).
+
+    Returns:
+        (B, heads, L, head_dim).
+    """
+    rows = max(1, SCORES_NBYTES // (q.shape[0] * q.shape[1] * k.shape[2] * _SCORE_NBYTES))
+    if rows >= q.shape[2] or _is_fused(q.device, q.dtype, q.shape[-1], mask is not None):
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    parts = []
+    for first in range(0, q.shape[2], rows):
+        cut = mask
+        if mask is not None and mask.shape[-2] > 1:
+            cut = mask[..., first : first + rows, :]
+        queries = q[:, :, first : first + rows]
+        parts.append(functional.scaled_dot_product_attention(queries, k, v, attn_mask=cut))
+    return torch.cat(parts, dim=2)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_fused(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool) -> bool:
+    """Whether a kernel serves that holds no matrix of scores.
+
+    Asked on one block of queries: what decides is dtype, head width, mask and the device. A
+    constant to torch.compile, which need not look inside.
+    """
+    return _fused(device, dtype, head_dim, masked)
+
+
+@functools.cache
+def _fused(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool) -> bool:
+    if device.type in ("cpu", "meta"):  # the CPU's flash kernel takes every dtype; meta: no numbers
+        return True
+    if device.type != "cuda":
+        return False
+    one = torch.empty(1, 1, _BLOCK, head_dim, dtype=dtype, device=device)
+    mask = torch.ones(1, 1, _BLOCK, _BLOCK, dtype=torch.bool, device=device) if masked else None
+    asked = torch.backends.cuda.SDPAParams(one, one, one, mask, 0.0, False, False)
+    return any(serves(asked) for serves in _KERNELS)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:

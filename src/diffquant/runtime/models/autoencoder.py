@@ -3,6 +3,7 @@
     pixels (B, 3, H, W) in [-1, 1]  --encode-->  mean, logvar  --scale-->    latents (B, C, h, w)
     pixels                          <--decode--  z             <--unscale--  latents
 
+Both ways also run in strips (runtime/strips.py), which gives the same numbers in less memory.
 `C` and H / h are the config's `latents` and `factor`: they count the latents that the sampling loop
 holds, after `scale`.
 """
@@ -13,6 +14,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from diffquant.runtime.models.feature_map import StripPlan
 
 __all__ = ["Autoencoder", "AutoencoderSizes", "from_pixels", "to_pixels"]
 
@@ -32,7 +35,7 @@ class AutoencoderSizes(Protocol):
 
 
 class Autoencoder(nn.Module):
-    """Base of the autoencoders; the four methods are theirs to write."""
+    """Base of the autoencoders; the six methods are theirs to write."""
 
     config: AutoencoderSizes
 
@@ -42,6 +45,14 @@ class Autoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode z, already unscaled: pictures (B, 3, H, W), about [-1, 1]."""
+        raise NotImplementedError
+
+    def encode_strips(self, pixels: Tensor, plan: StripPlan) -> tuple[Tensor, Tensor]:
+        """Encode in strips: what `encode` returns, on the plan's device."""
+        raise NotImplementedError
+
+    def decode_strips(self, z: Tensor, plan: StripPlan) -> Tensor:
+        """Decode in strips: what `decode` returns, where the plan stores maps."""
         raise NotImplementedError
 
     def scale(self, z: Tensor) -> Tensor:

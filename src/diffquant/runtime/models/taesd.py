@@ -17,7 +17,7 @@ src/diffusers/models/autoencoders/autoencoder_tiny.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -30,10 +30,13 @@ from diffquant.core.errors import ArchitectureError, MissingKeys, UsageError
 from diffquant.runtime.layers import QuantConv2d
 from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.models.facts import Hyper, Shapes, require
+from diffquant.runtime.models.feature_map import CONV, RELU, FeatureMap, Reach, StripPlan
 
 __all__ = ["Taesd", "TaesdConfig", "TinyLayer", "config_from"]
 
 _GROUPS = 4  # of the norm inside pooling blocks
+_BLOCK = Reach(3)  # three convolutions
+_HALVE = Reach(2, down=2, ceil=True)  # of stride 2, padded on both sides
 _LOGVAR = -30.0  # latents are certain: the smallest log variance that autoencoders return
 
 
@@ -176,11 +179,24 @@ class _Block(nn.Module):
             nn.ReLU(),
             QuantConv2d(after, after, 3, padding=1),
         )
-        self.skip = QuantConv2d(before, after, 1, bias=False) if before != after else nn.Identity()
+        self.channels, self.changes = after, before != after
+        self.skip = QuantConv2d(before, after, 1, bias=False) if self.changes else nn.Identity()
         self.pool = _Pool(before, row.pool) if row.pool else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.pool is None else x + self.pool(x)
+        return self._plain(x if self.pool is None else x + self.pool(x))
+
+    def strips(self, x: FeatureMap) -> FeatureMap:
+        layer = self._plain if self.pool is None else self._pooled(x, *self.pool)
+        return x.map(layer, self.channels, _BLOCK, inplace=not self.changes)
+
+    def _pooled(
+        self, x: FeatureMap, narrow: nn.Module, norm: nn.GroupNorm, _: nn.Module, wide: nn.Module
+    ) -> Callable[[Tensor], Tensor]:
+        normed = x.group_norm(norm, RELU, of=narrow)
+        return lambda strip: self._plain(strip + wide(normed(narrow(strip))))
+
+    def _plain(self, x: Tensor) -> Tensor:
         return functional.relu(self.conv(x) + self.skip(x))
 
 
@@ -215,7 +231,7 @@ class Taesd(Autoencoder):
         else:
             self.encoder, self.decoder = _Half(config.encoder), _Half(config.decoder)
 
-    def _run(self, x: Tensor, half: Literal["encoder", "decoder"]) -> Tensor:
+    def _layers(self, half: Literal["encoder", "decoder"]) -> Iterator[tuple[TinyLayer, nn.Module]]:
         rows = getattr(self.config, half)
         if not rows:
             raise UsageError(
@@ -223,7 +239,31 @@ class Taesd(Autoencoder):
             )
         root = "" if self.config.alone else f"{half}.layers."
         for row in rows:
-            x = self.get_submodule(root + row.name)(x)
+            yield row, self.get_submodule(root + row.name)
+
+    def _run(self, x: Tensor, half: Literal["encoder", "decoder"]) -> Tensor:
+        for _, layer in self._layers(half):
+            x = layer(x)
+        return x
+
+    def _strips(self, x: FeatureMap, half: Literal["encoder", "decoder"]) -> FeatureMap:
+        doubled: list[nn.Module] = []  # computed with the convolution after it: no map of its own
+        for row, layer in self._layers(half):
+            match row.kind:
+                case "double":
+                    doubled.append(layer)
+                case "relu":
+                    x = x.map(layer, x.data.shape[1], inplace=True)
+                case "conv" if doubled:
+                    up = 1 << len(doubled)
+                    x = x.map(nn.Sequential(*doubled, layer), row.channels[1], Reach(1, up=up))
+                    doubled = []
+                case "conv":
+                    x = x.map(layer, row.channels[1], CONV if row.stride == 1 else _HALVE)
+                case "block":
+                    assert isinstance(layer, _Block)
+                    x = layer.strips(x)
+        assert not doubled, "a doubling is followed by a convolution"
         return x
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,10 +271,22 @@ class Taesd(Autoencoder):
         z = functional.pixel_unshuffle(self._run(pixels / 2 + 0.5, "encoder"), self.config.fold)
         return z, torch.full_like(z, _LOGVAR)
 
+    def encode_strips(self, pixels: Tensor, plan: StripPlan) -> tuple[Tensor, Tensor]:
+        """Encode in strips."""
+        x = self._strips(FeatureMap.of(pixels / 2 + 0.5, plan), "encoder")
+        z = functional.pixel_unshuffle(x.whole(), self.config.fold)
+        return z, torch.full_like(z, _LOGVAR)
+
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents (B, C, h, w): pictures (B, 3, H, W), about [-1, 1]."""
         z = functional.pixel_shuffle(z, self.config.fold)
         return self._run(torch.tanh(z / 3) * 3, "decoder") * 2 - 1
+
+    def decode_strips(self, z: Tensor, plan: StripPlan) -> Tensor:
+        """Decode in strips."""
+        z = functional.pixel_shuffle(z, self.config.fold)
+        x = self._strips(FeatureMap.of(torch.tanh(z / 3) * 3, plan), "decoder")
+        return x.data.mul_(2).sub_(1)
 
     def scale(self, z: Tensor) -> Tensor:
         """Give z back: it is what the denoiser works on."""

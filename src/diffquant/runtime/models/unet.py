@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.runtime.layers import QuantConv2d, QuantLinear
+from diffquant.runtime.models.attention import attention
 from diffquant.runtime.models.facts import param_dtype, timestep_embedding
 from diffquant.runtime.models.unet_config import (
     AttentionSpec,
@@ -68,7 +69,7 @@ class _Attention(nn.Module):
             _heads_first(y, self.heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        y = functional.scaled_dot_product_attention(q, k, v)
+        y = attention(q, k, v)
         out: Tensor = self.to_out(y.transpose(1, 2).flatten(2))
         return out
 

@@ -22,6 +22,7 @@ from diffquant.runtime.layers import QuantConv2d
 from diffquant.runtime.models import vae_kl
 from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.models.facts import Hyper, Shapes, number, require, shape_of
+from diffquant.runtime.models.feature_map import StripPlan
 
 __all__ = ["AutoencoderFlux2", "VaeFlux2Config", "config_from"]
 
@@ -80,6 +81,10 @@ class _Encoder(vae_kl.Encoder):
         out: Tensor = self.quant_conv(super().forward(x))
         return out
 
+    def strips(self, pixels: Tensor, plan: StripPlan) -> Tensor:
+        out: Tensor = self.quant_conv(super().strips(pixels, plan))
+        return out
+
 
 class _Decoder(vae_kl.Decoder):
     def __init__(self, config: vae_kl.VaeConfig) -> None:
@@ -90,6 +95,9 @@ class _Decoder(vae_kl.Decoder):
     def forward(self, z: Tensor) -> Tensor:
         return super().forward(self.post_quant_conv(z))
 
+    def strips(self, z: Tensor, plan: StripPlan) -> Tensor:
+        return super().strips(self.post_quant_conv(z), plan)
+
 
 class _Statistics(nn.Module):
     """Means and variances of the folded latents, channel by channel."""
@@ -98,6 +106,12 @@ class _Statistics(nn.Module):
         super().__init__()
         self.running_mean = nn.Parameter(torch.empty(config.latents), requires_grad=False)
         self.running_var = nn.Parameter(torch.empty(config.latents), requires_grad=False)
+
+
+def _posterior(moments: Tensor) -> tuple[Tensor, Tensor]:
+    mean, logvar = moments.chunk(2, dim=1)
+    logvar = logvar.clamp(-30.0, 20.0)
+    return functional.pixel_unshuffle(mean, _PATCH), functional.pixel_unshuffle(logvar, _PATCH)
 
 
 class AutoencoderFlux2(Autoencoder):
@@ -114,15 +128,23 @@ class AutoencoderFlux2(Autoencoder):
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encode pictures (B, 3, H, W) in [-1, 1]: mean and log variance, (B, C, H/16, W/16)."""
         assert self.encoder is not None, "this file holds no encoder"
-        mean, logvar = self.encoder(pixels).chunk(2, dim=1)
-        logvar = logvar.clamp(-30.0, 20.0)
-        return functional.pixel_unshuffle(mean, _PATCH), functional.pixel_unshuffle(logvar, _PATCH)
+        return _posterior(self.encoder(pixels))
+
+    def encode_strips(self, pixels: Tensor, plan: StripPlan) -> tuple[Tensor, Tensor]:
+        """Encode in strips."""
+        assert self.encoder is not None, "this file holds no encoder"
+        return _posterior(self.encoder.strips(pixels, plan))
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode z (B, C, h, w), already unscaled: pictures (B, 3, 16 h, 16 w), about [-1, 1]."""
         assert self.decoder is not None, "this file holds no decoder"
         out: Tensor = self.decoder(functional.pixel_shuffle(z, _PATCH))
         return out
+
+    def decode_strips(self, z: Tensor, plan: StripPlan) -> Tensor:
+        """Decode in strips."""
+        assert self.decoder is not None, "this file holds no decoder"
+        return self.decoder.strips(functional.pixel_shuffle(z, _PATCH), plan)
 
     def scale(self, z: Tensor) -> Tensor:
         """Turn z of the encoder into what the denoiser works on."""

@@ -3,21 +3,29 @@
 Pictures are (B, 3, H, W) in [-1, 1], latents an eighth of that along each side. Names are CompVis'.
 SD: 4 latent channels, quant_conv and post_quant_conv; Flux: 16, without them. The four projections
 of the middle attention are stored as 1x1 convolutions or as matrices: the same numbers.
+`strips` beside `forward` is the same layer, over a map in strips (feature_map.py).
 Source: CompVis/stable-diffusion ldm/modules/diffusionmodules/model.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.runtime.layers import QuantConv2d, QuantLinear
+from diffquant.runtime.models.attention import attention
 from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.models.facts import Hyper, Shapes, count, number, require, shape_of
+from diffquant.runtime.models.feature_map import CONV, DOUBLE, HALVE, SILU, FeatureMap, StripPlan
 
 __all__ = ["AutoencoderKL", "Decoder", "Encoder", "VaeConfig", "VaeLevel", "config_from"]
+
+# Modules that have `strips`; nn.ModuleList forgets of which class.
+_Layers: TypeAlias = Iterator[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +119,29 @@ class _Resnet(nn.Module):
         if before != after:
             self.nin_shortcut = QuantConv2d(before, after, 1)
         self.shortcut = before != after
+        self.channels = after
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(functional.silu(self.norm1(x)))
         h = self.conv2(functional.silu(self.norm2(h)))
-        skip = self.nin_shortcut(x) if self.shortcut else x
-        out: Tensor = skip + h
+        out: Tensor = self._skip(x) + h
         return out
+
+    def strips(self, x: FeatureMap) -> FeatureMap:
+        norm1 = x.group_norm(self.norm1, SILU)
+        h = x.map(lambda strip: self.conv1(norm1(strip)), self.channels, CONV, measured=True)
+        norm2 = h.group_norm(self.norm2, SILU)
+        return h.map(
+            lambda strip, skip: self.conv2(norm2(strip)) + self._skip(skip),
+            self.channels,
+            CONV,
+            beside=x,
+            inplace=True,
+            measured=True,
+        )
+
+    def _skip(self, x: Tensor) -> Tensor:
+        return self.nin_shortcut(x) if self.shortcut else x
 
 
 class _Attention(nn.Module):
@@ -130,30 +154,36 @@ class _Attention(nn.Module):
         self.proj_out = QuantLinear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
-        q, k, v = (proj(tokens)[:, None] for proj in (self.q, self.k, self.v))  # one head
-        y = functional.scaled_dot_product_attention(q, k, v)[:, 0]
+        tokens = _tokens(self.norm(x))
+        return self._attend(x, tokens, self.k(tokens), self.v(tokens))
+
+    def strips(self, x: FeatureMap) -> FeatureMap:
+        norm, channels = x.group_norm(self.norm), len(self.norm.weight)
+        k = x.tokens(lambda strip: self.k(_tokens(norm(strip))), channels)
+        v = x.tokens(lambda strip: self.v(_tokens(norm(strip))), channels)
+        return x.map(
+            lambda strip: self._attend(strip, _tokens(norm(strip)), k, v),
+            channels,
+            inplace=True,
+            measured=True,
+        )
+
+    def _attend(self, x: Tensor, tokens: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Add to x (B, C, rows, W) what its tokens, normed, find among all keys; one head."""
+        y = attention(self.q(tokens)[:, None], k[:, None], v[:, None])[:, 0]
         out: Tensor = x + self.proj_out(y).transpose(1, 2).unflatten(2, x.shape[2:])
         return out
 
 
-class _Middle(nn.Module):
-    def __init__(self, channels: int, config: VaeConfig, *, attention: bool) -> None:
-        super().__init__()
-        self.block_1 = _Resnet((channels, channels), config)
-        self.attn_1 = _Attention(channels, config) if attention else None
-        self.block_2 = _Resnet((channels, channels), config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block_1(x)
-        out: Tensor = self.block_2(x if self.attn_1 is None else self.attn_1(x))
-        return out
+def _tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, H W, C)."""
+    return x.flatten(2).mT.contiguous()
 
 
 class _Resample(nn.Module):
     def __init__(self, channels: int, *, up: bool) -> None:
         super().__init__()
-        self.up = up
+        self.up, self.channels = up, channels
         self.conv = QuantConv2d(
             channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0
         )
@@ -166,6 +196,21 @@ class _Resample(nn.Module):
         out: Tensor = self.conv(x)
         return out
 
+    def strips(self, x: FeatureMap) -> FeatureMap:
+        return x.map(self, self.channels, DOUBLE if self.up else HALVE, measured=True)
+
+
+class _Middle(nn.Module):
+    def __init__(self, channels: int, config: VaeConfig, *, attention: bool) -> None:
+        super().__init__()
+        self.block_1 = _Resnet((channels, channels), config)
+        self.attn_1 = _Attention(channels, config) if attention else None
+        self.block_2 = _Resnet((channels, channels), config)
+
+    def layers(self) -> _Layers:
+        attention = () if self.attn_1 is None else (self.attn_1,)
+        yield from (self.block_1, *attention, self.block_2)
+
 
 class _Level(nn.Module):
     def __init__(self, level: VaeLevel, config: VaeConfig, *, up: bool) -> None:
@@ -175,11 +220,9 @@ class _Level(nn.Module):
         self.upsample = resample if up else None
         self.downsample = None if up else resample
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
+    def layers(self) -> _Layers:
         resample = self.upsample or self.downsample
-        return x if resample is None else resample(x)
+        yield from (*self.block, *(() if resample is None else (resample,)))
 
 
 class Encoder(nn.Module):
@@ -198,10 +241,22 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Encode."""
         x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        out: Tensor = self.conv_out(functional.silu(self.norm_out(self.mid(x))))
+        for layer in self._layers():
+            x = layer(x)
+        out: Tensor = self.conv_out(functional.silu(self.norm_out(x)))
         return out
+
+    def strips(self, pixels: Tensor, plan: StripPlan) -> Tensor:
+        """Encode in strips."""
+        x = _conv_in(self.conv_in, FeatureMap.of(pixels, plan))
+        for layer in self._layers():
+            x = layer.strips(x)
+        return _conv_out(self.norm_out, self.conv_out, x).whole()
+
+    def _layers(self) -> _Layers:
+        levels: _Layers = iter((*self.down, self.mid))
+        for level in levels:
+            yield from level.layers()
 
 
 class Decoder(nn.Module):
@@ -219,11 +274,32 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode."""
-        x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
+        x = self.conv_in(z)
+        for layer in self._layers():
+            x = layer(x)
         out: Tensor = self.conv_out(functional.silu(self.norm_out(x)))
         return out
+
+    def strips(self, z: Tensor, plan: StripPlan) -> Tensor:
+        """Decode in strips."""
+        x = _conv_in(self.conv_in, FeatureMap.of(z, plan))
+        for layer in self._layers():
+            x = layer.strips(x)
+        return _conv_out(self.norm_out, self.conv_out, x).data
+
+    def _layers(self) -> _Layers:
+        levels: _Layers = iter((self.mid, *reversed(self.up)))
+        for level in levels:
+            yield from level.layers()
+
+
+def _conv_in(conv: QuantConv2d, x: FeatureMap) -> FeatureMap:
+    return x.map(conv, conv.logical_shape[0], CONV, measured=True)
+
+
+def _conv_out(norm: nn.GroupNorm, conv: QuantConv2d, x: FeatureMap) -> FeatureMap:
+    normed = x.group_norm(norm, SILU)
+    return x.map(lambda strip: conv(normed(strip)), conv.logical_shape[0], CONV)
 
 
 class AutoencoderKL(Autoencoder):
@@ -243,7 +319,14 @@ class AutoencoderKL(Autoencoder):
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encode pictures (B, 3, H, W) in [-1, 1]: mean and log variance, (B, C, h, w) each."""
         assert self.encoder is not None, "this file holds no encoder"
-        x = self.encoder(pixels)
+        return self._posterior(self.encoder(pixels))
+
+    def encode_strips(self, pixels: Tensor, plan: StripPlan) -> tuple[Tensor, Tensor]:
+        """Encode in strips."""
+        assert self.encoder is not None, "this file holds no encoder"
+        return self._posterior(self.encoder.strips(pixels, plan))
+
+    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x if self.quant_conv is None else self.quant_conv(x)
         mean, logvar = x.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
@@ -254,6 +337,12 @@ class AutoencoderKL(Autoencoder):
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
         out: Tensor = self.decoder(z)
         return out
+
+    def decode_strips(self, z: Tensor, plan: StripPlan) -> Tensor:
+        """Decode in strips."""
+        assert self.decoder is not None, "this file holds no decoder"
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        return self.decoder.strips(z, plan)
 
     def scale(self, z: Tensor) -> Tensor:
         """Turn z of the encoder into what the denoiser works on."""

@@ -13,8 +13,9 @@ autoencoder_kl_qwenimage.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,15 @@ from torch.nn import functional
 from diffquant.convert.architectures.vae_qwen import DEFAULTS
 from diffquant.core.errors import ArchitectureError
 from diffquant.runtime.layers import PackedLayer, QuantConv2d, QuantLinear
+from diffquant.runtime.models.attention import attention
 from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.models.facts import Hyper, Shapes, count, require, shape_of
+from diffquant.runtime.models.feature_map import CONV, DOUBLE, HALVE, FeatureMap, StripPlan
 
 __all__ = ["QwenVae", "QwenVaeConfig", "VaeLayer", "config_from"]
+
+# Modules that have `strips`; nn.ModuleList forgets of which class.
+_Layers: TypeAlias = Iterator[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +156,20 @@ class _Resnet(nn.Module):
         self.conv2 = _FrameConv(layer.after, layer.after, 3)
         changes = layer.before != layer.after
         self.conv_shortcut = _FrameConv(layer.before, layer.after, 1) if changes else None
+        self.channels = layer.after
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(functional.silu(self.norm1(x)))
+        return self._second(self._first(x), x)
+
+    def strips(self, x: FeatureMap) -> FeatureMap:
+        h = x.map(self._first, self.channels, CONV)
+        return h.map(self._second, self.channels, CONV, beside=x, inplace=True)
+
+    def _first(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv1(functional.silu(self.norm1(x)))
+        return out
+
+    def _second(self, h: Tensor, x: Tensor) -> Tensor:
         h = self.conv2(functional.silu(self.norm2(h)))
         out: Tensor = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
         return out
@@ -163,14 +180,30 @@ class _Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.width = width
         self.norm = _Norm(width, 2)
         self.to_qkv = QuantLinear(width, 3 * width)
         self.proj = QuantLinear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
-        q, k, v = self.to_qkv(tokens)[:, None].chunk(3, dim=-1)
-        y = functional.scaled_dot_product_attention(q, k, v)[:, 0]
+        return self._attend(x, *self._qkv(x).chunk(3, dim=-1))
+
+    def strips(self, x: FeatureMap) -> FeatureMap:
+        width = self.width
+        keys_values = x.tokens(lambda strip: self._qkv(strip)[..., width:], 2 * width)
+        k, v = keys_values.chunk(2, dim=-1)
+        return x.map(
+            lambda strip: self._attend(strip, self._qkv(strip)[..., :width].contiguous(), k, v),
+            width,
+            inplace=True,
+        )
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        out: Tensor = self.to_qkv(self.norm(x).flatten(2).mT.contiguous())  # (B, H W, 3 C)
+        return out
+
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = attention(q[:, None], k[:, None], v[:, None])[:, 0]
         out: Tensor = x + self.proj(y).transpose(1, 2).unflatten(2, x.shape[2:])
         return out
 
@@ -181,10 +214,14 @@ class _Down(nn.Module):
         # Index 0 pads one row and column on the far sides.
         conv = QuantConv2d(layer.before, layer.after, 3, stride=2)
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv)
+        self.channels = layer.after
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.resample(x)
         return out
+
+    def strips(self, x: FeatureMap) -> FeatureMap:
+        return x.map(self, self.channels, HALVE)
 
 
 class _Up(nn.Module):
@@ -192,10 +229,14 @@ class _Up(nn.Module):
         super().__init__()
         conv = QuantConv2d(layer.before, layer.after, 3, padding=1)
         self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), conv)
+        self.channels = layer.after
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.resample(x)
         return out
+
+    def strips(self, x: FeatureMap) -> FeatureMap:
+        return x.map(self, self.channels, DOUBLE)
 
 
 class _Middle(nn.Module):
@@ -204,9 +245,8 @@ class _Middle(nn.Module):
         self.resnets = nn.ModuleList(_Resnet(VaeLayer(width, width)) for _ in range(2))
         self.attentions = nn.ModuleList([_Attention(width)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.resnets[1](self.attentions[0](self.resnets[0](x)))
-        return out
+    def layers(self) -> _Layers:
+        yield from (self.resnets[0], self.attentions[0], self.resnets[1])
 
 
 class _Level(nn.Module):
@@ -215,10 +255,8 @@ class _Level(nn.Module):
         self.resnets = nn.ModuleList(_Resnet(layer) for layer in layers if not layer.resamples)
         self.upsamplers = nn.ModuleList(_Up(layer) for layer in layers if layer.resamples)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
+    def layers(self) -> _Layers:
+        yield from (*self.resnets, *self.upsamplers)
 
 
 class _Encoder(nn.Module):
@@ -235,9 +273,21 @@ class _Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for layer in self.down_blocks:
+        for layer in self._layers():
             x = layer(x)
-        out: Tensor = self.conv_out(functional.silu(self.norm_out(self.mid_block(x))))
+        return self._out(x)
+
+    def strips(self, pixels: Tensor, plan: StripPlan) -> Tensor:
+        x = FeatureMap.of(pixels, plan).map(self.conv_in, self.conv_in.logical_shape[0], CONV)
+        for layer in self._layers():
+            x = layer.strips(x)
+        return x.map(self._out, self.conv_out.logical_shape[0], CONV).whole()
+
+    def _layers(self) -> _Layers:
+        yield from (*self.down_blocks, *self.mid_block.layers())
+
+    def _out(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv_out(functional.silu(self.norm_out(x)))
         return out
 
 
@@ -252,9 +302,23 @@ class _Decoder(nn.Module):
         self.conv_out = _FrameConv(fine, config.pixels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            x = level(x)
+        x = self.conv_in(z)
+        for layer in self._layers():
+            x = layer(x)
+        return self._out(x)
+
+    def strips(self, z: Tensor, plan: StripPlan) -> Tensor:
+        x = FeatureMap.of(z, plan).map(self.conv_in, self.conv_in.logical_shape[0], CONV)
+        for layer in self._layers():
+            x = layer.strips(x)
+        return x.map(self._out, self.conv_out.logical_shape[0], CONV).data
+
+    def _layers(self) -> _Layers:
+        levels: _Layers = iter((self.mid_block, *self.up_blocks))
+        for level in levels:
+            yield from level.layers()
+
+    def _out(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv_out(functional.silu(self.norm_out(x)))
         return out
 
@@ -274,13 +338,24 @@ class QwenVae(Autoencoder):
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encode pictures (B, 3, H, W) in [-1, 1]: mean and log variance, (B, C, h, w) each."""
-        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        return self._posterior(self.encoder(pixels))
+
+    def encode_strips(self, pixels: Tensor, plan: StripPlan) -> tuple[Tensor, Tensor]:
+        """Encode in strips."""
+        return self._posterior(self.encoder.strips(pixels, plan))
+
+    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.quant_conv(x).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode z (B, C, h, w), already unscaled: pictures (B, 3, H, W), about [-1, 1]."""
         out: Tensor = self.decoder(self.post_quant_conv(z))
         return out
+
+    def decode_strips(self, z: Tensor, plan: StripPlan) -> Tensor:
+        """Decode in strips."""
+        return self.decoder.strips(self.post_quant_conv(z), plan)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of z: (C, 1, 1) each, in the dtype of `like`."""
