@@ -55,6 +55,13 @@ def test_a_supposed_gpu_fills_one_screen(command, monkeypatch):
     assert row.count(" GiB") == 3
 
 
+def test_a_table_that_is_too_wide_is_a_list(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = command("doctor", "--vram", "2GiB").out.splitlines()
+    assert "  SDXL 1024, guided" in lines
+    assert max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize("columns", ["10", "40", "60", "79", "80", "140"])
 def test_screens_keep_to_their_width(doctor, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)

@@ -16,9 +16,8 @@ __all__ = ["render_doctor"]
 
 _NAME_COLUMNS = 12
 _FEW = 3  # formats that are named without being asked for
-_NARROW = 80  # below, a table of models is a list
 _WORDS = {
-    "none": "every part stays on the device",
+    "none": "every part stays",
     "model": "one part at a time",
     "blocks": "blocks streamed",
     "sequential": "layers streamed",
@@ -142,11 +141,13 @@ def _models(found: Diagnosis, *, explain: bool) -> None:
     supposed = ", as supposed" if plan.supposed else ""
     for line in wrap(f"on {plan.device}, computing in {plan.dtype}, {budget}{supposed}"):
         styled((line, DIM))
-    if width() < _NARROW or explain:
+    head = ("  model", *TYPES_SHOWN)
+    rows = [(f"  {_name(one)}", *(_cell(fit) for fit in one.types)) for one in found.families]
+    columns = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    if explain or sum(columns) + 2 * len(head) - 2 > width():
         _list(found.families, explain=explain)
     else:
-        rows = [(f"  {_name(one)}", *(_cell(fit) for fit in one.types)) for one in found.families]
-        table(("  model", *TYPES_SHOWN), rows)
+        table(head, rows)
     fits = [fit for one in found.families for fit in one.types]
     used = {word for fit in fits if fit.fits is not False for word in (fit.level, fit.decoder)}
     legend = "; ".join(f"{word}: {told}" for word, told in _WORDS.items() if word in used)
@@ -171,6 +172,8 @@ def _list(rows: Iterable[FamilyFit], *, explain: bool) -> None:
             tone = {True: GOOD, False: BAD, None: {}}[fit.fits]
             styled(f"    {fit.type:8}", (_cell(fit), tone))
             told = f"decided by {fit.stage}: {fit.decides}; denoiser {human(fit.denoiser_nbytes)}"
+            kept = fit.resident.get("denoiser")
+            told += f", {count(kept, 'block')} of it stay" if kept else ""
             for line in wrap(told, " " * 12) if explain else ():
                 styled((line, DIM))
 
