@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffquant.core.errors import UnknownFormat, UsageError, VerificationError
+from diffquant.runtime.devices import full_float32
 from diffquant.runtime.families import (
     FAMILIES,
     Conditions,
@@ -25,7 +26,6 @@ from diffquant.runtime.families import (
     Text,
     TextOptions,
 )
-from diffquant.runtime.devices import full_float32
 from diffquant.runtime.families.base import device_of
 from diffquant.runtime.guidance import Guidance, needs_negative
 from diffquant.runtime.inpaint import Start, paste, start
