@@ -118,12 +118,17 @@ class _CudaLane:
             self._coming[slot] = self._threads.submit(self._read, group, slot, free)
 
     def _read(self, group: Group, slot: int, free: torch.cuda.Event) -> None:
-        if self._kept is not None:
-            host = self._kept[group] = pin(group.nbytes)
+        kept = self._kept.get(group) if self._kept is not None else None
+        if kept is not None:  # asked for twice before it was read once
+            host = kept
+        elif self._kept is not None:
+            host = pin(group.nbytes)
+            group.fill(host.tensor)
+            self._kept[group] = host
         else:
             host = self._staging[slot]
             self._arrived[slot].synchronize()  # its last copy may still read from it
-        group.fill(host.tensor)
+            group.fill(host.tensor)
         self._copy(host.tensor[: group.nbytes], slot, free)
 
     def _copy(self, host: Tensor, slot: int, free: torch.cuda.Event) -> None:
