@@ -294,7 +294,7 @@ def measure(job: dict[str, Any], loaded: Loaded, rung: Any) -> dict[str, Any]:
     if cuda:
         found["allocated_nbytes"] = torch.cuda.max_memory_allocated()
         found["reserved_nbytes"] = torch.cuda.max_memory_reserved()
-    placement.settle(rung)  # lets go of everything
+    placement.release()
     return found
 
 
