@@ -25,7 +25,8 @@ more gets an error, as on a smaller card, and the steps down the ladder are show
              step takes at least the larger of that and the step in memory. `x bound` is over that
              bound: where copies and work overlap, it is near 1 (target: 1.25)
     same     largest difference of the latents, and of the picture, from the first run of the
-             same weights; 0 is bit-equal. float32 (type f32) is to stay below 1e-4
+             same weights, usually that in memory; 0 is bit-equal. float32 (type f32: SD1.5 at 256
+             pixels, without TF32) is to stay below 1e-4
 
 The run in memory goes first and once beforehand, which compiles its kernels: no other row has that
 in its encoding. Page-locked memory is filled anew for every run; that is in the first step, and
@@ -54,8 +55,9 @@ from peak_memory import environment, mib
 from random_weights import Model
 
 GIB = 1 << 30
+PREFIX = "gpu_memory-"  # and the process that wrote it
 TARGET, TOLERANCE = 1.25, 1e-4
-# What Qwen's 512 tokens and T5's are filled with; CLIP's 75 would take several chunks of it.
+# CLIP and T5 fill up what a prompt leaves of their 77 and 512 tokens, Qwen does not.
 SHORT, LONG = "a red fox in the snow", "a red fox in the snow, " * 30
 
 
@@ -70,7 +72,6 @@ class Run:
         pinned: whether streamed weights wait in page-locked memory.
         decoder: how the autoencoder works.
         cap: GiB in all, context included; the planner chooses.
-        steps: of the picture.
         tiny_vae: decode with TAESD.
         offload: level that the planner is held to under a cap.
     """
@@ -81,7 +82,6 @@ class Run:
     pinned: bool = False
     decoder: str = "whole"
     cap: float = 0.0
-    steps: int = 6
     tiny_vae: bool = False
     offload: str = "auto"
 
@@ -90,24 +90,25 @@ RUNGS = {
     run.name: run
     for run in (
         Run("none", "none"),
-        Run("model", "model", steps=4),
+        Run("model", "model"),
         Run("blocks", "blocks", pinned=True),
         Run("blocks half", "blocks", stay=0.5, pinned=True),
-        Run("blocks file", "blocks", steps=4),
-        Run("sequential", "sequential", pinned=True, steps=4),
-        Run("sequential file", "sequential", steps=3),
-        Run("sequential strips", "sequential", pinned=True, decoder="strips", steps=4),
-        Run("sequential host", "sequential", pinned=True, decoder="host", steps=4),
+        Run("blocks file", "blocks"),
+        Run("sequential", "sequential", pinned=True),
+        Run("sequential file", "sequential"),
+        Run("sequential strips", "sequential", pinned=True, decoder="strips"),
+        Run("sequential host", "sequential", pinned=True, decoder="host"),
     )
 }
 CAPS = {
-    ("sd15", "bf16"): (Run("cap 2", cap=2, steps=4),),
+    ("sd15", "bf16"): (Run("cap 2", cap=2),),
     ("sdxl", "bf16"): (
-        Run("cap 4", cap=4, steps=4),
-        Run("cap 1 tiny", cap=1, steps=3, tiny_vae=True, offload="sequential"),
+        Run("cap 4", cap=4),
+        Run("none tiny", "none", tiny_vae=True),
+        Run("cap 1 tiny", cap=1, tiny_vae=True, offload="sequential"),
     ),
-    ("flux1", "q4_k_s"): (Run("cap 6", cap=6, steps=4),),
-    ("qwen_image", "q4_k_s"): (Run("cap 8", cap=8, steps=4),),
+    ("flux1", "q4_k_s"): (Run("cap 6", cap=6),),
+    ("qwen_image", "q4_k_s"): (Run("cap 8", cap=8),),
 }
 ALL = ("none", "blocks", "model", "sequential", "blocks half", "blocks file", "sequential file")
 FULL, BRIEF = ALL, ("none", "blocks")
@@ -133,6 +134,12 @@ ORDER = {
 # The small exact case: SD1.5 at 256 pixels in float32, on every rung there is.
 EXACT = ("none", "model", "blocks", "blocks half", "blocks file", "sequential strips")
 EXACT += ("sequential host", "sequential file")
+
+
+# Of a picture: the first is not counted. All runs of a type take as many, and end alike.
+STEPS = {"sd15": 6, "sdxl": 6, "flux1": 6, "qwen_image": 4}
+EXACT_STEPS = 3
+PLAN_LIMIT = 0.15
 
 
 class OutOfTime(Exception):
@@ -181,6 +188,10 @@ class Device:
             self.total = torch.cuda.get_device_properties(0).total_memory
             self.bus = self._bus()
 
+    def reset_peak(self) -> None:
+        if self.cuda:
+            self.torch.cuda.reset_peak_memory_stats()
+
     def sync(self) -> None:
         if self.cuda:
             self.torch.cuda.synchronize()
@@ -189,7 +200,7 @@ class Device:
         gc.collect()
         if self.cuda:
             self.torch.cuda.empty_cache()
-            self.torch.cuda.reset_peak_memory_stats()
+        self.reset_peak()
 
     @property
     def context(self) -> int:
@@ -275,24 +286,24 @@ class Copied:
 
 @dataclass
 class Opened:
-    """An opened pipeline, the request, and what its first run gave."""
+    """An opened pipeline, what it draws, and what its first run gave."""
 
     pipeline: Any
-    request: Any
     model: Model
     type: str
+    pixels: int
+    steps: int
     first: dict[str, Any] = field(default_factory=dict)
 
 
-def request_for(model: Model, pixels: int, steps: int, seed: int = 0) -> Any:
+def request_for(held: Opened, steps: int) -> Any:
     from diffquant.runtime.request import PictureRequest
 
-    clip = model.family in ("sd15", "sdxl") or model.tiny
-    words = SHORT if clip or model.family == "flux1" else LONG
-    negative = words if model.family == "qwen_image" else None  # both predictions see 512 tokens
-    return PictureRequest(
-        words, negative, seed=seed, steps=steps, width=pixels, height=pixels
-    )
+    qwen = held.model.family == "qwen_image"
+    words = LONG if qwen and not held.model.tiny else SHORT
+    negative = words if qwen else None  # both predictions see as many tokens
+    side = held.pixels
+    return PictureRequest(words, negative, seed=0, steps=steps, width=side, height=side)
 
 
 def rung_of(run: Run, found: Any) -> Any:
@@ -367,20 +378,19 @@ def drawn(opened: Any, request: Any, device: Device, copied: Copied) -> dict[str
     }
 
 
-def measured(held: Opened, run: Run, device: Device, ram: int, pixels: int) -> dict[str, Any]:
+def measured(held: Opened, run: Run, device: Device, ram: int) -> dict[str, Any]:
     """One row."""
     opened = held.pipeline
-    request = request_for(held.model, pixels, run.steps)
+    request = request_for(held, held.steps)
     opened.placement.release()
     device.clean()
     copied, steps_before = Copied(), len(opened.placement.steps)
     with device.capped(int(run.cap * GIB)), copied.counting():
         row = placed(opened, request, run, device, ram)
         if run.level == "none":
-            drawn(opened, request_for(held.model, pixels, 1), device, copied)
+            drawn(opened, request_for(held, 1), device, copied)
             device.sync()
-            if device.cuda:
-                device.torch.cuda.reset_peak_memory_stats()
+            device.reset_peak()
         found = drawn(opened, request, device, copied)
         row |= device.peak()
     latents, images = found.pop("latents"), found.pop("images")
@@ -390,12 +400,14 @@ def measured(held: Opened, run: Run, device: Device, ram: int, pixels: int) -> d
     _compare(row, held, run, latents, images)
     _bound(row, held, run, device)
     row["cap_nbytes"] = int(run.cap * GIB)
+    if row["allocated_nbytes"]:
+        row["planned_over_allocated"] = row["planned_nbytes"] / row["allocated_nbytes"]
     return row
 
 
 def _compare(row: dict[str, Any], held: Opened, run: Run, latents: Any, images: Any) -> None:
-    """Against the first run with as many steps: a picture depends on their number."""
-    kept = held.first.setdefault(f"steps {run.steps}", (latents, images, run.name))
+    """Against the first run of these weights."""
+    kept = held.first.setdefault("made", (latents, images, run.name))
     row["compared_with"] = kept[2]
     row["latents_differ"] = float((latents - kept[0]).abs().max())
     row["picture_differs"] = float((images - kept[1]).abs().max())
@@ -404,7 +416,7 @@ def _compare(row: dict[str, Any], held: Opened, run: Run, latents: Any, images: 
 
 def _bound(row: dict[str, Any], held: Opened, run: Run, device: Device) -> None:
     """How near a streamed step is to what bus and arithmetic allow."""
-    if run.name == "none":
+    if run.level == "none":
         held.first["step_s"] = row["step_s"]
     inside = held.first.get("step_s")
     if inside is None:
@@ -426,7 +438,7 @@ def pipeline_of(
     from diffquant.runtime.opening import open_pipeline
 
     with contextlib.ExitStack() as files:
-        yield open_pipeline(
+        opened = open_pipeline(
             path,
             base=model.example if model.tiny else None,
             added=added,
@@ -434,7 +446,11 @@ def pipeline_of(
             device=device.name,
             files=files,
         )
-    device.clean()
+        try:
+            yield opened
+        finally:
+            assert opened.placement is not None
+            opened.placement.release()  # page-locked memory is given back by nobody else
 
 
 def names(arguments: argparse.Namespace, listed: tuple[str, ...]) -> tuple[str, ...]:
@@ -477,9 +493,8 @@ def one_type(
     exact = kind == "f32"
     listed = EXACT if exact else ORDER[model.family][kind]
     pixels = 64 if model.tiny else 256 if exact else 512 if model.family == "sd15" else 1024
+    steps = EXACT_STEPS if exact else STEPS[model.family]
     runs = [RUNGS[name] for name in names(arguments, listed)]
-    if exact:
-        runs = [Run(**{**asdict(run), "steps": 3}) for run in runs]
     caps = CAPS.get((model.family, kind), ())
     caps = tuple(run for run in caps if run.name in names(arguments, (run.name,)))
     runs[1:1] = [run for run in caps if not run.tiny_vae]
@@ -488,14 +503,15 @@ def one_type(
     common = {"family": model.family, "type": kind, "pixels": pixels, "dtype": dtype}
     common |= {"denoiser_nbytes": nbytes, "wrote_s": wrote}
     with precise(device, exact), pipeline_of(model, path, added, device, dtype=dtype) as opened:
-        held = Opened(opened, None, model, kind)
+        held = Opened(opened, model, kind, pixels, steps)
         for run in (run for run in runs if usable(run, device)):
             one_run(arguments, report, held, run, device, common)
     if apart:
-        other = {**added, "vae": model.write_tiny_vae()} if not model.tiny else added
+        other = {**added, "vae": model.write_tiny_vae()}
         with pipeline_of(model, path, other, device, dtype=dtype) as opened:
+            held = Opened(opened, model, kind, pixels, steps)
             for run in apart:
-                one_run(arguments, report, Opened(opened, None, model, kind), run, device, common)
+                one_run(arguments, report, held, run, device, common)
     path.unlink()
 
 
@@ -524,7 +540,7 @@ def one_run(
     with report.within_time(f"{held.model.family} {held.type}, {run.name}"):
         row: dict[str, Any] = {**common, "run": run.name}
         try:
-            row |= measured(held, run, device, int(arguments.ram * GIB), common["pixels"])
+            row |= measured(held, run, device, int(arguments.ram * GIB))
         except (ResourceError, device.torch.OutOfMemoryError) as error:  # a row too: it has no peak
             row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     report.add(row)
@@ -571,18 +587,17 @@ def show(row: dict[str, Any]) -> None:
     line = f"{name:38} {row['encode_s']:7.2f} {row['first_step_s']:7.2f} {row['step_s']:8.4f} "
     line += f"{row['decode_s']:7.2f} {mib(row.get('total_nbytes')):>6} "
     if "planned_nbytes" in row:
-        planned, allocated = row["planned_nbytes"], row["allocated_nbytes"]
-        row["planned_over_allocated"] = planned / allocated if allocated else None
-        line += f"{mib(planned + row['planned_context_nbytes']):>6} "
-        line += f"{planned / allocated:7.3f} " if allocated else f"{'-':>7} "
-        floor = f"{row['floor_s']:7.4f}" if row.get("floor_s") else "-"
-        line += f"{floor:>7} "
-        for field_name, width in (("x_in_memory", 6), ("x_bound", 7)):
-            value = row.get(field_name)
-            line += f"{'-' if value is None else f'{value:.2f}':>{width}} "
+        line += f"{mib(row['planned_nbytes'] + row['planned_context_nbytes']):>6} "
+        line += number(row.get("planned_over_allocated"), 7, 3)
+        line += number(row.get("floor_s"), 7, 4)
+        line += number(row.get("x_in_memory"), 6, 2) + number(row.get("x_bound"), 7, 2)
         line += f" {row['latents_differ']:.1e} {row['picture_differs']:.1e}"
         line += f" as {row['compared_with']}"
     print(line + "".join(f"\n      {one}" for one in remarks(row)), flush=True)
+
+
+def number(value: float | None, width: int, digits: int) -> str:
+    return f"{'-' if value is None else f'{value:.{digits}f}':>{width}} "
 
 
 def remarks(row: dict[str, Any]) -> Iterator[str]:
@@ -593,6 +608,8 @@ def remarks(row: dict[str, Any]) -> Iterator[str]:
         fits = "" if total is None else "kept" if total <= row["cap_nbytes"] else "BROKEN"
         yield f"cap {mib(row['cap_nbytes'])} MiB {fits}, by {rung['level']}, {rung['decoder']}"
         yield from row["why"][-3:]
+    if abs(row.get("planned_over_allocated", 1) - 1) > PLAN_LIMIT:
+        yield f"plan more than {PLAN_LIMIT:.0%} off, decided by {row['decided_by']}"
     if not row.get("finite", True):
         yield "NOT FINITE"
     if row["run"] == "blocks" and row.get("x_bound", 0) > TARGET:
@@ -611,6 +628,14 @@ def folder_with_room(wanted: Path | None) -> Path:
     return max(places, key=lambda one: shutil.disk_usage(one).free)
 
 
+def remove_left() -> None:
+    """Remove files of a run that was killed: they may lie in memory."""
+    for place in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        for left in place.glob(f"{PREFIX}*"):
+            if not Path(f"/proc/{left.name.split('-')[1]}").exists():
+                shutil.rmtree(left)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -626,6 +651,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    remove_left()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as the command
     device = Device(arguments.device)
     found = {"environment": environment(), "bus_bytes_per_s": device.bus, "rows": []}
@@ -637,7 +663,8 @@ def main() -> None:
     print(HEAD)
     try:
         for name in arguments.families.split(","):
-            with tempfile.TemporaryDirectory(dir=folder_with_room(arguments.workdir)) as folder:
+            place, prefix = folder_with_room(arguments.workdir), f"{PREFIX}{os.getpid()}-"
+            with tempfile.TemporaryDirectory(dir=place, prefix=prefix) as folder:
                 family(arguments, Model(name, Path(folder), arguments.tiny), report, device)
     except OutOfTime as reached:
         print(f"stopped before {reached}", flush=True)
