@@ -16,7 +16,7 @@ from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.binding import bind
 from diffquant.convert.detect import detect
 from diffquant.convert.footprint import Footprint, Picture, footprint, with_denoiser
-from diffquant.convert.footprint.decode import ServedBy, usually
+from diffquant.convert.footprint.decode import Serving, usually
 from diffquant.convert.footprint.levels import CONTEXT_NBYTES
 from diffquant.convert.footprint.published import Published, published
 from diffquant.convert.footprint.weights import plan_weights
@@ -167,30 +167,32 @@ def _estimates(
 ) -> tuple[_Estimate, ...]:
     known, usual = dict(backends), usually(device)
 
-    def served_by(fmt: str) -> str:
-        return known.get(fmt) or usual(fmt)
+    def backend(fmt: str) -> str:
+        return known.get(fmt) or usual.backend(fmt)
+
+    serving = Serving(backend, usual.copies_kernels)
 
     # Plans are hundreds of thousands of short-lived rows: with torch loaded, looking for garbage
     # that is not there takes a third of the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return tuple(_Estimate(one, dict(_types(one, compute, served_by))) for one in published())
+        return tuple(_Estimate(one, dict(_types(one, compute, serving))) for one in published())
     finally:
         if collecting:
             gc.enable()
 
 
-def _types(model: Published, compute: str, served_by: ServedBy) -> Iterator[tuple[str, Footprint]]:
+def _types(model: Published, compute: str, serving: Serving) -> Iterator[tuple[str, Footprint]]:
     logical = bind(model.header())
     match = detect(logical.specs())
     native = ARCHITECTURES[match.architecture].sampling_for(match.variant)
     picture = Picture(native.width, native.height, compute=compute)
-    found = footprint(logical, match, picture, served_by=served_by, ours=True)
+    found = footprint(logical, match, picture, serving=serving, ours=True)
     for name in TYPES_SHOWN:
         if name == _AS_PUBLISHED:
             yield name, found
             continue
         plan = make_plan(logical, match, Request("gguf", type=type_named(name)))
         steps = plan.part_steps("denoiser")
-        yield name, with_denoiser(found, plan_weights(steps, compute=compute, served_by=served_by))
+        yield name, with_denoiser(found, plan_weights(steps, compute=compute, serving=serving))

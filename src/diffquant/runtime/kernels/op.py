@@ -47,4 +47,5 @@ def decode(fmt: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -
         return best(fmt, device, dtype).kernel(parts, shape, dtype)
     if is_stored(fmt, dtype):  # an operator may not return what it was given
         return KERNELS[fmt](parts, shape, dtype)
-    return _dequantize(list(parts.values()), ",".join(parts), fmt, list(shape), dtype)
+    found: Tensor = _dequantize(list(parts.values()), ",".join(parts), fmt, list(shape), dtype)
+    return found
