@@ -46,6 +46,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -112,9 +113,19 @@ CAPS = {
 }
 ALL = ("none", "blocks", "model", "sequential", "blocks half", "blocks file", "sequential file")
 FULL, BRIEF = ALL, ("none", "blocks")
+# The small exact case: SD1.5 at 256 pixels in float32, on every rung there is.
+EXACT = ("none", "model", "blocks", "blocks half", "blocks file", "sequential strips")
+EXACT += ("sequential host", "sequential file")
 # (family, type) in the order they are worth: caps are of bf16 or q4_k_s.
 ORDER = {
-    "sd15": {"bf16": FULL, "q4_k_s": FULL, "q8_0": BRIEF, "fp8_scaled": BRIEF, "nf4": BRIEF},
+    "sd15": {
+        "bf16": FULL,
+        "f32": EXACT,
+        "q4_k_s": FULL,
+        "q8_0": BRIEF,
+        "fp8_scaled": BRIEF,
+        "nf4": BRIEF,
+    },
     "sdxl": {"bf16": FULL, "q4_k_s": FULL, "q8_0": BRIEF, "fp8_scaled": BRIEF, "nf4": BRIEF},
     "flux1": {
         "q4_k_s": FULL,
@@ -131,11 +142,6 @@ ORDER = {
         "nf4": BRIEF,
     },
 }
-# The small exact case: SD1.5 at 256 pixels in float32, on every rung there is.
-EXACT = ("none", "model", "blocks", "blocks half", "blocks file", "sequential strips")
-EXACT += ("sequential host", "sequential file")
-
-
 # Of a picture: the first is not counted. All runs of a type take as many, and end alike.
 STEPS = {"sd15": 6, "sdxl": 6, "flux1": 6, "qwen_image": 4}
 EXACT_STEPS = 3
@@ -464,15 +470,12 @@ def usable(run: Run, device: Device) -> bool:
 
 def family(arguments: argparse.Namespace, model: Model, report: Report, device: Device) -> None:
     """Every type of a family: the files are written, run, and removed."""
-    wanted = arguments.types.split(",") if arguments.types else [*ORDER[model.family], "f32"]
+    wanted = arguments.types.split(",") if arguments.types else list(ORDER[model.family])
     started = time.monotonic()
     added = model.write_companions()
     print(f"{model.family}: companions written in {time.monotonic() - started:.0f} s", flush=True)
-    listed = [one for one in ORDER[model.family] if one in wanted]
-    for index, kind in enumerate(listed):
+    for kind in (one for one in ORDER[model.family] if one in wanted):
         one_type(arguments, model, report, device, added, kind)
-        if index == 0 and model.family == "sd15" and "f32" in wanted:
-            one_type(arguments, model, report, device, added, "f32")
         if arguments.peers and kind == "bf16":
             peers(arguments, model, report, device)
 
@@ -491,10 +494,9 @@ def one_type(
         nbytes, wrote = path.stat().st_size, time.monotonic() - started
     print(f"{model.family} {kind}: {nbytes / GIB:.2f} GiB written in {wrote:.0f} s", flush=True)
     exact = kind == "f32"
-    listed = EXACT if exact else ORDER[model.family][kind]
     pixels = 64 if model.tiny else 256 if exact else 512 if model.family == "sd15" else 1024
     steps = EXACT_STEPS if exact else STEPS[model.family]
-    runs = [RUNGS[name] for name in names(arguments, listed)]
+    runs = [RUNGS[name] for name in names(arguments, ORDER[model.family][kind])]
     caps = CAPS.get((model.family, kind), ())
     caps = tuple(run for run in caps if run.name in names(arguments, (run.name,)))
     runs[1:1] = [run for run in caps if not run.tiny_vae]
@@ -535,14 +537,13 @@ def one_run(
     device: Device,
     common: dict[str, Any],
 ) -> None:
-    from diffquant.core.errors import ResourceError
-
     with report.within_time(f"{held.model.family} {held.type}, {run.name}"):
         row: dict[str, Any] = {**common, "run": run.name}
         try:
             row |= measured(held, run, device, int(arguments.ram * GIB))
-        except (ResourceError, device.torch.OutOfMemoryError) as error:  # a row too: it has no peak
-            row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        except Exception as error:  # the device's time is dear: the other rows go on
+            row["failed"] = f"{type(error).__name__}: {error}"
+            row["traceback"] = traceback.format_exc()
     report.add(row)
     show(row)
 
@@ -550,7 +551,7 @@ def one_run(
 def peers(
     arguments: argparse.Namespace, model: Model, report: Report, device: Device
 ) -> None:
-    from diffusers_peers import MODES, Peer, reason_against
+    from diffusers_peers import Peer, modes_of, reason_against
 
     why = reason_against()
     if why:
@@ -561,8 +562,10 @@ def peers(
         started = time.monotonic()
         peer = Peer(model, device)
         print(f"{model.family}: weights made in {time.monotonic() - started:.0f} s", flush=True)
-    wanted = arguments.peer_modes.split(",") if arguments.peer_modes else list(MODES)
-    for mode in wanted:
+    wanted = arguments.peer_modes.split(",") if arguments.peer_modes else None
+    for mode in modes_of(model.family):
+        if wanted is not None and mode not in wanted:
+            continue
         with report.within_time(f"{model.family}, diffusers {mode}"):
             row = {"family": model.family, "type": "bf16", "run": f"diffusers {mode}"}
             row |= peer.measured(mode)
@@ -582,7 +585,7 @@ HEAD = (
 def show(row: dict[str, Any]) -> None:
     name = f"{row['family']} {row['type']}, {row['run']}"
     if "failed" in row:
-        print(f"{name:38} {row['failed']}", flush=True)
+        print(f"{name:38} FAILED {row['failed'][:300]}\n{row.get('traceback', '')}", flush=True)
         return
     line = f"{name:38} {row['encode_s']:7.2f} {row['first_step_s']:7.2f} {row['step_s']:8.4f} "
     line += f"{row['decode_s']:7.2f} {mib(row.get('total_nbytes')):>6} "
@@ -671,6 +674,8 @@ def main() -> None:
         found["stopped"] = str(reached)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
+    failed = [row for row in found["rows"] if "failed" in row and "diffusers" not in row["run"]]
+    raise SystemExit(f"{len(failed)} of {len(found['rows'])} runs failed" if failed else 0)
 
 
 if __name__ == "__main__":
