@@ -22,14 +22,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from random_weights import FOLDERS, Model, gaussian, is_norm
+from diffusers_models import COMPONENTS, Weights, built, without_values
+from random_weights import Model
 
 MODES = ("in memory", "group", "model", "sequential", "gguf")
 STEPS = {"in memory": 6, "group": 5, "model": 4, "sequential": 3, "gguf": 5}
@@ -41,105 +43,26 @@ PIPELINES = {
     "qwen_image": "QwenImagePipeline",
 }
 
-# What the published config.json files say beyond the classes' defaults.
-_SD_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-_CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
-_CLIP_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-}
-_T5 = {
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-    "vocab_size": 32128,
-}
-_QWEN = {
-    "text_config": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "max_position_embeddings": 128000,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": [16, 24, 24],
-        },
-    },
-    "vision_config": {"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584},
-}
-_SD15_UNET = {"cross_attention_dim": 768, "sample_size": 64}
-_SDXL_UNET = {
-    "attention_head_dim": (5, 10, 20),
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "sample_size": 128,
-}
-_FLUX_VAE = {
-    **_SD_VAE,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "sample_size": 1024,
-}
-# Component -> (class, config): real ones; tiny ones are read from the folder in examples/.
-COMPONENTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
-    "sd15": {
-        "unet": ("UNet2DConditionModel", _SD15_UNET),
-        "vae": ("AutoencoderKL", _SD_VAE),
-        "text_encoder": ("CLIPTextModel", _CLIP_L),
-    },
-    "sdxl": {
-        "unet": ("UNet2DConditionModel", _SDXL_UNET),
-        "vae": ("AutoencoderKL", {**_SD_VAE, "scaling_factor": 0.13025, "sample_size": 1024}),
-        "text_encoder": ("CLIPTextModel", _CLIP_L),
-        "text_encoder_2": ("CLIPTextModelWithProjection", _CLIP_G),
-    },
-    "flux1": {
-        "transformer": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-        "vae": ("AutoencoderKL", _FLUX_VAE),
-        "text_encoder": ("CLIPTextModel", _CLIP_L),
-        "text_encoder_2": ("T5EncoderModel", _T5),
-    },
-    "qwen_image": {
-        "transformer": ("QwenImageTransformer2DModel", {}),
-        "vae": ("AutoencoderKLQwenImage", {}),
-        "text_encoder": ("Qwen2_5_VLForConditionalGeneration", _QWEN),
-    },
-}
+
 _FLOW = {"use_dynamic_shifting": True, "shift": 3.0}
-_KARRAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_KARRAS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+
+def modes_of(family: str) -> tuple[str, ...]:
+    """The modes that a family has here.
+
+    Offloading by component copies what comes back from the device: twice the 55 GiB of Qwen-Image
+    and its encoder, beside files that lie in memory, is more than the machine's 128.
+    """
+    without = set() if family == "flux1" and _has("gguf") else {"gguf"}
+    if family == "qwen_image":
+        without.add("model")
+    return tuple(mode for mode in MODES if mode not in without)
 
 
 def reason_against() -> str:
@@ -150,70 +73,6 @@ def reason_against() -> str:
 
 def _has(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
-
-
-@contextlib.contextmanager
-def without_values() -> Iterator[None]:
-    """Parameters have a shape and no values; buffers and tables of positions are real."""
-    import accelerate
-    import torch
-
-    init = torch.nn.init
-    names = [name for name in dir(init) if name.endswith("_") and not name.startswith("_")]
-    kept = {name: getattr(init, name) for name in names}
-    for name in names:
-        setattr(init, name, lambda tensor, *_args, **_kwargs: tensor)
-    try:
-        with accelerate.init_empty_weights(include_buffers=False):
-            yield
-    finally:
-        for name, function in kept.items():
-            setattr(init, name, function)
-
-
-class Weights:
-    """The memory that a component's parameters lie in, one after another."""
-
-    def __init__(self, module: Any, dtype: Any) -> None:
-        import torch
-
-        total = sum(param.numel() for param in module.parameters())
-        self.flat = torch.empty(total, dtype=dtype)
-        tile = torch.from_numpy(np.array(gaussian())).view(torch.bfloat16).to(dtype)
-        whole = total // tile.numel() * tile.numel()
-        self.flat[:whole].view(-1, tile.numel()).copy_(tile)
-        self.flat[whole:] = tile[: total - whole]
-        self._locked = False
-
-    def give(self, module: Any) -> None:
-        """Let a module's parameters be this memory."""
-        import torch
-
-        at = 0
-        made: dict[int, Any] = {}
-        for name, param in list(module.named_parameters(remove_duplicate=False)):
-            if id(param) not in made:
-                view = self.flat[at : at + param.numel()].view(param.shape)
-                at += param.numel()
-                if is_norm(name, tuple(param.shape)):
-                    view.fill_(1)
-                made[id(param)] = param, torch.nn.Parameter(view, requires_grad=False)
-            owner = module.get_submodule(name.rpartition(".")[0])
-            owner._parameters[name.rpartition(".")[2]] = made[id(param)][1]
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Page-locked meanwhile."""
-        import torch
-
-        runtime = torch.cuda.cudart()
-        code = runtime.cudaHostRegister(self.flat.data_ptr(), self.flat.nbytes, 0)
-        if int(code):
-            raise RuntimeError(f"{self.flat.nbytes} bytes cannot be page-locked: error {code}")
-        try:
-            yield
-        finally:
-            runtime.cudaHostUnregister(self.flat.data_ptr())
 
 
 class Peer:
@@ -238,7 +97,9 @@ class Peer:
         for name, (kind, config) in COMPONENTS[self.model.family].items():
             stated = self._stated(name) if self.model.tiny else config
             with without_values():
-                found[name] = _built(kind, stated)
+                found[name] = built(kind, stated)
+            if hasattr(found[name], "tie_weights"):
+                found[name].tie_weights()  # building without values gave each its own
         return found
 
     def _stated(self, component: str) -> dict[str, Any]:
@@ -278,8 +139,6 @@ class Peer:
         """One row; "failed" says what diffusers answered where it refused."""
         import torch
 
-        if mode == "gguf" and (self.model.family != "flux1" or not _has("gguf")):
-            return {"failed": "no such mode here: Flux.1 alone, and gguf has to be installed"}
         self.device.clean()
         with contextlib.ExitStack() as stack:
             try:
@@ -292,8 +151,9 @@ class Peer:
                         self._drawn(pipe, 1)  # compiles its kernels
                         self.device.reset_peak()
                     found = self._drawn(pipe, STEPS[mode])
-            except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
-                found, placed = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}, 0.0
+            except Exception as error:  # a row too: what diffusers answered
+                found, placed = {"failed": f"{type(error).__name__}: {error}"}, 0.0
+                found["traceback"] = traceback.format_exc()
             found |= self.device.peak()
         pipe = None
         self.device.clean()
@@ -325,7 +185,7 @@ class Peer:
         ).images
         self.device.sync()
         end = time.perf_counter()
-        spent = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+        spent = [b - a for a, b in itertools.pairwise(ticks)]
         return {
             "encode_s": encoded - start,
             "first_step_s": ticks[0] - encoded,
@@ -340,17 +200,6 @@ class Peer:
         import torch
 
         return torch.ones(1, count, dtype=torch.int64, device=self.device.name)
-
-
-def _built(kind: str, stated: dict[str, Any]) -> Any:
-    import diffusers
-    import transformers
-
-    if hasattr(diffusers, kind):
-        cls = getattr(diffusers, kind)
-        return cls.from_config(stated) if "_class_name" in stated else cls(**stated)
-    cls = getattr(transformers, kind)
-    return cls(cls.config_class(**stated))
 
 
 # --- text: what each pipeline is given -----------------------------------------------------------
@@ -453,4 +302,3 @@ PLACE: dict[str, Callable[[Peer, Any, contextlib.ExitStack], None]] = {
     "sequential": _sequential,
     "gguf": _gguf,
 }
-assert set(FOLDERS) == set(TEXTS)

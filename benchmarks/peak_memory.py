@@ -127,7 +127,7 @@ def run(job: dict[str, Any], script: str) -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -145,7 +145,7 @@ def environment() -> dict[str, object]:
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
     }
 
 

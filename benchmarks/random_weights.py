@@ -31,7 +31,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 STD = 0.02
 VARIANTS = 2
 _TILE = 1 << 22  # numbers
-_PIECE = 1 << 24  # bytes written at once
 _WORKERS = 16
 GGUF = ("q4_k_s", "q8_0")
 TAESD = "taesd.vae.diffusers"
@@ -70,13 +69,22 @@ class Random:
         spec = self.specs[key]
         first, end = rows or (0, spec.rows)
         nbytes = (end - first) * spec.row_nbytes
-        if is_norm(key, spec.shape):
-            return np.resize(_ONES, nbytes)
+        found = self._tile(key, first)
+        return found[:nbytes] if nbytes <= found.size else np.resize(found, nbytes)
+
+    def _tile(self, key: str, first: int) -> np.ndarray:
+        """What is repeated from a row on."""
+        if is_norm(key, self.specs[key].shape):
+            return _ONES
         tile = gaussian()
         at = zlib.crc32(f"{key} {first}".encode()) % VARIANTS * (tile.size // 2 // VARIANTS)
-        if at + nbytes <= tile.size:
-            return tile[at : at + nbytes]
-        return np.resize(tile[at:], nbytes)
+        return tile[at:]
+
+    def pieces(self, key: str) -> Iterator[tuple[int, np.ndarray]]:
+        """(offset, bytes) of a whole tensor, without making it."""
+        tile, nbytes = self._tile(key, 0), self.specs[key].nbytes
+        for at in range(0, nbytes, tile.size):
+            yield at, tile[: nbytes - at]
 
     def close(self) -> None:
         """Nothing is open."""
@@ -197,9 +205,8 @@ def write_plain(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     source = Random(shapes)
     with open_sink(path, source.specs.values(), {}, force=True) as sink:
         for key in source.specs:
-            data = source.read(key)
-            for at in range(0, data.size, _PIECE):
-                sink.write(key, at, data[at : at + _PIECE])
+            for at, data in source.pieces(key):
+                sink.write(key, at, data)
         sink.commit()
 
 
