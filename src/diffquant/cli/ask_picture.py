@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from diffquant.cli.ask_memory import SECTION as MEMORY
 from diffquant.cli.values import seeds_from, size_from
 from diffquant.core.errors import UsageError
 
@@ -95,7 +96,8 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "hires_model",
     ),
     "Parts": ("base", "vae", "added", "tokenizer", "loras"),
-    "Running": ("engine", "device", "dtype", "preview"),
+    "Running": ("engine", "device", "dtype", "preview", "dry_run"),
+    "Memory": MEMORY,
 }  # fmt: skip
 _FILES = ("image", "mask", "refiner", "hires_model")  # of a Job itself
 

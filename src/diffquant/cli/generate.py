@@ -6,12 +6,11 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffquant.cli.ask_memory import SECTION, memory_from, memory_options, render_memory
+from diffquant.cli.ask_memory import memory_from, memory_options, render_memory
 from diffquant.cli.ask_picture import SECTIONS, fields_from, pairs_of_parts, picture_options
 from diffquant.cli.frame import Options, Outcome, common, echo, human, run
 from diffquant.cli.sections import Sectioned
@@ -26,7 +25,7 @@ __all__ = ["command"]
 
 
 class _Generate(Sectioned):
-    sections = MappingProxyType({**SECTIONS, "Memory": SECTION})
+    sections = SECTIONS
 
 
 @dataclass(frozen=True, slots=True)
