@@ -158,8 +158,8 @@ def estimate(case: Case, device: str) -> tuple[Any, dict[str, tuple[str, tuple[i
     specs = logical.specs()
     match = detect_part(specs) if case.part == "vae" else detect(specs)
     picture = Picture(case.pixels, case.pixels, compute=COMPUTE[case.compute])
-    is_ours, served_by = case.engine == "ours", usually(device.partition(":")[0])
-    found = footprint(logical, match, picture, served_by=served_by, ours=is_ours)
+    is_ours, serving = case.engine == "ours", usually(device.partition(":")[0])
+    found = footprint(logical, match, picture, serving=serving, ours=is_ours)
     weights = {key: (case.stored, spec.shape) for key, spec in specs.items()}
     if case.stored not in CASTS:
         plan = make_plan(logical, match, Request("gguf", type=type_named(case.stored)))
@@ -168,7 +168,7 @@ def estimate(case: Case, device: str) -> tuple[Any, dict[str, tuple[str, tuple[i
             step.key: (step.decision.format or step.stored.lower(), step.assignment.shape)
             for step in steps
         }
-        planned = plan_weights(steps, compute=picture.compute, served_by=served_by)
+        planned = plan_weights(steps, compute=picture.compute, serving=serving)
         found = with_denoiser(found, planned)
     name = "decode" if case.part == "vae" else "denoise"
     return next(one for one in found.stages if one.name == name), weights
@@ -288,6 +288,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     from diffquant.core.heap import give_back_freed_blocks
 
     torch.set_num_threads(job["threads"])
+    torch.set_flush_denormal(True)  # equal weights make numbers that are slow and mean nothing
     give_back_freed_blocks()
     device = job["device"]
     for dtype in (torch.float32, torch.bfloat16):  # what torch loads late counts as imports

@@ -130,7 +130,7 @@ def source(name: str, stored: str, *, part: str) -> tuple[Any, Any]:
     match = detect(logical.specs())
     if stored != "bf16":
         steps = make_plan(logical, match, Request("gguf", type=type_named(stored))).part_steps(part)
-        packed = {s.key: TensorSpec(s.key, s.stored, s.assignment.shape) for s in steps}
+        packed = {s.key: TensorSpec(s.key, s.stored.upper(), s.assignment.shape) for s in steps}
         logical = bind(Made(packed))
         match = detect(logical.specs())
     found = match.part("denoiser")
@@ -273,7 +273,7 @@ def measure(job: dict[str, Any], loaded: Loaded, rung: Any) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     before, seconds = time.monotonic(), []
-    with torch.inference_mode():
+    with torch.no_grad():  # as the pipeline; slots are filled by another thread
         for call in calls(job, loaded, rung.decoder):
             for _ in range(2 if rung.level in ("blocks", "sequential") else 1):
                 start = time.perf_counter()
@@ -294,7 +294,7 @@ def measure(job: dict[str, Any], loaded: Loaded, rung: Any) -> dict[str, Any]:
     if cuda:
         found["allocated_nbytes"] = torch.cuda.max_memory_allocated()
         found["reserved_nbytes"] = torch.cuda.max_memory_reserved()
-    placement.settle(rung)  # lets go of everything
+    placement.release()
     return found
 
 
@@ -303,6 +303,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(job["threads"])
+    torch.set_flush_denormal(True)  # equal weights make numbers that are slow and mean nothing
     loaded = load(job)
     rung = list(rungs(job, loaded))[job["index"]]
     return measure(job, loaded, rung)
@@ -370,7 +371,7 @@ def main() -> None:
         print(json.dumps(child(json.loads(arguments.child))))
         return
     report: dict[str, Any] = {"environment": environment(), "rows": []}
-    print(f"{'MiB':52} {'predicted':>8} {'measured':>8} {'off':>7} {'reserved':>8}")
+    print(f"{'peaks in MiB':52} {'predicted':>8} {'measured':>8} {'off':>7} {'reserved':>8}")
     for job in jobs(arguments):
         for row in rows(job):
             show(row)

@@ -14,9 +14,11 @@ from diffquant.convert.architectures.spaces import SPACES
 from diffquant.convert.binding import bind
 from diffquant.convert.footprint import LEVELS, Picture, footprint, needs, with_denoiser
 from diffquant.convert.footprint.companions import COMPANIONS, companions_of
-from diffquant.convert.footprint.decode import decode_nbytes
+from diffquant.convert.footprint.decode import decode_nbytes, usually
 from diffquant.convert.footprint.levels import block_count, blocks_nbytes, spread
 from diffquant.convert.footprint.moments import Buffer, Moment, largest_buffer, peak
+from diffquant.convert.footprint.reach import STRIP_NBYTES
+from diffquant.convert.footprint.strips import strip_moments
 from diffquant.convert.footprint.transformer_rows import TRANSFORMERS
 from diffquant.convert.footprint.vae import decode_moments
 from diffquant.convert.footprint.weights import PartSource, part_weights, plan_weights
@@ -81,8 +83,30 @@ def test_nothing_to_walk_is_no_memory():
 def test_sdxl_decodes_through_three_maps_of_256_channels():
     found = stage(estimate("sdxl-base.checkpoint.ldm"), "decode")
     assert found.activations.nbytes == 3 * 256 * 1024 * 1024 * 2
-    assert found.tiled.nbytes == 3 * 256 * 512 * 512 * 2 + 2 * 3 * 1024 * 1024 * 4
     assert found.weights.nbytes == 2 * 83_653_863
+
+
+def test_in_strips_a_block_s_two_maps_decide_and_from_the_host_strips_alone():
+    found = stage(estimate("sdxl-base.checkpoint.ldm"), "decode")
+    maps = (256 + 128) * 1024 * 1024 * 2
+    assert maps < found.tiled.nbytes < maps + 6 * STRIP_NBYTES
+    assert found.tiled.where.startswith("decoder.up.0.block.0.conv2")
+    assert 3 * STRIP_NBYTES < found.host.nbytes < 9 * STRIP_NBYTES
+
+
+def test_a_picture_of_four_times_the_pixels_takes_no_wider_strips():
+    shapes = MANIFESTS["sd.vae-kl-f8.ldm"]
+    small, large = (
+        peak(
+            one
+            for one in strip_moments(
+                "vae_kl", shapes, height=side, width=side, itemsize=2, host=True
+            )
+            if "attn" not in one.where  # keys and values are of all pixels
+        )
+        for side in (128, 256)
+    )
+    assert large.nbytes < 1.2 * small.nbytes
 
 
 def test_convolutions_that_copy_hold_their_input_and_output_twice():
@@ -138,6 +162,22 @@ def test_a_layer_of_several_pieces_is_decoded_piece_by_piece_and_joined():
     largest = max(prod(shape) for shape in MANIFESTS["flux-dev.transformer.original"].values())
     assert weights.scratch.nbytes == 2 * 2 * largest  # the pieces, and the joined weight
     assert "linear1" in weights.scratch.label
+
+
+def test_a_cpu_lays_the_kernels_of_convolutions_out_again():
+    largest = 1280 * 2560 * 9
+    logical, match = opened(MANIFESTS["sd15.unet.ldm"], "F32")
+    gpu, cpu = (
+        part_weights(PartSource(logical, match.parts[0], serving=usually(device)), compute="F32")
+        for device in ("cuda", "cpu")
+    )
+    assert (gpu.scratch.nbytes, cpu.scratch.nbytes) == (0, 4 * largest)
+    logical, match = opened(MANIFESTS["sd15.unet.ldm"])
+    source = PartSource(logical, match.parts[0], serving=usually("cpu"))
+    assert part_weights(source, compute="F32").scratch.nbytes == 2 * 4 * largest
+    logical, match = opened(MANIFESTS["flux-dev.transformer.original"], "F32")
+    source = PartSource(logical, match.parts[0], serving=usually("cpu"))
+    assert part_weights(source, compute="F32").scratch.nbytes == 0  # matrices are not
 
 
 def test_keys_that_a_loader_does_not_read_are_left_out():
@@ -269,7 +309,7 @@ def test_float16_decodes_sdxl_in_float32():
     assert any("float32" in note for note in found.notes)
 
 
-def test_each_level_needs_no_more_than_the_one_before_and_tiles_never_cost():
+def test_each_level_needs_no_more_than_the_one_before_and_strips_never_cost():
     for name in ("sdxl-base.checkpoint.ldm", "flux-dev.transformer.original"):
         found = needs(estimate(name))
         by_level = {(one.level, one.tiled): one.nbytes for one in found}

@@ -229,4 +229,4 @@ def test_blocks_of_128_are_read_and_others_named(bound, name):
 @pytest.mark.parametrize("name", ["fp8_e4m3_rowwise", "fp8_e4m3_blockwise", "int8_blockwise"])
 def test_only_quantops_is_said_to_read_its_formats(name):
     reading = {key for key, row in TARGETS.items() if name in row.reads.get("safetensors", ())}
-    assert reading == {"comfyui-quantops"}
+    assert reading == {"comfyui-quantops", "diffquant"}

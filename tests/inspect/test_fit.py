@@ -40,7 +40,7 @@ def test_a_large_device_holds_everything_and_needs_no_advice():
 def test_levels_are_tried_from_the_fastest():
     one = subject("sdxl-base.checkpoint.ldm")
     at = {gib: fit(one, vram=gib * GIB).level for gib in (12, 8, 6, 3)}
-    assert at == {12: "none", 8: "none + tiled decoding", 6: "model", 3: "blocks"}
+    assert at == {12: "none", 8: "none + decoding in strips", 6: "model", 3: "blocks"}
 
 
 def test_the_smallest_budget_of_a_level_fits_and_a_byte_less_does_not():

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 import diffquant.runtime.doctor.examination as room
+import diffquant.runtime.doctor.families as planning
+from diffquant.convert.footprint.levels import CONTEXT_NBYTES
 from diffquant.core.errors import UsageError
 from diffquant.core.report import to_json
 from diffquant.runtime import devices
 from diffquant.runtime.doctor import Diagnosis, Problem, examine
 from diffquant.runtime.doctor.accelerators import Accelerator, accelerators, nvidia_driver
 from diffquant.runtime.doctor.decoders import decoders
-from diffquant.runtime.doctor.families import CONTEXT_NBYTES, TYPES_SHOWN, families
+from diffquant.runtime.doctor.families import TYPES_SHOWN, families
 from diffquant.runtime.doctor.libraries import LIBRARIES, installed
 from diffquant.runtime.doctor.machine import Disk, Memory
 from diffquant.runtime.doctor.probe import Broken, probe
@@ -25,6 +27,7 @@ from diffquant.runtime.doctor.problems import problems
 from diffquant.runtime.doctor.processor import Processor
 from diffquant.runtime.families import FAMILIES
 from diffquant.runtime.kernels import KERNELS
+from diffquant.runtime.memory.plan import Budget
 
 GIB = 1 << 30
 CARD = Accelerator("cuda:0", "Card", "9.0", 24 * GIB, 20 * GIB)
@@ -35,8 +38,12 @@ def here() -> Diagnosis:
     return examine(ram=16 * GIB)
 
 
+def planned(budget, compute="BF16", device="cuda"):
+    return families(Budget(budget, 64 * GIB), device=device, compute=compute)
+
+
 def rows(budget, compute="BF16"):
-    return {row.title: row for row in families(budget=budget, compute=compute)}
+    return {row.title: row for row in planned(budget, compute)}
 
 
 # What is looked at
@@ -96,7 +103,7 @@ def test_what_cannot_be_planned_is_refused(asked, word, monkeypatch):
 
 def test_a_peak_that_fits_is_within_the_budget():
     for budget in (2 * GIB, 6 * GIB, 24 * GIB, 200 * GIB):
-        for row in families(budget=budget, compute="BF16"):
+        for row in planned(budget):
             for fit in row.types:
                 assert fit.fits is (fit.peak_nbytes <= budget)
 
@@ -111,6 +118,34 @@ def test_more_memory_never_gives_a_slower_rung():
 
 def test_everything_fits_without_offloading_where_there_is_room():
     assert {fit.rung for row in rows(200 * GIB).values() for fit in row.types} == {"none"}
+
+
+def test_rungs_are_the_planners_own():
+    row = rows(8 * GIB)["Flux.1 dev"].types[-1]
+    assert (row.level, row.fits) == ("blocks", True)
+    assert 0 < row.resident["t5_xxl"] < 24
+    assert any(one.startswith("offload none") and "too much" in one for one in row.why)
+    assert row.host_nbytes > 0
+
+
+def test_what_fits_nowhere_says_the_least_it_needs():
+    row = rows(GIB)["Flux.2 dev"].types[0]
+    assert row.fits is False
+    exact = rows(row.peak_nbytes)["Flux.2 dev"].types[0]
+    assert (exact.fits, exact.peak_nbytes) == (True, row.peak_nbytes)
+    assert rows(row.peak_nbytes - 1)["Flux.2 dev"].types[0].fits is False
+
+
+def test_what_decodes_counts(monkeypatch):
+    (large,) = [one for one in planning.published() if one.title == "Flux.2 dev"]
+    monkeypatch.setattr(planning, "published", lambda: (large,))
+
+    def least(backend):
+        served = dict.fromkeys(("q4_k", "f16"), backend)
+        (row,) = families(Budget(GIB, None), device="cuda", compute="BF16", backends=served)
+        return row.types[-1].peak_nbytes
+
+    assert least("torch") > least("triton")
 
 
 def test_an_unknown_budget_gives_sizes_and_no_verdict():
@@ -129,7 +164,7 @@ def test_smaller_types_have_smaller_denoisers():
 def test_wider_numbers_take_more():
     wide, narrow = rows(None, "F32"), rows(None, "BF16")
     for title, row in narrow.items():
-        assert wide[title].types[0].peak_nbytes > row.types[0].peak_nbytes > CONTEXT_NBYTES
+        assert wide[title].types[0].peak_nbytes > row.types[0].peak_nbytes > CONTEXT_NBYTES["cuda"]
 
 
 # Devices
@@ -156,7 +191,9 @@ def test_a_card_is_described_and_planned_for(monkeypatch):
     assert found.accelerators.found == (Accelerator("cuda:0", "Card", "8.6", 4 * GIB, 3 * GIB),)
     assert found.accelerators.built_for == "CUDA 13.0"
     assert (found.planned.device, found.planned.dtype) == ("cuda:0", "bfloat16")
-    assert found.planned.budget == 3 * GIB + CONTEXT_NBYTES  # a context that is already there
+    assert (
+        found.planned.budget == 3 * GIB + CONTEXT_NBYTES["cuda"]
+    )  # a context that is already there
     assert "8.6; from 8.0" in found.compute[-1].why
 
 
@@ -166,7 +203,7 @@ def test_torchs_own_words_say_why_there_is_no_card(monkeypatch):
         return False
 
     cuda(monkeypatch, available=old)
-    assert accelerators([]).why_none[0] == "CUDA: the driver on your system is too old"
+    assert accelerators([]).why_none["CUDA"] == "the driver on your system is too old"
 
 
 def test_a_card_that_fails_is_a_finding_and_not_a_crash(monkeypatch):
@@ -274,7 +311,7 @@ def sound(here) -> Diagnosis:
         machine=machine,
         accelerators=no_cards(threads=8),
         libraries=tuple(dataclasses.replace(one, version="1", error="") for one in here.libraries),
-        families=families(budget=200 * GIB, compute="F32"),
+        families=planned(200 * GIB, "F32", "cpu"),
         broken=(),
     )
 
@@ -365,16 +402,15 @@ def test_kernels_that_are_interpreted_are_a_problem(sound):
 
 
 def test_models_without_room_are_named_with_what_they_need(sound):
-    planned = dataclasses.replace(sound.planned, budget=2 * GIB, dtype="float32")
-    found = dataclasses.replace(
-        sound, planned=planned, families=families(budget=2 * GIB, compute="F32")
-    )
+    plan = dataclasses.replace(sound.planned, budget=2 * GIB, dtype="float32")
+    found = dataclasses.replace(sound, planned=plan, families=planned(2 * GIB, "F32", "cpu"))
     problem = only(found)
     assert problem.what.startswith("2.0 GiB of RAM are too little at native size for ")
-    assert "Qwen-Image (" in problem.what
+    assert "Flux.2 dev (" in problem.what
+    assert "SD 1.5" not in problem.what
     assert "--size" in problem.do
     assert "--dtype bfloat16" in problem.do
-    unknown = dataclasses.replace(found, planned=dataclasses.replace(planned, budget=None))
+    unknown = dataclasses.replace(found, planned=dataclasses.replace(plan, budget=None))
     assert problems(unknown, {}) == ()
 
 

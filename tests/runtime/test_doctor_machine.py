@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from diffquant.runtime.doctor.limits import Limits, limits
+from diffquant.core.limits import Limits, limits
 from diffquant.runtime.doctor.machine import machine
 from diffquant.runtime.doctor.processor import processor
 

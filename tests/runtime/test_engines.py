@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from diffquant.quant.types import type_named
 from diffquant.runtime import scorers
 from diffquant.runtime.compare import ImageSettings, compare_pictures
 from diffquant.runtime.engines import ENGINES, EngineFiles, open_side
+from diffquant.runtime.engines import diffusers as diffusers_engine
 from diffquant.runtime.engines.base import refuse_weights
 from diffquant.runtime.engines.damage import shuffled_rows
 from diffquant.runtime.engines.decoded import fill
@@ -189,6 +191,15 @@ def test_what_an_engine_cannot_honour_is_refused_by_name(fields, named):
     side = open_side("diffusers", EngineFiles(SD15))
     with pytest.raises(UsageError, match=f"cannot honour {named}:"):
         side.draw(replace(REQUEST, **fields))
+
+
+@pytest.mark.parametrize(("given", "scale"), [({}, 8.0), ({"guidance": 2.5, "cfg": 1.0}, 2.5)])
+def test_a_latent_consistency_model_is_given_guidance_and_no_cfg(given, scale):
+    pipeline = SimpleNamespace(unet=SimpleNamespace(config={"time_cond_proj_dim": 256}))
+    request = replace(REQUEST, **{"cfg": None, **given})
+    assert diffusers_engine._guidance(request, {}, pipeline) == {"guidance_scale": scale}
+    with pytest.raises(UsageError, match="with guidance, not with cfg"):
+        diffusers_engine._guidance(replace(request, cfg=7.5), {}, pipeline)
 
 
 def test_samplers_schedules_and_guidance_go_under_its_names():

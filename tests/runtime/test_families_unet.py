@@ -14,6 +14,7 @@ from diffquant.convert.jobs import container_for, run_job
 from diffquant.convert.plan import Request
 from diffquant.core.errors import ArchitectureError, UsageError
 from diffquant.runtime.families import Conditions, TextOptions
+from diffquant.runtime.job import Job, _clues
 from diffquant.runtime.opening import open_pipeline
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
@@ -170,6 +171,22 @@ def refiner(oracle, words):
     )
 
 
+def lcm(oracle, words):
+    """A latent consistency model of SD2's structure: guidance is an input of its own."""
+    base = sd2(oracle, words)
+    known = base.unet.config.items()
+    config = {name: value for name, value in known if not name.startswith("_")}
+    config["time_cond_proj_dim"] = 20
+    parts = dict(base.components)
+    parts.pop("image_encoder", None)
+    denoiser = oracle.diffusers.UNet2DConditionModel.from_config(config)
+    scheduler = oracle.diffusers.LCMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    parts |= {"unet": oracle.randomize(denoiser, seed=9), "scheduler": scheduler}
+    return oracle.diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+
+
 MAKERS = {"sd2": sd2, "sdxl": sdxl, "sdxl_refiner": refiner}
 
 
@@ -249,6 +266,27 @@ def test_sizes_are_among_the_conditions_of_sdxl(saved):
 def test_distilled_guidance_is_refused(saved):
     with pytest.raises(UsageError, match="takes no distilled guidance"):
         opened(saved, "sdxl", "folder").pipeline.generate(PROMPT, steps=1, guidance=3.5, **SIZE)
+
+
+def test_a_latent_consistency_model_is_guided_through_its_own_input(oracle, tokenizer, tmp_path):
+    pipeline = lcm(oracle, tokenizer)
+    pipeline.set_progress_bar_config(disable=True)
+    folder, single = tmp_path / "folder", tmp_path / "file.safetensors"
+    pipeline.save_pretrained(folder)
+    run_job(folder, single, Request(container=container_for(single)))
+    sides = (open_pipeline(folder), open_pipeline(single, base=folder))
+    noise = torch.randn((1, 4, 6, 8), generator=torch.Generator().manual_seed(7))
+    run = {"num_inference_steps": 1, "output_type": "latent", "latents": noise, **SIZE}
+    for strength in (8.0, 2.5):  # one step: the scheduler's own noise comes from the device's seed
+        wanted = pipeline(PROMPT, guidance_scale=strength, **run).images
+        given = {} if strength == 8.0 else {"guidance": strength}
+        for side in sides:
+            found = side.pipeline.generate(PROMPT, seed=7, steps=1, **given, **SIZE)
+            oracle.assert_close(found.latents, wanted, 1e-3)
+            assert side.pipeline.cfg == 1
+    clues = _clues(Job(folder, tmp_path / "o.png", {}), side)
+    assert clues.time_cond
+    assert clues.guided is None
 
 
 def test_a_vector_of_another_width_is_named(saved):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from diffquant.convert.architectures import ARCHITECTURES
@@ -21,6 +21,7 @@ from diffquant.convert.architectures.parts import PARTS
 from diffquant.convert.detect import detect, detect_part
 from diffquant.convert.footprint.decode import decode_nbytes
 from diffquant.convert.footprint.moments import peak
+from diffquant.convert.footprint.strips import strip_moments
 from diffquant.convert.footprint.transformer import row_for, transformer_moments
 from diffquant.convert.footprint.unet import unet_moments
 from diffquant.convert.footprint.vae import decode_moments
@@ -29,7 +30,10 @@ from diffquant.core.tensors import TensorSpec
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels import KERNELS
 from diffquant.runtime.layers import PackedLayer, PackedWeight
+from diffquant.runtime.loading import MODELS
 from diffquant.runtime.models import flux, unet, vae_kl
+from diffquant.runtime.models.feature_map import StripPlan
+from diffquant.runtime.strips import Decoding, decode_in
 
 DATA = Path(__file__).parents[1] / "data"
 DTYPE = torch.bfloat16
@@ -37,7 +41,13 @@ TOKENS = 4096  # a picture of 1024 x 1024 in patches of 16 pixels
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of storages that are alive, except of those it is told to ignore."""
+    """Counts the bytes of storages that are alive, except of those it is told to ignore.
+
+    Attributes:
+        elsewhere: storages that stand for another device's.
+    """
+
+    elsewhere = ()
 
     def __init__(self, ignored=()):
         super().__init__()
@@ -54,7 +64,7 @@ class Live(TorchDispatchMode):
 
     def _note(self, storage):
         key, nbytes = id(storage), storage.nbytes()
-        if key in self.seen:
+        if key in self.seen or any(storage is one for one in self.elsewhere):
             return
 
         def gone(_):
@@ -98,12 +108,12 @@ def shapes_of(name):
     return {key: tuple(shape) for key, shape in found.items()}
 
 
-def built(make):
+def built(make, dtype=DTYPE):
     with torch.device("meta"):
-        model = make().to(DTYPE).eval()
+        model = make().to(dtype).eval()
     for layer in model.modules():
         if isinstance(layer, PackedLayer):
-            layer.bind(PackedWeight.of(meta(*layer.logical_shape)))
+            layer.bind(PackedWeight.of(meta(*layer.logical_shape, dtype=dtype)))
     return model
 
 
@@ -142,6 +152,53 @@ def test_decoding_is_that_of_the_runtime(peak_of, name, channels, size):
     counted = peak_of(model, (z,), lambda: model.decode(z))
     found = peak(decode_moments("vae_kl", shapes, height=height, width=width, itemsize=2))
     assert found.nbytes == pytest.approx(counted, rel=0.01)
+
+
+STRIPS = [
+    ("vae_kl", "sd.vae-kl-f8.ldm", 4, (320, 448), torch.float32),
+    ("vae_kl", "flux.vae.original", 16, (512, 640), torch.bfloat16),
+    ("vae_flux2", "flux2.vae.original", 32, (256, 512), torch.bfloat16),
+    ("vae_qwen", "qwen-image.vae.diffusers", 16, (320, 448), torch.float32),
+    ("vae_qwen", "qwen-image.vae.diffusers", 16, (384, 512), torch.bfloat16),
+    ("taesd", "taesd.decoder.original", 4, (768, 640), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("mode", ["strips", "host"])
+@pytest.mark.parametrize(("kind", "name", "channels", "size", "dtype"), STRIPS)
+def test_decoding_in_strips_takes_what_is_said(
+    peak_of, monkeypatch, kind, name, channels, size, dtype, mode
+):
+    shapes, (height, width) = shapes_of(name), (side // 8 for side in size)
+    row = MODELS[kind]
+    model = built(lambda: row.module(row.config_from(shapes, {})), dtype)
+    z = meta(1, channels, height, width, dtype=dtype)
+    if kind == "vae_flux2":  # of the loop: 2x2 pixels in one
+        z = meta(1, 4 * channels, height // 2, width // 2, dtype=dtype)
+    if mode == "host":
+
+        def empty(plan, shape, dtype):
+            with _disable_current_modes():
+                made = meta(*shape, dtype=dtype)
+            Live.elsewhere.append(made.untyped_storage())
+            return made
+
+        monkeypatch.setattr(Live, "elsewhere", [])
+        monkeypatch.setattr(StripPlan, "store", property(lambda plan: plan.device))
+        monkeypatch.setattr(StripPlan, "empty", empty)
+    counted = peak_of(model, (z,), lambda: decode_in(model, z, Decoding(mode)))
+    part = "vae_tiny_decoder" if kind == "taesd" else kind
+    found = peak(
+        strip_moments(
+            part,
+            shapes,
+            height=height,
+            width=width,
+            itemsize=dtype.itemsize,
+            host=mode == "host",
+        )
+    )
+    assert found.nbytes == pytest.approx(counted, rel=0.02)
 
 
 def test_flux_activations_are_those_of_the_runtime(peak_of, monkeypatch):

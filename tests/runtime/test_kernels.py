@@ -1,6 +1,5 @@
 """Reference decoders against gguf-py and bitsandbytes, bit for bit."""
 
-import math
 import subprocess
 import sys
 import warnings
@@ -9,57 +8,21 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from packed_parts import HALVES, random_blocks, random_parts, same_numbers
 
 from diffquant.core.errors import UnknownFormat
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels import KERNELS, ROWWISE, best, scratch, table
 from diffquant.runtime.kernels import numba as fast
 
-# Where each format keeps float16 numbers; iq1_m spreads its one over the top nibbles of four words.
-HALVES = {
-    "q8_0": (0,),
-    "q4_0": (0,),
-    "q4_1": (0, 2),
-    "q5_0": (0,),
-    "q5_1": (0, 2),
-    "q2_k": (80, 82),
-    "q3_k": (108,),
-    "q4_k": (0, 2),
-    "q5_k": (0, 2),
-    "q6_k": (208,),
-    **dict.fromkeys(("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), (0,)),
-    "iq4_nl": (0,),
-    "iq4_xs": (0,),
-    "mxfp4": (),
-    "nvfp4": (),
-    "iq1_s": (0,),
-    "iq1_m": (),
-    "tq1_0": (52,),
-    "tq2_0": (64,),
-}
-# Bytes of other scales that could overflow, and the bits they may have.
-FINITE = {"iq1_m": ((55, 0xBF),), "mxfp4": ((0, 0x7F),)}
 GGML = tuple(HALVES)
-
-
-def random_blocks(gguf, name, rows, columns, seed=0):
-    """Random bytes with finite, ordinary scales: every field of a block takes every value."""
-    kind = gguf.GGMLQuantizationType[name.upper()]
-    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
-    generator = np.random.default_rng(seed)
-    blocks = generator.integers(0, 256, (rows * columns // elements, nbytes), dtype=np.uint8)
-    for start in HALVES[name]:
-        scale = generator.standard_normal(len(blocks)).astype(np.float16)
-        blocks[:, start : start + 2] = scale.view(np.uint8).reshape(-1, 2)
-    for start, mask in FINITE.get(name, ()):
-        blocks[:, start] &= mask
-    return kind, blocks.reshape(rows, -1)
 
 
 @pytest.mark.parametrize("name", GGML)
 def test_block_formats_equal_gguf(name):
     gguf = pytest.importorskip("gguf")
-    kind, data = random_blocks(gguf, name, rows=6, columns=512)
+    data = random_blocks(name, rows=6, columns=512)
+    kind = gguf.GGMLQuantizationType[name.upper()]
     wanted = gguf.quants.dequantize(data, kind)
     found = KERNELS[name]({"weight": torch.from_numpy(data)}, (6, 512), torch.float32)
     assert np.array_equal(found.numpy(), wanted)
@@ -68,7 +31,8 @@ def test_block_formats_equal_gguf(name):
 @pytest.mark.parametrize("name", GGML)
 def test_block_formats_take_convolution_shapes_and_cast_last(name):
     gguf = pytest.importorskip("gguf")
-    kind, data = random_blocks(gguf, name, rows=2, columns=256)
+    data = random_blocks(name, rows=2, columns=256)
+    kind = gguf.GGMLQuantizationType[name.upper()]
     wanted = torch.from_numpy(gguf.quants.dequantize(data, kind))
     found = KERNELS[name]({"weight": torch.from_numpy(data)}, (2, 16, 4, 4), torch.bfloat16)
     assert torch.equal(found, wanted.reshape(2, 16, 4, 4).bfloat16())
@@ -120,51 +84,6 @@ def test_only_flat_blocks_and_tiles_cannot_be_cut_by_rows():
 
 def test_every_number_format_has_a_kernel():
     assert FORMATS.keys() <= KERNELS.keys()
-
-
-TORCH = {
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
-def random_parts(name, shape, *, odd=False):
-    """Parts as a file holds them, any bits; `odd` puts zeros, infinities and NaN into scales."""
-    row, generator = FORMATS[name], np.random.default_rng(len(name))
-    if name in HALVES:
-        gguf = pytest.importorskip("gguf")
-        _, data = random_blocks(gguf, name, shape[0], math.prod(shape[1:]))
-        if odd:
-            for start in HALVES[name]:
-                scale = np.array([np.inf, 0.0, np.nan, -0.0], np.float16).view(np.uint8)
-                data[:4, start : start + 2] = scale.reshape(4, 2)
-        return {"weight": torch.from_numpy(data)}
-    parts = {}
-    for part in row.parts:
-        size = part.shape(shape)
-        if part.dtype in ("F32", "F16"):
-            array = generator.standard_normal(size).astype(part.dtype.replace("F", "float"))
-            if odd and array.size >= 5:
-                array.reshape(-1)[:5] = (np.nan, np.inf, -np.inf, 0.0, -0.0)
-            parts[part.name] = torch.from_numpy(np.asarray(array))
-        elif part.dtype == "BF16":
-            parts[part.name] = torch.from_numpy(generator.standard_normal(size)).bfloat16()
-        else:
-            data = torch.from_numpy(generator.integers(0, 256, size, dtype=np.uint8))
-            kind = torch.int8 if part.dtype == "I8" else TORCH.get(part.dtype, torch.uint8)
-            parts[part.name] = data.view(kind)
-    return parts
-
-
-def same_numbers(found, wanted):
-    """Bit for bit, signs of zeros included; which NaN it is says nothing."""
-    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-    numbers = ~wanted.isnan()
-    bits = {2: torch.int16, 4: torch.int32}[wanted.dtype.itemsize]
-    return torch.equal(found.isnan(), ~numbers) and torch.equal(
-        found.view(bits)[numbers], wanted.view(bits)[numbers]
-    )
 
 
 def shape_for(name):
@@ -268,7 +187,8 @@ def test_scratch_is_lent_again_and_bounded(monkeypatch):
         ("q4_k", "cpu", torch.bfloat16, "numba", "span by span"),
         ("f16", "cpu", torch.bfloat16, "numba", "span by span"),
         ("f16", "cpu", torch.float16, "stored", "compute dtype"),
-        ("q4_k", "cuda", torch.bfloat16, "torch", "for cuda"),
+        ("fp8_e4m3", "cuda", torch.bfloat16, "torch", "triton"),
+        ("q4_k", "xpu", torch.bfloat16, "torch", "for xpu"),
         ("q4_k", "mps", torch.float16, "torch", "for mps"),
         ("q4_k", "meta", torch.bfloat16, "torch", "for meta"),
         ("q4_k", "cpu", torch.float64, "torch", "do not know torch.float64"),
@@ -295,12 +215,12 @@ def test_without_numba_the_reference_serves(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "diffquant.runtime.kernels.numba")
     table.best.cache_clear()
-    table._numba.cache_clear()
+    table._loaded.cache_clear()
     try:
         found = best("q8_0", "cpu", torch.bfloat16)
     finally:
         table.best.cache_clear()
-        table._numba.cache_clear()
+        table._loaded.cache_clear()
     assert found.backend == "torch"
     assert "numba cannot be loaded" in found.reason
     assert found.kernel is KERNELS["q8_0"]

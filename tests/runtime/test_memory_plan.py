@@ -14,7 +14,7 @@ from diffquant.convert.binding import bind
 from diffquant.convert.footprint import CONTEXT_NBYTES, Picture, footprint, with_denoiser
 from diffquant.convert.footprint.levels import DECODERS, LEVELS
 from diffquant.convert.footprint.moments import Buffer, Moment
-from diffquant.convert.footprint.picture import Footprint, Stage
+from diffquant.convert.footprint.stages import Footprint, Stage
 from diffquant.convert.footprint.weights import PartWeights, plan_weights
 from diffquant.convert.plan import Request, make_plan
 from diffquant.convert.recognise import recognise
@@ -22,7 +22,13 @@ from diffquant.core.errors import ResourceError, UsageError
 from diffquant.core.tensors import TensorSpec
 from diffquant.quant.types import type_named
 from diffquant.runtime.memory.plan import Budget, Rung, plan_memory
-from diffquant.runtime.memory.rungs import candidates, host_nbytes, next_rung, stage_peaks
+from diffquant.runtime.memory.rungs import (
+    DECODED_KEPT_NBYTES,
+    candidates,
+    host_nbytes,
+    next_rung,
+    stage_peaks,
+)
 
 DATA = Path(__file__).parents[1] / "data"
 MIB, GIB = 1 << 20, 1 << 30
@@ -296,6 +302,19 @@ def test_memory_that_ran_out_in_a_step_changes_the_level_and_in_decoding_the_way
     assert decoding == plan.ladder[2]
     assert after == plan.ladder[3:]
     assert next_rung(plan.ladder[-1], (), autoencoder=False) is None
+
+
+def test_the_cpu_keeps_a_buffer_of_decoded_weights_through_every_stage():
+    from diffquant.runtime.kernels.scratch import KEPT_NBYTES
+
+    assert DECODED_KEPT_NBYTES == KEPT_NBYTES
+    found = found_for("sdxl-base.checkpoint.ldm", "q8_0")
+    rung = Rung("sequential", "whole", pinned=False)
+    widest = max(stage.scratch for stage in found.stages)
+    for stage, peak in zip(found.stages, stage_peaks(found, rung, device="cpu"), strict=True):
+        assert peak.scratch == max(stage.scratch, min(widest, KEPT_NBYTES)) > 0
+    gpu = stage_peaks(found, rung, device="cuda")
+    assert [peak.scratch for peak in gpu] == [stage.scratch for stage in found.stages]
 
 
 def test_planning_needs_no_torch():

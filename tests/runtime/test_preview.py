@@ -55,6 +55,29 @@ def test_a_preview_resembles_the_picture(name):
     assert np.corrcoef(shown.ravel(), wanted.ravel())[0, 1] > 0.5
 
 
+@pytest.mark.parametrize("sampler", ["euler", "ddim"])
+def test_early_previews_are_of_the_picture_and_not_of_its_noise(sampler):
+    opened = open_pipeline(EXAMPLES / "sd15-shapes")
+    pipeline, seen, noisy = opened.pipeline, [], []
+    hook = pipeline.parts.denoiser.register_forward_pre_hook(
+        lambda _, args: noisy.append(args[0][:1].float())
+    )
+    try:
+        made = pipeline.generate(
+            DEMO_PROMPTS[0], steps=8, width=128, height=128, cfg=3.0, sampler=sampler,
+            on_latents=lambda i, n, x: seen.append(x),
+        )  # fmt: skip
+    finally:
+        hook.remove()
+
+    def distance(latents):
+        return float((latents - made.latents).pow(2).mean())
+
+    at = len(seen) // 4
+    assert distance(seen[at]) < 0.5 * distance(noisy[at + 1])
+    assert distance(seen[-1]) < 0.5 * distance(seen[0])
+
+
 class Linear:
     """A VAE whose latents are colours by known factors."""
 

@@ -67,3 +67,18 @@ def test_every_part_of_a_real_model_is_built_whole_or_has_no_runtime(name):
         with torch.device("meta"):
             model = build(kind, weights, hyper, dtype=torch.float16, device="meta")
         assert sum(1 for _ in model.modules()) > 10
+
+
+@pytest.mark.parametrize("kind", ["lcm-dreamshaper", "lcm-sdxl"])
+@pytest.mark.parametrize("naming", ["diffusers", "original"])
+def test_full_latent_consistency_models_are_built_whole(kind, naming):
+    stored = json.loads(lzma.decompress(DATA.with_name("more_manifests.json.xz").read_bytes()))
+    shapes = stored[f"{kind}.unet.{naming}"]
+    specs = {key: TensorSpec(key, "F16", tuple(shape)) for key, shape in shapes.items()}
+    part = detect(specs, {}, {}).part("denoiser")
+    hyper = {key: one.value for key, one in part.hyper.items()}
+    with torch.device("meta"):
+        weights = meta_weights(part, MODELS["unet"].layout)
+        model = build("unet", weights, hyper, dtype=torch.float16, device="meta")
+    assert len(weights) == len(shapes)
+    assert model.config.guidance == 256

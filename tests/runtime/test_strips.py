@@ -36,8 +36,7 @@ KL = vae_kl.VaeConfig(
 )
 QWEN = vae_qwen.QwenVaeConfig(
     encoder=tuple(
-        vae_qwen.VaeLayer(*row)
-        for row in ((6, 6), (6, 6, True), (6, 8), (8, 8, True), (8, 8))
+        vae_qwen.VaeLayer(*row) for row in ((6, 6), (6, 6, True), (6, 8), (8, 8, True), (8, 8))
     ),
     decoder=(
         (vae_qwen.VaeLayer(8, 8), vae_qwen.VaeLayer(8, 4, resamples=True)),
@@ -85,7 +84,7 @@ def filled(model, seed=0):
 
     with torch.no_grad():
         for one in model.parameters():
-            # Means far from zero and unequal groups, or statistics of a strip could pass for the map's.
+            # Means far from zero: statistics of a strip must not pass for the map's.
             one.copy_(0.5 + 0.3 * random(*one.shape))
             one.abs_()
         for layer in model.modules():
@@ -215,9 +214,7 @@ REACHES = {
     "convolution": (CONV, torch.nn.Conv2d(1, 1, 3, padding=1)),
     "doubling": (
         DOUBLE,
-        torch.nn.Sequential(
-            torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(1, 1, 3, padding=1)
-        ),
+        torch.nn.Sequential(torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(1, 1, 3, padding=1)),
     ),
     "halving, far sides": (
         HALVE,

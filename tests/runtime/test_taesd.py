@@ -7,12 +7,16 @@ import torch
 
 from diffquant.convert.binding import bind
 from diffquant.convert.detect import detect_component
+from diffquant.convert.jobs import run_job
+from diffquant.convert.request import Request
 from diffquant.core.errors import ArchitectureError, MissingKeys
 from diffquant.io import open_source
-from diffquant.runtime.layers import PackedLayer, PackedWeight, Segment
+from diffquant.quant.types import type_named
+from diffquant.runtime.layers import PackedLayer, PackedWeight
 from diffquant.runtime.loading import build, model_for
 from diffquant.runtime.models.taesd import config_from
 from diffquant.runtime.packing import packed_weights
+from diffquant.runtime.verify import verify
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "real" / "taesd"
 
@@ -110,59 +114,57 @@ def psnr_db(a, b):
     return float(-10 * torch.log10(((a.clamp(0, 1) - b) ** 2).mean()))
 
 
-def int8(kernel):
-    scale = kernel.flatten(1).abs().amax(1, keepdim=True) / 127
-    rows = (kernel.flatten(1) / scale).round().to(torch.int8)
-    return "int8_rowwise", {"weight": rows, "scale": scale}
-
-
-def fp8(kernel):
-    scale = kernel.flatten(1).abs().amax(1, keepdim=True) / 448
-    rows = (kernel.flatten(1) / scale).to(torch.float8_e4m3fn)
-    return "fp8_e4m3_rowwise", {"weight": rows, "scale": scale}
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize(
-    ("encode", "halves", "loss_db"),
-    [(fp8, (0, 1), 0.3), (int8, (0,), 0.3), (int8, (1,), 0.3), (int8, (0, 1), 0.5)],
-)
-def test_convolutions_of_8_bits_show_the_photograph_nearly_as_well(encode, halves, loss_db):
-    """All but the first and last of each half, which touch pixels or latents."""
+@pytest.fixture(scope="module")
+def photograph():
+    """The recorded picture, (1, 3, 256, 256) in [0, 1]."""
     recorded = REAL / "taef2_real_roundtrip.safetensors"
     if not recorded.is_file():
         pytest.skip("no real weights here")
-    picture = pytest.importorskip("safetensors.torch").load_file(recorded)["image"]
-    models = [opened(REAL / f"taef2_{one}.pth") for one in CASES_HALVES]
-    packed_layers = 0
-    for model in (models[index] for index in halves):
-        for layer in model.modules():
-            if not isinstance(layer, PackedLayer) or {3, 32} & set(layer.logical_shape[:2]):
-                continue
-            kernel = layer.weight(torch.float32)
-            fmt, parts = encode(kernel)
-            layer.bind(PackedWeight((Segment(fmt, tuple(kernel.shape), parts),)))
-            packed_layers += 1
-    assert packed_layers == 39 * len(halves)
+    return pytest.importorskip("safetensors.torch").load_file(recorded)["image"]
+
+
+OUTSIDE = {
+    "encoder": ["0.weight", "2.weight", "6.weight", "10.weight", "14.weight"],
+    "decoder": ["1.weight", "7.weight", "12.weight", "17.weight", "19.weight"],
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["fp8_e4m3_rowwise", "fp8_scaled", "int8_rowwise"])
+def test_quantized_files_show_the_photograph_nearly_as_well(kind, photograph, tmp_path):
+    models = []
+    for name in CASES_HALVES:
+        source, out = REAL / f"taef2_{name}.pth", tmp_path / f"{name}.safetensors"
+        request = Request("safetensors", type=type_named(kind))
+        report = run_job(source, out, request, verify="none")
+        assert report.target == "diffquant"
+        rows = [row for row in report.tensors if "residual blocks" in row.reason]
+        assert [row.key for row in rows] == OUTSIDE[name]
+        models.append(opened(out))
+        packed = [one for one in models[-1].modules() if isinstance(one, PackedLayer)]
+        formats = [one.packed.formats for one in packed]
+        assert sum(found == (type_named(kind).base,) for found in formats) == 36
+        judged = verify(out, source, level="tensors")
+        assert judged.load.weights == 79
+        assert judged.verdict in ("pass", "warn")
     encoder, decoder = models
     with torch.no_grad():
-        seen = decoder.decode(encoder.encode(picture * 2 - 1)[0]) / 2 + 0.5
-    assert psnr_db(seen, picture) > 37.53 - loss_db
+        seen = decoder.decode(encoder.encode(photograph * 2 - 1)[0]) / 2 + 0.5
+    assert psnr_db(seen, photograph) > 37.53 - 0.3
 
 
 @pytest.mark.oracle
-def test_round_trip_of_a_photograph_through_real_weights_is_the_recorded_one():
-    recorded = REAL / "taef2_real_roundtrip.safetensors"
-    if not recorded.is_file():
-        pytest.skip("no real weights here")
-    tensors = pytest.importorskip("safetensors.torch").load_file(recorded)
+def test_round_trip_of_a_photograph_through_real_weights_is_the_recorded_one(photograph):
+    tensors = pytest.importorskip("safetensors.torch").load_file(
+        REAL / "taef2_real_roundtrip.safetensors"
+    )
     encoder, decoder = opened(REAL / "taef2_encoder.pth"), opened(REAL / "taef2_decoder.pth")
-    picture = tensors["image"]
     with torch.no_grad():
-        z, _ = encoder.encode(picture * 2 - 1)
+        z, _ = encoder.encode(photograph * 2 - 1)
         seen = decoder.decode(decoder.unscale(encoder.scale(z))) / 2 + 0.5
     assert z.shape == (1, 128, 16, 16)
     unfolded = torch.nn.functional.pixel_shuffle(z, 2)
-    assert float((unfolded - tensors["latent"]).abs().max()) < 5e-4
-    assert float((seen.clamp(0, 1) - tensors["recon"]).abs().max()) < 5e-4
-    assert psnr_db(seen, picture) == pytest.approx(37.53, abs=0.01)
+    # recorded on another machine: convolutions add up in another order there
+    assert float((unfolded - tensors["latent"]).abs().max()) < 1e-3
+    assert float((seen.clamp(0, 1) - tensors["recon"]).abs().max()) < 1e-3
+    assert psnr_db(seen, photograph) == pytest.approx(37.53, abs=0.01)

@@ -46,6 +46,8 @@ CASES = {
         (8, 12),
     ),
     "inpainting": ({**SD15, "in_channels": 9}, (8, 8)),
+    "lcm": ({**SD15, "time_cond_proj_dim": 24}, (8, 8)),
+    "lcm odd width": ({**SD15, "time_cond_proj_dim": 17}, (8, 8)),
 }
 
 
@@ -69,9 +71,15 @@ def test_prediction_equals_diffusers(name, oracle):
         added = {"text_embeds": pooled, "time_ids": ids}
         sizes = unet.timestep_embedding(ids.flatten(), 16).reshape(2, -1)
         label = torch.cat((pooled, sizes), dim=1)
+    strength = torch.tensor([8.0, 1.5])
+    guided = None
+    if width := config.get("time_cond_proj_dim"):
+        from diffusers import LatentConsistencyModelPipeline as Lcm
+
+        guided = Lcm.get_guidance_scale_embedding(None, strength - 1, width)
     with torch.no_grad():
-        wanted = reference(x, t, context, added_cond_kwargs=added).sample
-        found = ours(x, t, context, label)
+        wanted = reference(x, t, context, timestep_cond=guided, added_cond_kwargs=added).sample
+        found = ours(x, t, context, label, strength)
     oracle.assert_close(found, wanted)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from diffquant.cli.ask_memory import SECTION, memory_from, memory_options, render_memory
 from diffquant.cli.ask_picture import SECTIONS, fields_from, pairs_of_parts, picture_options
 from diffquant.cli.frame import Options, Outcome, common, echo, human, run
 from diffquant.cli.sections import Sectioned
@@ -23,7 +26,7 @@ __all__ = ["command"]
 
 
 class _Generate(Sectioned):
-    sections = SECTIONS
+    sections = MappingProxyType({**SECTIONS, "Memory": SECTION})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class GenerateReport:
     Attributes:
         parameters: of the first picture; `pictures` has those of each.
         seconds: of the whole run; `phases` has those of its parts.
+        memory: of each pass, how its weights were placed and what that takes.
+        dry_run: nothing was made: `outputs` and `parameters` are empty.
     """
 
     outputs: tuple[str, ...]
@@ -53,6 +58,8 @@ class GenerateReport:
     preset: ChosenPreset | None
     seconds: float
     phases: Mapping[str, float]
+    memory: tuple[Any, ...]
+    dry_run: bool
 
 
 @click.command("generate", cls=_Generate)
@@ -103,6 +110,8 @@ class GenerateReport:
     metavar="rgb|FILE",
     help="Write OUT.preview.png on the way: by colours, or a tiny autoencoder's file (TAESD).",
 )
+@memory_options
+@click.option("--dry-run", is_flag=True, help="Show the memory plan; read no weight.")
 @common
 def command(
     model: Path,
@@ -119,6 +128,8 @@ def command(
     device: str,
     dtype: str,
     preview: str | None,
+    memory: dict[str, Any],
+    dry_run: bool,
     options: Options,
     **asked: Any,  # noqa: ANN401 - the options of a picture
 ) -> None:
@@ -139,14 +150,15 @@ def command(
         parts = pairs_of_parts(added, vae, tokenizer)
         check_device(device)
         from diffquant.runtime.job import Job, Preview
+        from diffquant.runtime.memory.budget import Asked
         from diffquant.runtime.repeat import read_recipe
-        from diffquant.runtime.session import generate_pictures, numbered
+        from diffquant.runtime.session import generate_pictures, numbered, plan_pictures
 
         taken = numbered(output, fields.get("batch", 1))
         if preview is not None:
             taken = (*taken, output.with_name(f"{output.stem}.preview.png"))
         for path in taken:
-            if path.exists() and not force:
+            if path.exists() and not (force or dry_run):
                 raise UsageError(f"{path} exists; use --force to replace it")
         recipe = read_recipe(from_image) if from_image is not None else None
         recorded = {one.name: one.weight for one in recipe.loras} if recipe is not None else {}
@@ -170,16 +182,29 @@ def command(
             preset=preset,
             preview=None if preview is None else _preview(preview, Preview),
             recipe=recipe,
+            memory=memory_from(memory),
         )
-        if engine == "bundled":
+        if engine != "bundled" and (dry_run or job.memory != Asked()):
+            raise UsageError(
+                f"--vram, --ram, --offload, --decode and --dry-run are of the bundled engine: "
+                f"{engine} places weights in its own way"
+            )
+        if dry_run:
+            made = plan_pictures(job, options.bar())
+        elif engine == "bundled":
             made = generate_pictures(job, options.bar())
         else:
             from diffquant.runtime.elsewhere import generate_elsewhere
 
             made = generate_elsewhere(job, engine, options.bar())
-        return Outcome(_report(made), made.warnings)
+        return Outcome(_report(made, dry_run=dry_run), made.warnings)
 
-    run("generate", options, work, _render)
+    run(
+        "generate",
+        options,
+        work,
+        functools.partial(_render, explain=dry_run or options.verbose > 0),
+    )
 
 
 def _preview(text: str, kind: Any) -> Any:  # noqa: ANN401 - job.Preview, loaded with torch
@@ -191,29 +216,35 @@ def _preview(text: str, kind: Any) -> Any:  # noqa: ANN401 - job.Preview, loaded
     return kind(path)
 
 
-def _report(made: Made) -> GenerateReport:
+def _report(made: Made, *, dry_run: bool) -> GenerateReport:
     one = made.preset
     chosen = None if one is None else ChosenPreset(one.name, one.title, one.why, one.source)
     return GenerateReport(
         outputs=tuple(str(path) for path in made.outputs),
-        parameters=made.parameters[0],
+        parameters=made.parameters[0] if made.parameters else {},
         pictures=made.parameters,
         parts=made.origins,
         loras=made.loras,
         preset=chosen,
         seconds=round(sum(made.seconds.values()), 3),
         phases=made.seconds,
+        memory=made.memory,
+        dry_run=dry_run,
     )
 
 
-def _render(report: GenerateReport) -> None:
+def _render(report: GenerateReport, *, explain: bool) -> None:
     names = ", ".join(report.outputs)
     phases = ", ".join(f"{name} {seconds:.2g}" for name, seconds in report.phases.items())
-    echo(f"wrote {names} in {report.seconds:.1f} s ({phases})")
+    if report.dry_run:
+        echo("nothing was made (--dry-run)")
+    else:
+        echo(f"wrote {names} in {report.seconds:.1f} s ({phases})")
+    render_memory(report.memory, explain=explain)
     if report.preset is not None and report.preset.name != "default":
         echo(f"  preset {report.preset.name}: {report.preset.why}")
     for part in report.parts:
         stored = ", ".join(sorted(part.formats, key=lambda name: -part.formats[name])[:3])
-        echo(f"  {part.name}: {human(part.nbytes)} in memory ({stored})")
+        echo(f"  {part.name}: {human(part.nbytes)} packed ({stored})")
     for lora in report.loras:
         echo(f"  lora {lora.path}: weight {lora.weight:g}, {lora.matched} layers, rank {lora.rank}")

@@ -16,12 +16,13 @@ __all__ = ["render_doctor"]
 
 _NAME_COLUMNS = 12
 _FEW = 3  # formats that are named without being asked for
-_NARROW = 80  # below, a table of models is a list
-_LEVELS = {
+_WORDS = {
     "none": "every part stays",
     "model": "one part at a time",
     "blocks": "blocks streamed",
     "sequential": "layers streamed",
+    "strips": "the picture is decoded in strips",
+    "host": "and through host memory",
 }
 
 
@@ -41,7 +42,8 @@ def render_doctor(found: Diagnosis, *, explain: bool = False) -> None:
 
 
 def _title(text: str) -> None:
-    styled((text, TITLE))
+    for line in wrap(text, ""):
+        styled((line, TITLE))
 
 
 def _fact(name: str, value: str, tone: Tone | None = None) -> None:
@@ -99,9 +101,8 @@ def _devices(found: Diagnosis) -> None:
             _fact(row.device, dtypes[row.device])
     if cards.driver:
         _fact("driver", f"NVIDIA {cards.driver}")
-    for why in cards.why_none:
-        name, _, told = why.rpartition(": ") if why.count(": ") == 1 else ("", "", why)
-        _fact(f"no {name}" if name else "none", told, DIM)
+    for kind, why in cards.why_none.items():
+        _fact(f"no {kind}", why, DIM)
 
 
 def _libraries(found: Diagnosis) -> None:
@@ -140,15 +141,16 @@ def _models(found: Diagnosis, *, explain: bool) -> None:
     supposed = ", as supposed" if plan.supposed else ""
     for line in wrap(f"on {plan.device}, computing in {plan.dtype}, {budget}{supposed}"):
         styled((line, DIM))
-    if width() < _NARROW or explain:
+    head = ("  model", *TYPES_SHOWN)
+    rows = [(f"  {_name(one)}", *(_cell(fit) for fit in one.types)) for one in found.families]
+    columns = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    if explain or sum(columns) + 2 * len(head) - 2 > width():
         _list(found.families, explain=explain)
     else:
-        rows = [(f"  {_name(one)}", *(_cell(fit) for fit in one.types)) for one in found.families]
-        table(("  model", *TYPES_SHOWN), rows)
-    used = dict.fromkeys(fit.level for one in found.families for fit in one.types)
-    legend = "; ".join(f"{level}: {told}" for level, told in _LEVELS.items() if level in used)
-    if any(fit.tiled for one in found.families for fit in one.types):
-        legend += "; strips: the picture is decoded in strips"
+        table(head, rows)
+    fits = [fit for one in found.families for fit in one.types]
+    used = {word for fit in fits if fit.fits is not False for word in (fit.level, fit.decoder)}
+    legend = "; ".join(f"{word}: {told}" for word, told in _WORDS.items() if word in used)
     for line in wrap(legend):
         styled((line, DIM))
     _limits(found.families)
@@ -168,12 +170,11 @@ def _list(rows: Iterable[FamilyFit], *, explain: bool) -> None:
         styled("  ", (_name(one), TITLE), ", guided" if one.guided else "")
         for fit in one.types:
             tone = {True: GOOD, False: BAD, None: {}}[fit.fits]
-            told = f"    {fit.type:8}", (_cell(fit), tone)
-            if not explain:
-                styled(*told)
-                continue
-            styled(*told, f", denoiser {human(fit.denoiser_nbytes)}")
-            for line in wrap(f"decided by {fit.stage}: {fit.decides}", " " * 12):
+            styled(f"    {fit.type:8}", (_cell(fit), tone))
+            told = f"decided by {fit.stage}: {fit.decides}; denoiser {human(fit.denoiser_nbytes)}"
+            kept = fit.resident.get("denoiser")
+            told += f", {count(kept, 'block')} of it stay" if kept else ""
+            for line in wrap(told, " " * 12) if explain else ():
                 styled((line, DIM))
 
 

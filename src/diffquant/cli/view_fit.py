@@ -67,7 +67,7 @@ def _verdict(report: FitReport) -> None:
         least = min(one.nbytes for one in report.levels)
         styled("  ", ("does not fit", BAD), f" in {budget}: {human(least)} at the least")
         return
-    how = _LEVELS[hit.level] + (", decoding in tiles" if hit.tiled else "")
+    how = _LEVELS[hit.level] + (", decoding in strips" if hit.tiled else "")
     total = next((one.blocks for one in report.stages if one.name == "denoise"), 0)
     if hit.blocks is not None and total:
         how += f", {hit.blocks} of {total} can stay"

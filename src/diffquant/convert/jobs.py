@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def opened(
     parts: Sequence[AddedPart] = (),
     ema: bool = False,
     alone: bool = False,
+    quantized: bool = False,
     transfer: Transfer | None = None,
     exact: bool = True,
 ) -> Iterator[tuple[TensorSource, LogicalSource, Match]]:
@@ -81,10 +83,13 @@ def opened(
         parts: as `composed` takes them.
         ema: as `composed` takes it.
         alone: whether an autoencoder in a file of its own will do.
+        quantized: whether a tiny one will, which alone of them has a precision policy.
         transfer: as `transferred` takes it.
         exact: as `transferred` takes it.
     """
     find = recognise_part if alone else recognise
+    if quantized and not alone:
+        find = partial(recognise_part, quantized=True)
     with (
         open_source(path) as base,
         composed(base, parts=parts, ema=ema, arch=arch) as whole,
@@ -162,6 +167,7 @@ def run_job(
         parts=request.added,
         ema=request.use_ema,
         alone=request.type is None,
+        quantized=True,
         transfer=request.transfer,
         exact=request.type is not None or request.dtype is not None,
     )

@@ -156,7 +156,7 @@ def make_plan(
         if inputs is None:
             raise UsageError("bias correction needs the mean inputs of layers: give --inputs FILE")
         corrected = correct_biases(rounded.steps, inputs)
-    mixed, warnings = _judge(steps, request)
+    mixed, warnings = _judge(steps, request, alone=architecture.packs_convolutions)
     rows = [(step.part, step.key, step.stored) for step in steps]
     warnings += losses(logical, steps, request)
     warnings += recipe_warnings(request.recipe, match.architecture, rows)
@@ -236,7 +236,10 @@ def _targets(parts: Sequence[PartMatch], request: Request) -> tuple[Target, ...]
     """
     encoder = _encoder(parts, request)
     if encoder is None:
-        return candidates(request.target, request.container)
+        own = not parts[0].architecture and PARTS[parts[0].kind].packs_convolutions
+        last = (TARGETS["diffquant"],) if own and request.container == "safetensors" else ()
+        found = candidates(request.target, request.container)
+        return found if request.target else (*found, *last)
     row = ENCODER_FILES[encoder.kind]
     if not request.target:
         return tuple(TARGETS[name] for name in row.targets)
@@ -364,12 +367,12 @@ def _check_unique(steps: Sequence[Step]) -> None:
             seen.add(one.spec.key)
 
 
-def _judge(steps: Sequence[Step], request: Request) -> tuple[bool, list[str]]:
-    """Warn when the label would promise more than the file holds."""
+def _judge(steps: Sequence[Step], request: Request, *, alone: bool) -> tuple[bool, list[str]]:
+    """Warn when the label would promise more than the file holds; `alone` judges all of it."""
     if request.type is None or FORMATS[request.type.base].is_cast:
         return False, []
     whose = "denoiser's" if any(step.part == "denoiser" for step in steps) else "file's"
-    if whose == "denoiser's" or request.container != "gguf":
+    if whose == "denoiser's" or (request.container != "gguf" and not alone):
         steps = [step for step in steps if step.part == "denoiser"]
     named = request.type.formats
     total = sum(step.parameters for step in steps)

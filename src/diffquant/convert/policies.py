@@ -31,6 +31,7 @@ def policy_for(
     keys: Sequence[str],
     *,
     denoiser: bool,
+    alone: bool = False,
 ) -> Policy:
     """The rules that one part of an output is decided by.
 
@@ -39,7 +40,9 @@ def policy_for(
         request: with a type.
         target: which program reads the output.
         keys: canonical keys of the part; the last block is counted in them.
-        denoiser: whether the part is the denoiser; others have no list of their own yet.
+        denoiser: whether the part is the denoiser.
+        alone: whether it is in a file of its own: `architecture` then is that part's. Others have
+            no list of their own yet.
     """
     kind = request.type
     assert kind is not None
@@ -51,11 +54,13 @@ def policy_for(
         base=kind.base,
         mix={**kind.mix, **(kind.tuned if architecture.tuned_families and tuned else {})},
         families=tuple((row.name, row.pattern) for row in families),
-        keep=tuple(Rule(row.pattern, None, row.reason, row.table) for row in keep)
-        if denoiser
-        else (Rule("embed", None, "embedding: high precision"),),
+        keep=(
+            *(Rule(row.pattern, None, row.reason, row.table) for row in keep if denoiser or alone),
+            *(() if denoiser else (Rule("embed", None, "embedding: high precision"),)),
+        ),
         user=request.rules,
-        convs=kind.convs and not (gguf and kind.base == "bf16"),  # BF16 counts as packed there
+        convs=(kind.convs and not (gguf and kind.base == "bf16"))  # BF16 counts as packed there
+        or architecture.packs_convolutions,
         vector="f32" if gguf else "",
         high=_high(kind.base) if gguf else {},
         pure=request.pure,

@@ -91,8 +91,16 @@ def recognise_part(
     configs: Mapping[str, object] | None = None,
     *,
     arch: str = "",
+    quantized: bool = False,
 ) -> Match:
     """As `recognise`, and an autoencoder in a file of its own too.
+
+    Args:
+        specs: as `recognise` takes them, and the next three likewise.
+        metadata: see there.
+        configs: see there.
+        arch: see there.
+        quantized: only such autoencoders as have a precision policy: tiny ones.
 
     Raises:
         ArchitectureError: see `recognise`.
@@ -101,7 +109,7 @@ def recognise_part(
         return recognise(specs, metadata, configs, arch=arch)
     except UnknownArchitecture as error:
         alone = None if arch else detect_part(specs, metadata, configs)
-        if alone is None:
+        if alone is None or (quantized and not PARTS[alone.architecture].keep):
             raise error
         return alone
 

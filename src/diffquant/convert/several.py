@@ -126,6 +126,7 @@ def run_jobs(
         parts=first.added,
         ema=first.use_ema,
         alone=all(one.request.type is None for one in wanted),
+        quantized=True,
     )
     results: tuple[Resumed, ...] = tuple(Resumed((), 0, ()) for _ in wanted)
     with sources as (source, logical, match):

@@ -109,7 +109,14 @@ def part_steps(
     if encoder:
         decisions = encoder_decisions(encoder, request, target, candidates, exact)
     elif quantize:
-        policy = policy_for(architecture, request, target, keys, denoiser=part.name == "denoiser")
+        policy = policy_for(
+            architecture,
+            request,
+            target,
+            keys,
+            denoiser=part.name == "denoiser",
+            alone=not part.architecture,
+        )
         decisions = resolve(replace(policy, exact=exact), candidates)
     else:
         kept = tuple(_cast(one, output) for one in candidates)

@@ -75,6 +75,7 @@ class Target:
         fallbacks: what a row takes whose length does not fit the wanted format.
         reshapes: whether it restores shapes from `comfy.gguf.orig_shape.*`.
         packs: where a packed weight may sit in a GGUF file; BF16 counts as packed.
+        kernels_with_scales: whether it unpacks convolutions outside of GGUF.
         arrays_beside_5d: whether it reads array metadata in a file with a tensor of more than four
             dimensions.
     """
@@ -86,6 +87,7 @@ class Target:
     fallbacks: Mapping[str, str]
     reshapes: bool = False
     packs: Packs = "linear"
+    kernels_with_scales: bool = False
     arrays_beside_5d: bool = True
 
     def problems(self, container: str, tensors: Iterable[Stored]) -> tuple[str, ...]:
@@ -98,6 +100,11 @@ class Target:
         if container == "folder":
             found += mixed_bnb(tensors)
         if container != "gguf":
+            if kernels := self.kernels(tensors):
+                found.append(
+                    f"{len(kernels)} packed convolutions (only linear layers are unpacked): "
+                    f"{shorten(kernels, 2)}"
+                )
             return tuple(found)
         if odd := self.misplaced(tensors):
             found.append(
@@ -114,6 +121,12 @@ class Target:
             if one.format not in self.reads[container] and one.format.upper() not in _PLAIN:
                 found.setdefault(one.format, []).append(one.key)
         return found
+
+    def kernels(self, tensors: Iterable[Stored]) -> list[str]:
+        """Keys of convolutions with scales, where it is not known to unpack them."""
+        if self.kernels_with_scales:
+            return []
+        return [one.key for one in tensors if len(one.shape) > 2 and one.format in _SCALED]
 
     def misplaced(self, tensors: Iterable[Stored]) -> list[str]:
         """Keys of a GGUF file that are packed, or BF16, where the target does not unpack."""
@@ -162,6 +175,7 @@ _ROTATED = frozenset(row.name for row in FORMATS.values() if row.rotation)
 
 # Comfy-Org/ComfyUI@0271a46:comfy/quant_ops.py QUANT_ALGOS
 _PLAIN_FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
+_SCALED = frozenset(FORMATS) - _CASTS - _PLAIN_FP8
 _COMFYUI = _PLAIN_FP8 | {
     "fp8_e4m3_scaled",
     "fp8_e5m2_scaled",
@@ -237,6 +251,14 @@ _ROWS = (
         {"safetensors": _CASTS | _COMFYUI | _QUANTOPS},
         "it has no such layer",
         FALLBACKS,
+    ),
+    Target(
+        "diffquant",
+        "diffquant alone: packed convolutions, of tiny autoencoders",
+        {"safetensors": _CASTS | _COMFYUI | _QUANTOPS | BNB_FORMATS - {"int8_bnb"}},
+        "no safetensors file has it",
+        FALLBACKS,
+        kernels_with_scales=True,
     ),
 )
 

@@ -57,7 +57,8 @@ class FitStage:
         blocks: how many blocks it can be streamed in.
         scratch_nbytes: what decoding one packed weight takes for a moment.
         largest_label, largest_nbytes: the largest tensor that is no weight.
-        tiled_nbytes: activations when decoding in tiles; None for other stages.
+        tiled_nbytes: activations when decoding in strips; None for other stages.
+        host_nbytes: likewise, with feature maps in host memory.
         derivation: how the activations add up, and which weight is decoded.
     """
 
@@ -73,6 +74,7 @@ class FitStage:
     largest_label: str
     largest_nbytes: int
     tiled_nbytes: int | None
+    host_nbytes: int | None
     derivation: tuple[str, ...]
 
     @property
@@ -87,7 +89,7 @@ class FitLevel:
 
     Attributes:
         level: none, model, blocks or sequential.
-        tiled: whether the decoder works in tiles.
+        tiled: whether the decoder works in strips.
         nbytes: smallest budget, what the device takes for itself included.
         decided_by: the stage and part that need most.
         fits: whether a given budget is enough; None without one.
@@ -103,8 +105,8 @@ class FitLevel:
 
     @property
     def name(self) -> str:
-        """Level and tiles in words."""
-        return f"{self.level} + tiled decoding" if self.tiled else self.level
+        """Level and strips in words."""
+        return f"{self.level} + decoding in strips" if self.tiled else self.level
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +295,9 @@ def _stage(stage: Stage) -> FitStage:
     if stage.scratch:
         told.append(f"decoding {weights.scratch.label} takes {stage.scratch / (1 << 20):.1f} MiB")
     if stage.tiled is not None:
-        told.append(f"in tiles, {stage.tiled.derivation}")
+        told.append(f"in strips, {stage.tiled.derivation}")
+    if stage.host is not None:
+        told.append(f"in strips from host memory, {stage.host.derivation}")
     return FitStage(
         name=stage.name,
         part=stage.part,
@@ -307,6 +311,7 @@ def _stage(stage: Stage) -> FitStage:
         largest_label=stage.largest.label,
         largest_nbytes=stage.largest.each,
         tiled_nbytes=None if stage.tiled is None else stage.tiled.nbytes,
+        host_nbytes=None if stage.host is None else stage.host.nbytes,
         derivation=tuple(told),
     )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
-__all__ = ["available_devices", "native_dtype", "why_native"]
+__all__ = ["available_devices", "full_float32", "native_dtype", "why_native"]
 
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last on Arm
 
@@ -49,6 +52,21 @@ def why_native(device: torch.device | str) -> str:
         than = "from 8.0 on bfloat16 is native" if major >= 8 else "below 8.0 bfloat16 is emulated"
         return f"compute capability {major}.{minor}; {than}"
     return "bfloat16 needs macOS 14" if kind == "mps" else "no narrower dtype is known to be native"
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 as float32 for a while; serves as a decorator too.
+
+    Left alone, cuDNN rounds the inputs of float32 convolutions to 10 bits (TF32): a noise floor
+    would be measured against that, and a picture would change with the shape of its strips.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -122,7 +122,7 @@ def again(
     if not same:
         wanted = replace(
             wanted,
-            negative=wanted.negative if pipeline.family.cfg > 1 else None,
+            negative=wanted.negative if pipeline.cfg > 1 else None,
             cfg=None,
             cfg_cutoff=1.0,
             cfg_rescale=0.0,

@@ -16,11 +16,14 @@ from torch import Tensor
 from diffquant.core.errors import UsageError
 from diffquant.runtime.facts_of_run import Files, hash_of_file, hash_of_model
 from diffquant.runtime.lora import LoraUse
+from diffquant.runtime.memory.budget import Asked
+from diffquant.runtime.models.unet_config import UNetConfig
 from diffquant.runtime.opening import Opened
 from diffquant.runtime.pictures import picture_file
 from diffquant.runtime.presets import Clues, LoraClue, Preset, contradictions, preset_named
 from diffquant.runtime.recipe import Recipe
 from diffquant.runtime.request import PictureRequest
+from diffquant.runtime.titles import titles_of_file
 
 __all__ = [
     "FIELDS", "HIRES_STRENGTH", "SWITCH", "Job", "Preview", "differences", "files_of", "further",
@@ -65,6 +68,7 @@ class Job:
         preset: "auto", "none" or a name; None: the recipe's, else "auto".
         preview: None for none.
         recipe: of a picture that is repeated; `fields` win over it.
+        memory: what may be taken, and how weights are placed.
     """
 
     model: Path
@@ -82,6 +86,7 @@ class Job:
     preset: str | None = None
     preview: Preview | None = None
     recipe: Recipe | None = None
+    memory: Asked = field(default_factory=Asked)
 
 
 def further(job: Job) -> tuple[Path, ...]:
@@ -186,21 +191,25 @@ def settings_for(
             judged,
             clues,
             steps=settings["steps"],
-            cfg=opened.pipeline.family.cfg if cfg is None else cfg,
+            cfg=opened.pipeline.cfg if cfg is None else cfg,
             sampler=settings.get("sampler"),
         )
     return preset, settings, said
 
 
 def _clues(job: Job, opened: Opened) -> Clues:
-    names = tuple(dict.fromkeys((job.model.stem, job.model.resolve().name)))
-    loras = tuple(LoraClue((path.stem,), weight) for path, weight in job.loras)
+    names = tuple(dict.fromkeys((job.model.stem, job.model.resolve().name, *opened.titles)))
+    loras = tuple(
+        LoraClue((path.stem, *titles_of_file(path)), weight) for path, weight in job.loras
+    )
     config = getattr(opened.pipeline.parts.denoiser, "config", None)
-    guided = getattr(config, "guidance", None)
+    guided = getattr(config, "guidance", None)  # of a UNet its width, of others yes or no
+    unet = isinstance(config, UNetConfig)
     return Clues(
         opened.architecture,
         opened.variant,
         names,
+        time_cond=unet and guided is not None,
         guided=guided if isinstance(guided, bool) else None,
         loras=loras,
     )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.core.errors import PlanMismatch, UnknownFormat, UnsupportedDtype, UnsupportedShape
-from diffquant.runtime.kernels import KERNELS, ROWWISE, best
+from diffquant.runtime.kernels import KERNELS, ROWWISE, decode
 
 if TYPE_CHECKING:
     from diffquant.runtime.stored import StoredWeight
@@ -61,8 +61,7 @@ class Segment:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Decode to `shape`, in float32 and then cast, by the best routine for the device."""
-        device = self.parts["weight"].device.type
-        return best(self.format, device, dtype).kernel(self.parts, self.shape, dtype)
+        return decode(self.format, self.parts, self.shape, dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.packing import stored_weights
 from diffquant.runtime.pipeline import Pipeline
 from diffquant.runtime.schedules import SchedulerFacts
+from diffquant.runtime.titles import titles_of
 from diffquant.runtime.tokenizer_sources import Place, find_tokenizer
 from diffquant.runtime.tokenizers import Tokenizer
 
@@ -68,6 +69,7 @@ class Opened:
         sources: part -> where its weights are read from; readable while the files are open.
         modules: part -> its model.
         placement: brings the weights, where they were left in their files; None: all are here.
+        titles: what the model's header or index calls it.
     """
 
     pipeline: Pipeline
@@ -79,6 +81,7 @@ class Opened:
     sources: Mapping[str, tuple[LogicalSource, PartMatch]] = field(default_factory=dict)
     modules: Mapping[str, torch.nn.Module] = field(default_factory=dict)
     placement: Placement | None = None
+    titles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +246,7 @@ def open_pipeline(
             sources={name: (one.logical, one.parts[name]) for name, one in chosen.items()},
             modules=modules,
             placement=placement,
+            titles=titles_of(first.source.metadata, first.source.configs),
         )
 
 

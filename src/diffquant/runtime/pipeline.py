@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffquant.core.errors import UnknownFormat, UsageError, VerificationError
+from diffquant.runtime.devices import full_float32
 from diffquant.runtime.families import (
     FAMILIES,
     Conditions,
@@ -31,6 +32,7 @@ from diffquant.runtime.inpaint import Start, paste, start
 from diffquant.runtime.memory.placement import Placement
 from diffquant.runtime.models.autoencoder import to_pixels
 from diffquant.runtime.models.facts import param_dtype
+from diffquant.runtime.models.unet import UNet
 from diffquant.runtime.noise import NoiseSource
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.samplers import Part, Sampler, default_sampler, make_sampler
@@ -100,6 +102,17 @@ class Pipeline:
         self.family: Family = FAMILIES[parts.architecture]
 
     @property
+    def cfg(self) -> float:
+        """Default strength of guidance: the family's, none for a UNet that was distilled with it.
+
+        Source: huggingface/diffusers 0.42 pipelines/stable_diffusion/pipeline_stable_diffusion.py
+        do_classifier_free_guidance.
+        """
+        denoiser = self.parts.denoiser
+        inside = isinstance(denoiser, UNet) and denoiser.config.guidance is not None
+        return 1.0 if inside else self.family.cfg
+
+    @property
     def multiple(self) -> int:
         """What width and height must be multiples of, in pixels."""
         return self.parts.vae.config.factor * self.family.patch
@@ -141,6 +154,7 @@ class Pipeline:
         )
 
     @torch.no_grad()
+    @full_float32()
     def denoise(
         self,
         request: PictureRequest,
@@ -157,8 +171,8 @@ class Pipeline:
             latents: (B, C, h, w) noise instead of drawing it; with `request.begin`, the latents
                 that another model stopped at.
             on_step: called after each model call with (done, total).
-            on_latents: called after each model call with (index, total, latents (B, C, h, w)), the
-                latents in the sampler's scale.
+            on_latents: called after each model call with (index, total, latents (B, C, h, w)): the
+                picture without noise, as the model now sees it.
             on_start: called with the number of model calls, once all texts are encoded.
 
         Raises:
@@ -168,7 +182,7 @@ class Pipeline:
         parts, family = self.parts, self.family
         count = len(request.prompts)
         shape = (count, *self._latent_shape(request.width, request.height))
-        cfg = family.cfg if request.cfg is None else request.cfg
+        cfg = self.cfg if request.cfg is None else request.cfg
         guide = Guidance(cfg, request.cfg_rescale, request.cfg_cutoff)
         positive, opposite = self._attempt(lambda: self._texts(request, cfg), "encode")
         noise = NoiseSource(request.seeds, request.rng)
@@ -194,6 +208,7 @@ class Pipeline:
                 functools.partial(call, scaled, t, texts), f"step {index + 1} of {total}"
             )
             output = now.apply(found[1], found[0], family.guide) if guided else found[0]
+            clean = run.estimate(output, x, index) if on_latents is not None else None
             x = begun.protect(run.step(output, x, index), run, index + 1)
             if not bool(torch.isfinite(x).all()):
                 raise VerificationError(
@@ -202,12 +217,13 @@ class Pipeline:
                 )
             if on_step is not None:
                 on_step(index + 1, total)
-            if on_latents is not None:
-                on_latents(index, total, x)
+            if on_latents is not None and clean is not None:
+                on_latents(index, total, clean)
         cut = positive.truncated + (opposite.truncated if opposite else ())
         return Denoised(x, name, total, tuple(dict.fromkeys(cut)))
 
     @torch.no_grad()
+    @full_float32()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to pictures (B, H, W, 3) float32 in [0, 1], one by one."""
         vae = self.parts.vae

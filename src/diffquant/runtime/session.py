@@ -6,8 +6,9 @@ that decided a picture are in it afterwards; `recipe` repeats one that was read 
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from diffquant.core.errors import UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
-from diffquant.runtime.facts_of_run import facts_of
+from diffquant.runtime.facts_of_run import Files, facts_of
 from diffquant.runtime.hires import again, enlarged
 from diffquant.runtime.job import (
     Job,
@@ -30,6 +31,9 @@ from diffquant.runtime.job import (
 )
 from diffquant.runtime.judges import defects
 from diffquant.runtime.lora import LoraUse, attach
+from diffquant.runtime.memory.budget import capped
+from diffquant.runtime.memory.plan import MemoryPlan
+from diffquant.runtime.memory.planning import place, plan_run
 from diffquant.runtime.opening import Opened, PartOrigin, open_pipeline
 from diffquant.runtime.parameters import save_png, save_preview
 from diffquant.runtime.pipeline import Generated, OnLatents
@@ -45,14 +49,31 @@ from diffquant.runtime.preview import Show, shower
 from diffquant.runtime.refine import parted
 from diffquant.runtime.request import PictureRequest
 
-__all__ = ["Made", "generate_pictures", "numbered"]
+__all__ = ["Made", "Placed", "generate_pictures", "numbered", "plan_pictures"]
 
 _PREVIEWS = 10  # previews of a run, at most
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """How a pass places the weights of its model.
+
+    Attributes:
+        label: denoise, refine or hires.
+        model: its file or folder.
+        plan: before the first byte moved.
+        steps: what ran out of memory all the same, and where it went on.
+    """
+
+    label: str
+    model: str
+    plan: MemoryPlan
+    steps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Made:
-    """What a run made and from what.
+    """What a run made and from what; without outputs, what it would be made from.
 
     Attributes:
         outputs: the pictures.
@@ -62,6 +83,7 @@ class Made:
         preset: what was chosen, None for none.
         seconds: phase -> wall time.
         warnings: sentences for people.
+        memory: of each pass.
     """
 
     outputs: tuple[Path, ...]
@@ -71,6 +93,7 @@ class Made:
     preset: Preset | None
     seconds: Mapping[str, float]
     warnings: tuple[str, ...]
+    memory: tuple[Placed, ...] = ()
 
 
 @dataclass(slots=True)
@@ -110,20 +133,73 @@ def numbered(output: Path, count: int) -> tuple[Path, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One way from noise to latents.
+
+    Attributes:
+        label: denoise, refine or hires.
+        path: of the model.
+        opened: the model.
+        request: what it runs; of hires, one like it.
+    """
+
+    label: str
+    path: Path
+    opened: Opened
+    request: PictureRequest
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """Everything that is known before a weight is read."""
+
+    opened: Opened
+    extra: Mapping[Path, Opened]
+    uses: tuple[LoraUse, ...]
+    files: Files
+    preset: Preset | None
+    settings: Mapping[str, Any]
+    dtype: str
+    request: PictureRequest
+    passes: tuple[_Pass, ...]
+    plans: Mapping[str, MemoryPlan]
+
+
 def generate_pictures(job: Job, progress: Progress = NO_PROGRESS) -> Made:
-    """Open a model, attach LoRAs, generate pictures and save them.
+    """Open a model, attach LoRAs, plan its memory, generate pictures and save them.
 
     Raises:
         DiffquantError: a part, a size, a LoRA or a value that does not fit; one line each.
     """
     run = _Run(progress)
+    device = torch.device(job.device)
     try:
-        return _generate(job, run)
+        with contextlib.ExitStack() as files, capped(device, job.memory):
+            ready = _prepared(job, run, files)
+            try:
+                return _generate(job, ready, run)
+            finally:
+                for one in ready.passes:
+                    _release(one.opened)
     finally:
         run.leave()
 
 
-def _generate(job: Job, run: _Run) -> Made:
+def plan_pictures(job: Job, progress: Progress = NO_PROGRESS) -> Made:
+    """What `generate_pictures` would make and how it would place it; no weight is read."""
+    run = _Run(progress)
+    try:
+        with contextlib.ExitStack() as files:
+            ready = _prepared(job, run, files)
+            placed = tuple(_placed(one, ready) for one in ready.passes)
+    finally:
+        run.leave()
+    return _made(ready, run, placed=placed)
+
+
+def _prepared(job: Job, run: _Run, stack: contextlib.ExitStack) -> _Ready:
+    """Open, resolve what was asked, and plan; files stay open in `stack`."""
     asked = {**(dict(job.recipe.fields) if job.recipe else {}), **job.fields}
     if not asked.get("prompt") and asked.get("prompt") != "":
         raise UsageError("no prompt: give one with -p")
@@ -133,25 +209,69 @@ def _generate(job: Job, run: _Run) -> Made:
     pictures = pictures_of(job)
     run.warnings += slow_here(dtype, job.device)
     run.enter("load")
-    opened = _opened(job, job.model, dtype)
+    opened = _opened(job, job.model, dtype, stack)
     uses = attach(opened, job.loras)
-    extra = {path: _opened(job, path, dtype) for path in further(job)}
+    extra = {path: _opened(job, path, dtype, stack) for path in further(job)}
     files = files_of(job)
     run.warnings += [*opened.warnings, *differences(job.recipe, files, uses)]
     preset, settings, said = settings_for(job, opened, asked)
     run.warnings += said
     request = request_for(job, opened, settings, pictures)
+    passes = tuple(_passes(job, opened, extra, request, settings))
+    plans = {one.label: plan_run(one.opened, one.request, job.memory) for one in passes}
+    return _Ready(opened, extra, uses, files, preset, settings, dtype, request, passes, plans)
+
+
+def _passes(
+    job: Job,
+    opened: Opened,
+    extra: Mapping[Path, Opened],
+    request: PictureRequest,
+    settings: Mapping[str, Any],
+) -> Iterator[_Pass]:
+    """The picture, its refiner and its second pass."""
+    first = request
+    if job.refiner is not None:
+        refiner, switch = extra[job.refiner], settings["refiner_switch"]
+        first, last = parted(opened.pipeline, refiner.pipeline, request, switch=switch)
+    yield _Pass("denoise", job.model, opened, first)
+    if job.refiner is not None:
+        yield _Pass("refine", job.refiner, refiner, last)
+    if "hires" in settings:
+        path = job.model if job.hires_model is None else job.hires_model
+        model = extra.get(path, opened)
+        width, height = enlarged(model.pipeline, request, settings["hires"])
+        like = torch.zeros(1, 1, 1, 3).expand(1, height, width, 3)  # no picture is made for it
+        yield _Pass(
+            "hires",
+            path,
+            model,
+            again(
+                model.pipeline,
+                request,
+                like[:, :1, :1],
+                size=(width, height),
+                strength=settings["hires_strength"],
+                same=model is opened,
+            ),
+        )
+    elif job.hires_model is not None:
+        raise UsageError("--hires-model needs --hires, such as --hires 2")
+
+
+def _generate(job: Job, ready: _Ready, run: _Run) -> Made:
+    opened, request = ready.opened, ready.request
     shown = _previews(job, opened, run)
-    made = _generated(job, opened, extra, request, settings, shown, run)
+    made = _generated(job, ready, shown, run)
     paths = numbered(job.output, len(made.images))
     facts = facts_of(
         request,
-        settings,
-        files,
+        ready.settings,
+        ready.files,
         sampler=made.sampler,
-        cfg=opened.pipeline.family.cfg if request.cfg is None else request.cfg,
-        dtype=dtype,
-        preset=preset.name if preset and preset.name != "default" else "none",
+        cfg=opened.pipeline.cfg if request.cfg is None else request.cfg,
+        dtype=ready.dtype,
+        preset=ready.preset.name if ready.preset and ready.preset.name != "default" else "none",
     )
     embedded = []
     run.enter("save", len(paths), "picture")
@@ -163,20 +283,45 @@ def _generate(job: Job, run: _Run) -> Made:
         run.progress.advance(1)
     run.leave()
     run.warnings += [f"the prompt was cut: {text!r}" for text in made.truncated]
-    for use in uses:
+    placed = tuple(_placed(one, ready) for one in ready.passes)
+    run.warnings += [step for one in placed for step in one.steps]
+    return _made(ready, run, outputs=paths, parameters=tuple(embedded), placed=placed)
+
+
+def _made(
+    ready: _Ready,
+    run: _Run,
+    *,
+    outputs: tuple[Path, ...] = (),
+    parameters: tuple[Mapping[str, Any], ...] = (),
+    placed: tuple[Placed, ...],
+) -> Made:
+    for use in ready.uses:
         run.warnings += use.warnings
     return Made(
-        paths,
-        tuple(embedded),
-        opened.origins,
-        uses,
-        preset,
+        outputs,
+        parameters,
+        ready.opened.origins,
+        ready.uses,
+        ready.preset,
         run.seconds,
         tuple(dict.fromkeys(run.warnings)),
+        placed,
     )
 
 
-def _opened(job: Job, path: Path, dtype: str) -> Opened:
+def _placed(one: _Pass, ready: _Ready) -> Placed:
+    placement = one.opened.placement
+    steps = tuple(placement.steps) if placement is not None else ()
+    return Placed(one.label, str(one.path), ready.plans[one.label], steps)
+
+
+def _release(opened: Opened) -> None:
+    if opened.placement is not None:
+        opened.placement.release()
+
+
+def _opened(job: Job, path: Path, dtype: str, files: contextlib.ExitStack) -> Opened:
     """Open a model; only the main one takes --base and --add."""
     main = path == job.model
     return open_pipeline(
@@ -185,11 +330,12 @@ def _opened(job: Job, path: Path, dtype: str) -> Opened:
         added=job.added if main else None,
         dtype=getattr(torch, dtype),
         device=job.device,
+        files=files,
     )
 
 
 def _previews(job: Job, opened: Opened, run: _Run) -> OnLatents | None:
-    """What writes OUT.preview.png, at most ten times a run."""
+    """What writes OUT.preview.png, the picture as the model sees it, at most ten times a run."""
     if job.preview is None:
         return None
     show: Show = shower(opened.architecture, opened.pipeline.parts.vae, job.preview.tiny)
@@ -202,15 +348,7 @@ def _previews(job: Job, opened: Opened, run: _Run) -> OnLatents | None:
     return on_latents
 
 
-def _generated(
-    job: Job,
-    opened: Opened,
-    extra: Mapping[Path, Opened],
-    request: PictureRequest,
-    settings: Mapping[str, Any],
-    shown: OnLatents | None,
-    run: _Run,
-) -> Generated:
+def _generated(job: Job, ready: _Ready, shown: OnLatents | None, run: _Run) -> Generated:
     """The picture, its refiner and its second pass."""
 
     def hooks(label: str) -> Hooks:
@@ -224,31 +362,38 @@ def _generated(
             warn=run.warnings.append,
         )
 
-    pipeline, last, label = opened.pipeline, request, "denoise"
-    if job.refiner is None:
-        found = denoise_finite(pipeline, request, hooks=hooks(label))
-    else:
-        refiner = extra[job.refiner].pipeline
-        switch = settings["refiner_switch"]
-        first, last = parted(pipeline, refiner, request, switch=switch)
-        left = denoise_finite(pipeline, first, hooks=hooks(label)).latents
-        pipeline, label = refiner, "refine"
-        found = denoise_finite(pipeline, last, latents=left, hooks=hooks(label))
-    images = decode_finite(pipeline, last, found.latents, hooks(label))
-    if "hires" in settings:
-        model = extra[job.hires_model] if job.hires_model is not None else opened
+    passes = {one.label: one for one in ready.passes}
+
+    def begin(label: str) -> _Pass:
+        """Place the model of a pass; what another one has on the device goes."""
+        one = passes[label]
+        for other in ready.passes:
+            if other.opened is not one.opened:
+                _release(other.opened)
+        place(one.opened, ready.plans[label])
+        return one
+
+    last = begin("denoise")
+    found = denoise_finite(last.opened.pipeline, last.request, hooks=hooks("denoise"))
+    if "refine" in passes:
+        last, left = begin("refine"), found.latents
+        pipeline = last.opened.pipeline
+        found = denoise_finite(pipeline, last.request, latents=left, hooks=hooks("refine"))
+    images = decode_finite(last.opened.pipeline, last.request, found.latents, hooks(last.label))
+    if "hires" in passes:
+        last = begin("hires")
+        pipeline = last.opened.pipeline
         larger = again(
-            model.pipeline,
-            request,
+            pipeline,
+            ready.request,
             images,
-            size=enlarged(model.pipeline, request, settings["hires"]),
-            strength=settings["hires_strength"],
-            same=model is opened,
+            size=(last.request.width, last.request.height),
+            strength=ready.settings["hires_strength"],
+            same=last.opened is ready.opened,
         )
-        found = denoise_finite(model.pipeline, larger, hooks=hooks("hires"))
-        images = decode_finite(model.pipeline, larger, found.latents, hooks("hires"))
-    elif job.hires_model is not None:
-        raise UsageError("--hires-model needs --hires, such as --hires 2")
+        found = denoise_finite(pipeline, larger, hooks=hooks("hires"))
+        images = decode_finite(pipeline, larger, found.latents, hooks("hires"))
+    seeds = ready.request.seeds
     return Generated(
-        images, found.latents.cpu(), found.sampler, found.calls, found.truncated, request.seeds
+        images, found.latents.cpu(), found.sampler, found.calls, found.truncated, seeds
     )

@@ -158,7 +158,7 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Canonical denoiser keys (regular expression, searched) that stay in high precision.
+    """Canonical keys (regular expression, searched) that stay in high precision.
 
     `table` marks weights that are no layer's matrix, such as embedding tables.
     """
@@ -253,7 +253,7 @@ class Architecture:
         title: name for people.
         components: the denoiser first; several where members of a family differ in structure.
         variants: first match wins; the last row matches anything.
-        keep: layers kept in high precision.
+        keep: layers of the denoiser, or of a part that stands alone, kept in high precision.
         families: tensor families, in order.
         gguf_architecture: `general.architecture` in GGUF files.
         gguf_names: variant -> the same, where members of the family differ.
@@ -270,6 +270,7 @@ class Architecture:
         reshapes: whether ComfyUI-GGUF stores this architecture's awkward rows as rows of 256.
         tuned_keep: what `--policy tuned` keeps besides `keep`.
         tuned_families: what `--policy tuned` counts to a family before `families` does.
+        packs_convolutions: whether types pack convolutions too: there is little else.
     """
 
     slug: str
@@ -292,6 +293,7 @@ class Architecture:
     gguf_names: Mapping[str, str] = field(default_factory=dict)
     gguf_note: str = ""
     variant_spaces: Mapping[str, str] = field(default_factory=dict)
+    packs_convolutions: bool = False
 
     def space_for(self, variant: str = "") -> str:
         """Key of SPACES for a variant; "" where nobody here knows."""

@@ -63,6 +63,7 @@ PART_ORDER = (
 )
 
 
+_TINY = frozenset({"vae_tiny", "vae_tiny_encoder", "vae_tiny_decoder"})
 _ALL_TITLES = {**TITLES, **VAE_TITLES, **{row.kind: row.title for row in _KNOWN}}
 _MEMBERS = {**MEMBERS, **{row.kind: row.members for row in _KNOWN}}
 
@@ -81,13 +82,14 @@ def _alone(component: Component) -> Architecture:
         title=_ALL_TITLES.get(component.kind, component.kind),
         components=(component,),
         variants=_MEMBERS.get(component.kind, ()),
-        keep=(),
+        keep=vae_tiny.KEEP if component.kind in _TINY else (),
         families=(),
         gguf_architecture="",
         gguf_prefix="",
         latent=Latent(0, 1, None),
         sampling={},
         hyper_defaults={},
+        packs_convolutions=component.kind in _TINY,
     )
 
 

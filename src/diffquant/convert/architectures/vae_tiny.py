@@ -11,11 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from diffquant.convert.architectures.base import Component, Facts, Signature, Variant
+from diffquant.convert.architectures.base import Component, Facts, Keep, Signature, Variant
 from diffquant.convert.architectures.names import count, index_of, width
 from diffquant.convert.rules import Shapes
 
-__all__ = ["VARIANTS", "decoder", "encoder", "whole"]
+__all__ = ["KEEP", "VARIANTS", "decoder", "encoder", "whole"]
+
+# First and last convolution of a half, and those between resolutions: what stands outside of the
+# residual blocks. Inside one an error is added to what the skip carries unharmed; here all that
+# follows is made from the rounded weights.
+KEEP = (
+    Keep(
+        r"(^|\.layers\.)\d+\.weight$",
+        "outside of the residual blocks (first, last, between resolutions): nothing goes around it",
+        "measured on taef2: docs/lab-log.md",
+    ),
+)
 
 VARIANTS = (
     Variant("taef2", {"_pool": True}, "32 channels and pooling blocks: Flux.2's"),

@@ -50,8 +50,11 @@ def gguf_part(match: Match, asked: Sequence[str]) -> PartMatch:
         encoders = [name for name in have if name != MMPROJ] or list(have)
         if len(encoders) == 1:
             return have[encoders[0]]
+        if not have:
+            names = shorten([part.name for part in match.parts])
+            raise UsageError(f"GGUF has no form for {names}: write it to a .safetensors file")
         raise UsageError(
-            f"no denoiser in this source: name the part with --part ({', '.join(have) or 'none'})"
+            f"no denoiser in this source: name the part with --part ({', '.join(have)})"
         )
     name = asked[0]
     if name in have:

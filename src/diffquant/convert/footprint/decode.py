@@ -10,15 +10,30 @@ again by tests/runtime/test_footprint.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from diffquant.core.dtypes import STORAGE
 
-__all__ = ["BACKENDS", "Backend", "ServedBy", "decode_nbytes", "usually"]
+__all__ = ["BACKENDS", "Backend", "Serving", "decode_nbytes", "usually"]
 
 Backend: TypeAlias = Literal["stored", "numba", "triton", "torch"]
 BACKENDS: tuple[Backend, ...] = ("stored", "numba", "triton", "torch")
-ServedBy: TypeAlias = Callable[[str], str]  # number format -> one of BACKENDS
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What runs on a device.
+
+    Attributes:
+        backend: number format -> one of BACKENDS.
+        copies_kernels: whether a convolution lays its kernel out again, as oneDNN does on a CPU:
+            112 MiB of float32 became 226 (docs/lab-log.md).
+    """
+
+    backend: Callable[[str], str]
+    copies_kernels: bool = False
+
 
 _BF16_COPY = 2.0  # decoded in float32 and cast while both copies live
 
@@ -51,10 +66,10 @@ _SAME = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _USUAL: Mapping[str, Backend] = {"cpu": "numba", "cuda": "triton"}
 
 
-def usually(device: str) -> ServedBy:
-    """What decodes any format on a device with numba and Triton installed; torch elsewhere."""
+def usually(device: str) -> Serving:
+    """What runs on a device with numba and Triton installed; the torch reference elsewhere."""
     backend = _USUAL.get(device, "torch")
-    return lambda _fmt: backend
+    return Serving(lambda _fmt: backend, copies_kernels=device == "cpu")
 
 
 def decode_nbytes(fmt: str, size: int, *, compute: str, backend: str = "torch") -> int:

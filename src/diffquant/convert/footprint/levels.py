@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from diffquant.convert.footprint.picture import Footprint, Stage
+from diffquant.convert.footprint.stages import Footprint, Stage
 from diffquant.convert.footprint.weights import PartWeights
 
 __all__ = [

@@ -52,19 +52,20 @@ DOUBLE = Reach(1, up=2)  # nearest neighbour, then a convolution
 HALVE = Reach(2, down=2)  # a convolution of stride 2
 
 
-def rows_for(reach: Reach, before: int, after: int, width: int, itemsize: int) -> int:
-    """Rows of an output strip that keep it within STRIP_NBYTES, one at least.
+def rows_for(reach: Reach, channels: tuple[int, int], size: tuple[int, int], itemsize: int) -> int:
+    """Rows of an output strip that keep it within STRIP_NBYTES, one at least; strips are alike.
 
     Args:
         reach: of the layer.
-        before: channels of its input.
-        after: channels of its output.
-        width: of the input.
+        channels: of its input and output.
+        size: height and width of the input.
         itemsize: bytes of a number.
     """
-    read = before * width * reach.up * reach.down
-    row = max(read, after * reach.size(width)) * itemsize
-    return max(1, STRIP_NBYTES // row)
+    (before, after), (high, wide) = channels, size
+    row = max(before * wide * reach.up * reach.down, after * reach.size(wide)) * itemsize
+    height, most = reach.size(high), max(1, STRIP_NBYTES // row)
+    strips = -(-height // most)
+    return -(-height // max(1, strips))
 
 
 def cuts(height: int, rows: int) -> Iterator[tuple[int, int]]:

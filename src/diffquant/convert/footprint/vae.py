@@ -16,9 +16,8 @@ from diffquant.convert.architectures.names import count
 from diffquant.convert.footprint.moments import Buffer, Moment, laid_out_again
 from diffquant.convert.rules import Shapes
 
-__all__ = ["TILE", "decode_moments", "downscale_of"]
+__all__ = ["decode_moments", "downscale_of"]
 
-TILE = 64  # latent pixels along a side of a tile
 _USUAL_DOWNSCALE = 8
 _DOUBLINGS = (".upsample.conv.weight", ".upsamplers.0.resample.1.weight")
 

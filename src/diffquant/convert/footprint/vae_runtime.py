@@ -76,15 +76,13 @@ def still_moments(
     run = _Run(shapes, itemsize, copied, wide_norm=True)
     size = (height, width)
     channels = run.channels("decoder.conv_in.weight")
-    held = run.map(channels, size)
     for index in range(count(shapes, "decoder.mid_block.resnets")):
-        yield from _resnet(run, f"decoder.mid_block.resnets.{index}", channels, size, held)
+        yield from _resnet(run, f"decoder.mid_block.resnets.{index}", channels, size)
     for level in range(count(shapes, "decoder.up_blocks")):
         block = f"decoder.up_blocks.{level}"
-        held = run.map(channels, size)
         for index in range(count(shapes, f"{block}.resnets")):
             name = f"{block}.resnets.{index}"
-            yield from _resnet(run, name, channels, size, held if index else 0)
+            yield from _resnet(run, name, channels, size)
             channels = run.channels(f"{name}.conv1.weight")
         resample = f"{block}.upsamplers.0.resample.1.weight"
         if resample in shapes:
@@ -95,7 +93,6 @@ def still_moments(
             yield Moment(
                 f"{block}.upsamplers.0: doubling",
                 (
-                    Buffer("the level's input", held),
                     Buffer("the map", small),
                     Buffer("doubled", doubled),
                     Buffer("its convolution", made),
@@ -105,21 +102,20 @@ def still_moments(
 
 
 def _levels(run: _Run, size: tuple[int, int]) -> Iterator[Moment]:
-    """A KL encoder (CompVis names): the input of a level waits until the level is done."""
+    """A KL encoder, CompVis names."""
     shapes = run.shapes
     channels = run.channels("encoder.conv_in.weight")
     for level in range(count(shapes, "encoder.down")):
-        held = run.map(channels, size)
         for index in range(count(shapes, f"encoder.down.{level}.block")):
             name = f"encoder.down.{level}.block.{index}"
-            yield from _resnet(run, name, channels, size, held if index else 0)
+            yield from _resnet(run, name, channels, size)
             channels = run.channels(f"{name}.conv1.weight")
         if f"encoder.down.{level}.downsample.conv.weight" in shapes:
             name = f"encoder.down.{level}.downsample"
-            yield _halving(run, name, channels, channels, size, held)
+            yield _halving(run, name, channels, channels, size)
             size = (size[0] // 2, size[1] // 2)
     for name in ("encoder.mid.block_1", "encoder.mid.block_2"):
-        yield from _resnet(run, name, channels, size, 0)
+        yield from _resnet(run, name, channels, size)
 
 
 def _flat(run: _Run, size: tuple[int, int]) -> Iterator[Moment]:
@@ -129,10 +125,10 @@ def _flat(run: _Run, size: tuple[int, int]) -> Iterator[Moment]:
         name = f"encoder.down_blocks.{index}"
         if f"{name}.resample.1.weight" in run.shapes:
             after = run.channels(f"{name}.resample.1.weight")
-            yield _halving(run, name, channels, after, size, 0)
+            yield _halving(run, name, channels, after, size)
             channels, size = after, (size[0] // 2, size[1] // 2)
         else:
-            yield from _resnet(run, name, channels, size, 0)
+            yield from _resnet(run, name, channels, size)
             channels = run.channels(f"{name}.conv1.weight")
 
 
@@ -146,34 +142,28 @@ def _tiny_alone(run: _Run, size: tuple[int, int]) -> Iterator[Moment]:
     return _tiny(run, size, "")
 
 
-def _resnet(
-    run: _Run, name: str, before: int, size: tuple[int, int], held: int
-) -> Iterator[Moment]:
-    """A residual block; `held` bytes wait outside of it, beside its input."""
+def _resnet(run: _Run, name: str, before: int, size: tuple[int, int]) -> Iterator[Moment]:
     after = run.channels(f"{name}.conv1.weight")
     old, new = run.map(before, size), run.map(after, size)
-    waits = (Buffer("the level's input", held), Buffer("the map", old))
-    yield Moment(f"{name}: first norm", (*waits, run.norm(old)))
+    x = Buffer("the map", old)
+    yield Moment(f"{name}: first norm", (x, run.norm(old)))
     yield Moment(
         f"{name}: first convolution",
-        (*waits, Buffer("SiLU", old), Buffer("conv1", new), run.again(old + new)),
+        (x, Buffer("SiLU", old), Buffer("conv1", new), run.again(old + new)),
     )
-    yield Moment(f"{name}: second norm", (*waits, Buffer("conv1", new), run.norm(new)))
+    yield Moment(f"{name}: second norm", (x, Buffer("conv1", new), run.norm(new)))
     yield Moment(
         f"{name}: second convolution",
-        (*waits, Buffer("SiLU and conv2", 2 * new, 2), run.again(2 * new)),
+        (x, Buffer("SiLU and conv2", 2 * new, 2), run.again(2 * new)),
     )
 
 
-def _halving(
-    run: _Run, name: str, before: int, after: int, size: tuple[int, int], held: int
-) -> Moment:
+def _halving(run: _Run, name: str, before: int, after: int, size: tuple[int, int]) -> Moment:
     old, padded = run.map(before, size), run.map(before, (size[0] + 1, size[1] + 1))
     made = run.map(after, (size[0] // 2, size[1] // 2))
     return Moment(
         f"{name}: halving",
         (
-            Buffer("the level's input", held),
             Buffer("the map", old),
             Buffer("padded", padded),
             Buffer("its convolution", made),

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from diffquant.convert.architectures.base import Layout
 from diffquant.convert.footprint.companions import Companion
-from diffquant.convert.footprint.decode import ServedBy, decode_nbytes, usually
+from diffquant.convert.footprint.decode import Serving, decode_nbytes, usually
 from diffquant.convert.footprint.moments import Buffer
 from diffquant.convert.logical import LogicalSource, LogicalTensor
 from diffquant.convert.match import PartMatch, to_layout
@@ -49,6 +49,7 @@ _TABLE = re.compile(
     r"|relative_attention_bias|addition_t_embedding)\.weight$|(?:^|\.)positional_embedding$"
 )
 _BARE = re.compile(r"pad_token$")  # (1, width), and no layer
+_KERNELS = (4, 5)  # dimensions of a convolution's kernel
 _HALF = 2  # bytes a weight of parts that are only estimated: they are published in 16 bits
 _FLOAT32 = 4
 
@@ -96,7 +97,7 @@ class PartSource:
         layout: whose names the loader's model carries.
         reads: whether the loader takes the weight at a key of that layout.
         compute: STORAGE name of the dtype it computes in, "" for the picture's.
-        served_by: what decodes a format.
+        serving: what runs where it computes.
         decodes: whether what is not packed as FORMATS says is decoded to float32 when it is
             loaded (runtime/packing.py), else it counts as stored.
     """
@@ -106,7 +107,7 @@ class PartSource:
     layout: Layout = "canonical"
     reads: Callable[[str], bool] = _everything
     compute: str = ""
-    served_by: ServedBy = _TRITON
+    serving: Serving = _TRITON
     decodes: bool = False
 
 
@@ -141,11 +142,11 @@ def part_weights(source: PartSource, *, compute: str) -> PartWeights:
         for row in _rows(source, one)
     ]
     streams = source.part.name != "vae"
-    return _sum(rows, source.compute or compute, source.served_by, streams=streams)
+    return _sum(rows, source.compute or compute, source.serving, streams=streams)
 
 
 def plan_weights(
-    steps: Iterable[Step], *, compute: str, served_by: ServedBy | None = None
+    steps: Iterable[Step], *, compute: str, serving: Serving | None = None
 ) -> PartWeights:
     """Weights of a part as a plan would write it; decoded by what a GPU usually has."""
     rows = [
@@ -159,7 +160,7 @@ def plan_weights(
         )
         for step in steps
     ]
-    return _sum(rows, compute, served_by or _TRITON)
+    return _sum(rows, compute, serving or _TRITON)
 
 
 def companion_weights(companion: Companion) -> PartWeights:
@@ -220,9 +221,7 @@ def _stored(logical: LogicalSource, tensor: LogicalTensor) -> list[int]:
     return [logical.source.specs[key].nbytes for key in keys]
 
 
-def _sum(
-    rows: list[_Row], compute: str, served_by: ServedBy, *, streams: bool = True
-) -> PartWeights:
+def _sum(rows: list[_Row], compute: str, serving: Serving, *, streams: bool = True) -> PartWeights:
     layers: dict[str, list[_Row]] = {}
     for row in rows:
         if row.is_layer and not row.is_table:
@@ -231,7 +230,7 @@ def _sum(
     largest = max(groups, key=lambda key: groups[key], default="nothing")
     worst, scratch = "nothing to decode", 0
     for key, pieces in layers.items():
-        needed = _decoded(pieces, compute, served_by)
+        needed = _decoded(pieces, compute, serving)
         if needed > scratch:
             formats = "+".join(dict.fromkeys(one.format or "something else" for one in pieces))
             worst, scratch = f"{key}, stored as {formats}", needed
@@ -245,17 +244,23 @@ def _sum(
     )
 
 
-def _decoded(pieces: list[_Row], compute: str, served_by: ServedBy) -> int:
-    """Bytes that decoding a layer takes; pieces are decoded one by one and then joined."""
+def _decoded(pieces: list[_Row], compute: str, serving: Serving) -> int:
+    """Bytes that a layer's weight takes beside its stored bytes, while the layer runs.
+
+    Pieces are decoded one by one and then joined; a convolution may lay the result out again.
+    """
     results, worst = 0, 0
     wanted = STORAGE[compute].block_nbytes
+    whole = sum(row.size for row in pieces) * wanted
     for row in pieces:
-        needed = decode_nbytes(row.format, row.size, compute=compute, backend=served_by(row.format))
+        backend = serving.backend(row.format)
+        needed = decode_nbytes(row.format, row.size, compute=compute, backend=backend)
         worst = max(worst, results + needed)
         results += row.size * wanted if needed else 0
     if len(pieces) > 1:
-        worst = max(worst, results + sum(row.size for row in pieces) * wanted)
-    return worst
+        worst, results = max(worst, results + whole), whole
+    again = whole if serving.copies_kernels and len(pieces[0].shape) in _KERNELS else 0
+    return max(worst, results + again)
 
 
 def _blocks(groups: Mapping[str, int]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ SERVED = frozenset(
 _VAES = frozenset({"vae_kl", "vae_flux2", "vae_qwen", "vae_tiny", "vae_tiny_decoder"})
 # Conditions that the runtime cannot give a denoiser; a picture with a mask is none of them.
 _PICTURES = {
-    "sd15": ("ip2p", "lcm"),
+    "sd15": ("ip2p",),
     "flux1": ("control",),
     "qwen_image": ("layered",),  # editing models draw from text alone, too
 }

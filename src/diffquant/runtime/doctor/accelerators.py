@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -52,7 +53,7 @@ class Accelerators:
         built_for: "CUDA 13.0", "ROCm 6.4", or "" for a torch without.
         driver: version of NVIDIA's driver, "" where there is none.
         threads: torch computes with on the CPU; None where it does not load.
-        why_none: why there is no device of each kind that could have been.
+        why_none: kind of device -> why there is none; kinds that could not be here are left out.
     """
 
     found: tuple[Accelerator, ...]
@@ -60,7 +61,7 @@ class Accelerators:
     built_for: str
     driver: str
     threads: int | None
-    why_none: tuple[str, ...]
+    why_none: Mapping[str, str]
 
 
 def accelerators(broken: list[Broken]) -> Accelerators:
@@ -68,24 +69,23 @@ def accelerators(broken: list[Broken]) -> Accelerators:
     driver = probe("NVIDIA driver", nvidia_driver, broken) or ""
     torch = probe("torch", _torch, broken)
     if torch is None:
-        return Accelerators((), "", "", driver, None, ("torch does not load",))
+        return Accelerators((), "", "", driver, None, {"GPU": "torch does not load"})
     built_for = _built_for(torch)
     found: list[Accelerator] = []
-    why: list[str] = []
+    why: dict[str, str] = {}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found += probe("CUDA", lambda: _cuda(torch), broken) or []
     if not found:
-        why.append(_why_no_cuda(torch, built_for, driver, [str(one.message) for one in said]))
+        told = [str(one.message) for one in said]
+        why["CUDA"] = _why_no_cuda(built_for, driver, told)
     apple = probe("MPS", lambda: _mps(torch), broken)
     if apple is not None:
         found.append(apple)
     elif torch.backends.mps.is_built():
-        why.append("MPS: torch is built for it, and this macOS or processor has none")
+        why["MPS"] = "torch is built for it, and this macOS or processor has none"
     threads = torch.get_num_threads()
-    return Accelerators(
-        tuple(found), str(torch.__version__), built_for, driver, threads, tuple(why)
-    )
+    return Accelerators(tuple(found), str(torch.__version__), built_for, driver, threads, why)
 
 
 def nvidia_driver(place: Path = _DRIVER_FILE) -> str:
@@ -136,12 +136,12 @@ def _mps(torch: ModuleType) -> Accelerator | None:
     )
 
 
-def _why_no_cuda(torch: ModuleType, built_for: str, driver: str, said: list[str]) -> str:
+def _why_no_cuda(built_for: str, driver: str, said: list[str]) -> str:
     if not built_for:
-        told = "CUDA: this torch is built without it"
+        told = "this torch is built without it"
         return f"{told}; NVIDIA driver {driver} is installed" if driver else told
     if said:  # torch's own words: a driver too old, a card it has no code for
-        return f"CUDA: {said[0].splitlines()[0]}"
+        return said[0].splitlines()[0]
     if not driver and built_for.startswith("CUDA"):
-        return f"CUDA: torch is built for {built_for}, and no NVIDIA driver is installed"
-    return f"CUDA: torch is built for {built_for} and sees no device"
+        return f"torch is built for {built_for}, and no NVIDIA driver is installed"
+    return f"torch is built for {built_for} and sees no device"

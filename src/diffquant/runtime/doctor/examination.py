@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 
+from diffquant.convert.footprint.levels import CONTEXT_NBYTES
 from diffquant.core.errors import UsageError
 from diffquant.runtime.doctor.accelerators import Accelerator, Accelerators, accelerators
 from diffquant.runtime.doctor.decoders import Decoders, decoders
-from diffquant.runtime.doctor.families import CONTEXT_NBYTES, families
+from diffquant.runtime.doctor.families import families
 from diffquant.runtime.doctor.libraries import Installed, installed
 from diffquant.runtime.doctor.machine import Machine, machine
 from diffquant.runtime.doctor.probe import Broken, probe
 from diffquant.runtime.doctor.problems import problems
 from diffquant.runtime.doctor.report import Compute, Diagnosis, Planned
+from diffquant.runtime.memory.plan import Budget
 
 __all__ = ["examine"]
 
@@ -53,7 +55,13 @@ def examine(
     if found.built_for.startswith("CUDA") and found.found:
         probe("triton", _triton, broken)
     libraries = tuple(_with_error(one, broken) for one in installed())
-    fits = families(budget=planned.budget, compute=_STORAGE[planned.dtype])
+    kind = planned.device.partition(":")[0]
+    fits = families(
+        Budget(planned.budget, planned.ram),
+        device=kind,
+        compute=_STORAGE[planned.dtype],
+        backends={name: row.backend for row in rows if row.device == kind for name in row.formats},
+    )
     diagnosis = Diagnosis(
         here, found, libraries, compute, tuple(rows), planned, fits, (), tuple(broken)
     )
@@ -119,7 +127,7 @@ def _free(card: Accelerator | None) -> int | None:
     """What a run may take of a device; the context this process holds is one that plans count."""
     if card is None or card.free is None or card.memory is None:
         return None
-    own = CONTEXT_NBYTES if card.kind == "cuda" else 0
+    own = CONTEXT_NBYTES[card.kind] if card.kind == "cuda" else 0
     return min(card.free + own, card.memory)
 
 

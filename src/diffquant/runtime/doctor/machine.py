@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffquant import __version__
-from diffquant.runtime.doctor.limits import Limits, limits
+from diffquant.core.limits import Limits, limits
 from diffquant.runtime.doctor.probe import Broken, probe
 from diffquant.runtime.doctor.processor import Processor, processor
 

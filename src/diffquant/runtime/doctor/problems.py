@@ -86,9 +86,8 @@ def _gpu(found: Diagnosis, environment: Mapping[str, str]) -> Iterator[Problem]:
     elif hidden is not None and hidden.strip() in ("", "-1"):
         yield Problem("CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES")
     else:
-        why = next((one for one in cards.why_none if one.startswith("CUDA")), "CUDA: no device")
         yield Problem(
-            f"NVIDIA driver {cards.driver} is here, and no GPU is usable: {why}",
+            f"NVIDIA driver {cards.driver} is here, and no GPU is usable: {cards.why_none['CUDA']}",
             "update the driver, or install torch for an older CUDA",
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffquant.runtime.doctor.limits import Limits
+from diffquant.core.limits import Limits
 
 __all__ = ["Processor", "processor"]
 

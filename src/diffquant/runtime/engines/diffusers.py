@@ -39,6 +39,7 @@ from diffquant.runtime.engines.diffusers_reading import (
     read_whole,
     route_of,
 )
+from diffquant.runtime.families.unet import LCM_GUIDANCE
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.samplers import SAMPLERS
 
@@ -111,7 +112,7 @@ class DiffusersSide:
             "num_images_per_prompt": request.batch,
             "generator": _generators(request.seeds),
             "output_type": "np",
-            **_guidance(request, taken, type(pipeline).__name__),
+            **_guidance(request, taken, pipeline),
         }
         negative = request.negative
         if negative is None and (request.cfg is None or request.cfg > 1):
@@ -192,23 +193,35 @@ def _generators(seeds: tuple[int, ...]) -> list[torch.Generator]:
 
 
 def _guidance(
-    request: PictureRequest, taken: Mapping[str, object], pipeline: str
+    request: PictureRequest,
+    taken: Mapping[str, object],
+    pipeline: Any,  # noqa: ANN401 - the library's
 ) -> dict[str, Any]:
     """Both kinds of guidance under the pipeline's names.
 
     Pipelines with `true_cfg_scale` mean distilled guidance by `guidance_scale`; the others mean
-    classifier-free guidance, and have no distilled one.
+    classifier-free guidance, and have no distilled one; but a latent consistency model's UNet takes
+    `guidance_scale` through its own input, and is then not guided otherwise.
     """
     if "true_cfg_scale" in taken:
         named = {"true_cfg_scale": request.cfg, "guidance_scale": request.guidance}
+    elif _guided_inside(pipeline):
+        if request.cfg is not None and request.cfg > 1:
+            raise UsageError("diffusers runs latent consistency models with guidance, not with cfg")
+        named = {"guidance_scale": LCM_GUIDANCE if request.guidance is None else request.guidance}
     else:
         if request.guidance is not None:
             raise UsageError("this pipeline of diffusers takes no distilled guidance; use cfg")
         cfg = request.cfg
-        if cfg is not None and pipeline in _COUNTED_FROM_ZERO:
+        if cfg is not None and type(pipeline).__name__ in _COUNTED_FROM_ZERO:
             cfg = max(cfg - 1, 0.0)
         named = {"guidance_scale": cfg}
     return {name: value for name, value in named.items() if value is not None}
+
+
+def _guided_inside(pipeline: Any) -> bool:  # noqa: ANN401 - the library's
+    unet = getattr(pipeline, "unet", None)
+    return unet is not None and unet.config.get("time_cond_proj_dim") is not None
 
 
 def _stepping(on_step: OnStep, steps: int) -> Any:  # noqa: ANN401 - the library's callback

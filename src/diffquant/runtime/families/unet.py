@@ -21,7 +21,10 @@ from diffquant.runtime.families.base import (
 from diffquant.runtime.models.facts import param_dtype
 from diffquant.runtime.models.unet import UNet
 
-__all__ = ["unet_beside", "unet_caller"]
+__all__ = ["LCM_GUIDANCE", "unet_beside", "unet_caller"]
+
+# Of latent consistency models: SimianLuo/LCM_Dreamshaper_v7 README.md draws with it.
+LCM_GUIDANCE = 8.0
 
 
 def unet_caller(
@@ -37,11 +40,13 @@ def unet_caller(
         label: (unet, text) -> (B, width) extra vector, for models that have `label_emb`.
 
     Raises:
-        UsageError: distilled guidance, or channels the UNet does not take.
+        UsageError: distilled guidance, or channels, that the UNet does not take.
     """
     unet = parts.denoiser
     assert isinstance(unet, UNet)
-    no_guidance(conditions)
+    if unet.config.guidance is None:
+        no_guidance(conditions)
+    strength = LCM_GUIDANCE if conditions.guidance is None else conditions.guidance
     beside = beside_latents(conditions, unet.config.in_channels, parts.vae.config.latents, "UNet")
     dtype, device = param_dtype(unet), device_of(unet)
 
@@ -55,7 +60,10 @@ def unet_caller(
         vector = None
         if label is not None:
             vector = torch.cat([label(unet, text) for text in texts]).to(device, dtype)
-        out: Tensor = unet(x, times, context, vector).float()
+        guidance = None
+        if unet.config.guidance is not None:
+            guidance = torch.full((len(x),), strength, device=device)
+        out: Tensor = unet(x, times, context, vector, guidance).float()
         return list(out.chunk(len(texts)))
 
     return call

@@ -37,7 +37,7 @@ from diffquant.runtime.kernels.fields import Kernel, Parts
 from diffquant.runtime.kernels.reference import KERNELS as REFERENCE
 from diffquant.runtime.kernels.scratch import lend
 
-__all__ = ["DTYPES", "KERNELS", "SMALLEST", "SPAN"]
+__all__ = ["DTYPES", "KERNELS", "SMALLEST", "SPAN", "unavailable"]
 
 # Weights in a span at most: a megabyte of float32, and work enough for what a span costs in Python.
 SPAN = 1 << 18
@@ -166,3 +166,8 @@ def _decode(name: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype)
 
 
 KERNELS: Mapping[str, Kernel] = {name: functools.partial(_decode, name) for name in FORMATS}
+
+
+def unavailable() -> str:
+    """Why kernels cannot run on this machine: once numba is imported, they can."""
+    return ""

@@ -18,7 +18,7 @@ from diffquant.core.errors import UnknownFormat
 from diffquant.runtime.kernels.fields import Kernel
 from diffquant.runtime.kernels.reference import KERNELS
 
-__all__ = ["Service", "best"]
+__all__ = ["Service", "best", "is_stored"]
 
 _STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -28,7 +28,7 @@ class Service:
     """A routine chosen for a format on a device.
 
     Attributes:
-        backend: "stored" (nothing to decode), "numba" or "torch".
+        backend: "stored" (nothing to decode), "numba", "triton" or "torch".
         reason: why this one, for people.
         kernel: parts, shape and dtype to a tensor of that shape and dtype.
     """
@@ -38,13 +38,50 @@ class Service:
     kernel: Kernel
 
 
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    """Fast routines for one type of device.
+
+    Attributes:
+        name: what they are written in.
+        module: has KERNELS, DTYPES and `unavailable()`, why they cannot run here; loaded when
+            it is first needed.
+        reason: what they do better.
+    """
+
+    name: str
+    module: str
+    reason: str
+
+
+_BACKENDS: Mapping[str, _Backend] = {
+    "cpu": _Backend(
+        "numba",
+        "diffquant.runtime.kernels.numba",
+        "decoded span by span into the compute dtype",
+    ),
+    "cuda": _Backend(
+        "triton",
+        "diffquant.runtime.kernels.triton",
+        "decoded by one kernel into the compute dtype",
+    ),
+}
+
+
 @functools.cache
-def _numba() -> tuple[ModuleType | None, str]:
-    """The module of numba kernels, or why there is none."""
+def _loaded(backend: _Backend) -> tuple[ModuleType | None, str]:
+    """The module of a backend's kernels, or why there is none."""
     try:
-        return importlib.import_module("diffquant.runtime.kernels.numba"), ""
+        module = importlib.import_module(backend.module)
     except ImportError as error:  # not installed, or built for another numpy
-        return None, f"numba cannot be loaded ({error})"
+        return None, f"{backend.name} cannot be loaded ({error})"
+    reason: str = module.unavailable()
+    return (None, reason) if reason else (module, "")
+
+
+def is_stored(name: str, dtype: torch.dtype) -> bool:
+    """Whether a weight of this format is stored in `dtype`, so that there is nothing to decode."""
+    return _STORED.get(name) == dtype
 
 
 @functools.cache
@@ -61,15 +98,16 @@ def best(name: str, device: str, dtype: torch.dtype) -> Service:
     """
     if name not in KERNELS:
         raise UnknownFormat(name, KERNELS)
-    if _STORED.get(name) == dtype:
+    if is_stored(name, dtype):
         return Service("stored", "stored in the compute dtype", KERNELS[name])
-    if device != "cpu":
+    if device not in _BACKENDS:
         return Service("torch", f"no faster decoder for {device} yet", KERNELS[name])
-    module, reason = _numba()
+    backend = _BACKENDS[device]
+    module, reason = _loaded(backend)
     if module is None:
         return Service("torch", reason, KERNELS[name])
     kernels: Mapping[str, Kernel] = module.KERNELS
     if name not in kernels or dtype not in module.DTYPES:
         what = name if name not in kernels else str(dtype)
-        return Service("torch", f"numba kernels do not know {what}", KERNELS[name])
-    return Service("numba", "decoded span by span into the compute dtype", kernels[name])
+        return Service("torch", f"{backend.name} kernels do not know {what}", KERNELS[name])
+    return Service(backend.name, backend.reason, kernels[name])

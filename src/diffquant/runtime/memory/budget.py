@@ -13,12 +13,13 @@ import torch
 
 from diffquant.convert.footprint.levels import CONTEXT_NBYTES
 from diffquant.core.errors import UsageError
-from diffquant.runtime.doctor.limits import limits
+from diffquant.core.limits import limits
 from diffquant.runtime.memory.plan import Budget
 
 __all__ = ["Asked", "available", "capped"]
 
 _HOST_SHARE = 0.8  # of free RAM beside a device: page-locked memory cannot be swapped out
+_LARGEST_CONTEXT = 1 << 30
 _SPLIT = "PYTORCH_CUDA_ALLOC_CONF"
 
 
@@ -55,12 +56,30 @@ def available(device: torch.device, asked: Asked) -> Budget:
         return Budget(ram=free if asked.ram is None else asked.ram)
     ram = int(host * _HOST_SHARE) if asked.ram is None else asked.ram
     if device.type == "cuda":
+        own = _context_nbytes(device)
         free, total = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device)
         there = min(free + held + CONTEXT_NBYTES["cuda"], total)
-    else:  # one memory for both, of which Metal recommends a share
-        there = torch.mps.recommended_max_memory()
+        if asked.vram is not None:  # the arithmetic counts its usual context; this one is larger
+            there = min(asked.vram - (own - CONTEXT_NBYTES["cuda"]), there)
+        return Budget(there, ram)
+    there = torch.mps.recommended_max_memory()  # of one memory for both
     return Budget(there if asked.vram is None else min(asked.vram, there), ram)
+
+
+def _context_nbytes(device: torch.device) -> int:
+    """What this process takes of a card beside its tensors, once its libraries are loaded.
+
+    The driver does not say; it is what is used and not ours. Other processes count as well, so no
+    more than a GiB of it is believed: an H100 takes 0.7 (docs/lab-log.md).
+    """
+    one = torch.ones(1, 16, 16, 16, dtype=torch.float16, device=device)
+    torch.nn.functional.conv2d(one, one.expand(16, -1, -1, -1)[..., :3, :3])
+    one.reshape(64, 64).mm(one.reshape(64, 64))
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    used = total - free - torch.cuda.memory_reserved(device)
+    return min(max(used, CONTEXT_NBYTES["cuda"]), _LARGEST_CONTEXT)
 
 
 def _free_ram() -> int:
@@ -84,10 +103,11 @@ def capped(device: torch.device, asked: Asked) -> Iterator[None]:
     if asked.vram is None:
         yield
         return
-    total = torch.cuda.get_device_properties(device).total_memory
-    share = max(asked.vram - CONTEXT_NBYTES["cuda"], 1) / total
-    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.get_device_properties(index).total_memory
+    share = max(asked.vram - _context_nbytes(device), 1) / total
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)

@@ -66,9 +66,7 @@ class _HostLane:
     """The CPU, whose slots are filled in place; and devices whose copies are not told apart."""
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
-        self.slots = tuple(
-            torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)
-        )
+        self.slots = _slots(nbytes, device)
         self._threads = ThreadPoolExecutor(1, "diffquant-weights")
         self._coming: dict[int, Future[None]] = {}
         self._staging = None if device.type == "cpu" else torch.empty(nbytes, dtype=torch.uint8)
@@ -98,9 +96,7 @@ class _CudaLane:
 
     def __init__(self, device: torch.device, nbytes: int, *, pinned: bool) -> None:
         self.device = device
-        self.slots = tuple(
-            torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)
-        )
+        self.slots = _slots(nbytes, device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._arrived = tuple(_event() for _ in range(SLOTS))
         self._threads = ThreadPoolExecutor(1, "diffquant-weights")
@@ -122,12 +118,17 @@ class _CudaLane:
             self._coming[slot] = self._threads.submit(self._read, group, slot, free)
 
     def _read(self, group: Group, slot: int, free: torch.cuda.Event) -> None:
-        if self._kept is not None:
-            host = self._kept[group] = pin(group.nbytes)
+        kept = self._kept.get(group) if self._kept is not None else None
+        if kept is not None:  # asked for twice before it was read once
+            host = kept
+        elif self._kept is not None:
+            host = pin(group.nbytes)
+            group.fill(host.tensor)
+            self._kept[group] = host
         else:
             host = self._staging[slot]
             self._arrived[slot].synchronize()  # its last copy may still read from it
-        group.fill(host.tensor)
+            group.fill(host.tensor)
         self._copy(host.tensor[: group.nbytes], slot, free)
 
     def _copy(self, host: Tensor, slot: int, free: torch.cuda.Event) -> None:
@@ -148,6 +149,11 @@ class _CudaLane:
         for host in (*self._staging, *(self._kept or {}).values()):
             host.free()
         self._staging, self._kept = (), None
+
+
+def _slots(nbytes: int, device: torch.device) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False):  # a caller's; a thread of ours fills them outside of it
+        return tuple(torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(SLOTS))
 
 
 def _event() -> torch.cuda.Event:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from diffquant.convert.footprint import PartSource
+from diffquant.convert.footprint.decode import Serving
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.match import PartMatch
 from diffquant.core.errors import ArchitectureError
@@ -39,9 +40,8 @@ def part_source(
         raise ArchitectureError(f"the runtime has no {part.kind}, which the {part.name} is")
     row, on = MODELS[kind], torch.device(device).type
 
-    def served_by(fmt: str) -> str:
+    def backend(fmt: str) -> str:
         return best(fmt, on, dtype).backend if fmt in KERNELS else "torch"
 
-    return PartSource(
-        logical, part, row.layout, row.reads, _STORAGE[dtype], served_by, decodes=True
-    )
+    serving = Serving(backend, copies_kernels=on == "cpu")
+    return PartSource(logical, part, row.layout, row.reads, _STORAGE[dtype], serving, decodes=True)

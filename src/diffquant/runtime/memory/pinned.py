@@ -8,6 +8,8 @@ Source: pytorch/pytorch aten/src/ATen/core/CachingHostAllocator.h (`allocate`, `
 from __future__ import annotations
 
 import mmap
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,23 +22,23 @@ from diffquant.core.errors import ResourceError
 __all__ = ["Pinned", "pin"]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Pinned:
     """A buffer.
 
     Attributes:
         tensor: (nbytes,) uint8.
-        locked: whether the driver locked its pages; copies from it wait for nobody then.
+        unlock: unlocks its pages, once; None: the driver refused to lock them, and copies from it
+            wait for the host.
     """
 
     tensor: Tensor
-    locked: bool
+    unlock: Callable[[], object] | None
 
     def free(self) -> None:
         """Unlock; the memory goes with the last view of it."""
-        if self.locked:
-            _runtime().cudaHostUnregister(self.tensor.data_ptr())
-            self.locked = False
+        if self.unlock is not None:
+            self.unlock()
 
 
 def pin(nbytes: int) -> Pinned:
@@ -53,7 +55,12 @@ def pin(nbytes: int) -> Pinned:
     tensor = torch.from_numpy(memory[start : start + max(nbytes, 1)])
     pages = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
     code = _runtime().cudaHostRegister(tensor.data_ptr(), pages, 0)
-    return Pinned(tensor, locked=int(code) == 0)
+    if int(code) != 0:
+        return Pinned(tensor, None)
+    # Memory that is freed while locked poisons whatever is allocated there next: never without.
+    unlock = weakref.finalize(memory, _runtime().cudaHostUnregister, tensor.data_ptr())
+    unlock.atexit = False
+    return Pinned(tensor, unlock)
 
 
 def _runtime() -> Any:  # noqa: ANN401 - a module that torch makes

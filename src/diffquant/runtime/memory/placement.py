@@ -66,20 +66,21 @@ class _Part:
 
     def weight(self, layer: PackedLayer) -> PackedWeight:
         """See layers.Home."""
-        if self._stream is None:
+        if not self.here:
             self._enter()
-        if self._stream is None:  # everything came, and the layer has it
+        if layer in self._loaded:
             return self._loaded[layer]
         if isinstance(layer, QuantEmbedding):  # asked for as a matrix, such as a tied output
             assert layer.stored is not None
             return layer.stored.load().to(self.device)
+        assert self._stream is not None, "what is not streamed was loaded"
         return self._stream.weight(layer)
 
     def rows(self, layer: PackedLayer, index: Tensor, dtype: torch.dtype) -> Tensor:
         """See layers.Home: rows are read from the file, and decoded on the CPU."""
-        if self._stream is None:
+        if not self.here:
             self._enter()
-        if self._stream is None:
+        if layer in self._loaded:
             return self._loaded[layer].take_rows(index, dtype)
         assert layer.stored is not None
         some = layer.stored.load_rows(index.cpu())
@@ -95,7 +96,9 @@ class _Part:
         if groups:
             self._stream = Stream(groups, device=self.device, pinned=rung.pinned, kept=kept)
             return
-        for layer in (*self._layers.values(), *self._tables):
+        # a part whose blocks all stay comes like one that streams: its tables stay on the host
+        tables = () if rung.level == "blocks" else self._tables
+        for layer in (*self._layers.values(), *tables):
             assert layer.stored is not None
             self._loaded[layer] = layer.stored.load().to(self.device)
         for layer, weight in self._loaded.items():

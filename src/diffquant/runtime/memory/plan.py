@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from diffquant.convert.footprint.levels import CONTEXT_NBYTES, DECODERS, LEVELS
-from diffquant.convert.footprint.picture import Footprint
+from diffquant.convert.footprint.stages import Footprint
 from diffquant.core.errors import PlanMismatch, ResourceError, UsageError
 from diffquant.runtime.memory.rungs import (
     Rung,

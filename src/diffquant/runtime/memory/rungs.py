@@ -23,9 +23,10 @@ from diffquant.convert.footprint.levels import (
     others_nbytes,
     spread,
 )
-from diffquant.convert.footprint.picture import Footprint, Stage
+from diffquant.convert.footprint.stages import Footprint, Stage
 
 __all__ = [
+    "DECODED_KEPT_NBYTES",
     "Rung",
     "StagePeak",
     "candidates",
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 _STREAMING = ("blocks", "sequential")
+# A buffer for decoded weights that the CPU keeps from stage to stage: kernels/scratch.py,
+# KEPT_NBYTES, repeated here because that module needs torch.
+DECODED_KEPT_NBYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,8 @@ class StagePeak:
 
 def stage_peaks(found: Footprint, rung: Rung, *, device: str) -> tuple[StagePeak, ...]:
     """What each stage takes on the device, in the order they run."""
+    widest = max(stage.scratch for stage in found.stages)
+    kept = min(widest, DECODED_KEPT_NBYTES) if device == "cpu" else 0
     return tuple(
         StagePeak(
             stage.name,
@@ -84,7 +90,7 @@ def stage_peaks(found: Footprint, rung: Rung, *, device: str) -> tuple[StagePeak
             on_device(rung.level, found.stages, stage, kept=rung.resident.get(stage.part, 0))
             + _being_read(stage, rung.level, device),
             moment_nbytes(stage, rung.decoder),
-            stage.scratch,
+            max(stage.scratch, kept),
         )
         for stage in found.stages
     )
@@ -181,7 +187,10 @@ def _residents(found: Footprint, limit: int | None, device: str) -> Iterator[Map
 def _most(found: Footprint, stage: Stage, limit: int | None, device: str) -> int:
     if limit is None:
         return len(stage.weights.blocks)
-    taken = stage.activations.nbytes + stage.scratch + others_nbytes(found.stages, stage)
+    rung = Rung("blocks", "whole", pinned=False)
+    peaks = stage_peaks(found, rung, device=device)
+    at = next(peak for peak in peaks if peak.part == stage.part and peak.stage == stage.name)
+    taken = at.activations + at.scratch + others_nbytes(found.stages, stage)
     taken += CONTEXT_NBYTES[device] + _being_read(stage, "blocks", device)
     return most_blocks(stage.weights, limit - taken)
 

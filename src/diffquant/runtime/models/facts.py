@@ -6,6 +6,7 @@ transformers' config.json; a field that is absent or null takes the default give
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -22,6 +23,7 @@ __all__ = [
     "Shapes",
     "activation",
     "count",
+    "guidance_embedding",
     "number",
     "param_dtype",
     "per_level",
@@ -134,3 +136,18 @@ def timestep_embedding(t: Tensor, width: int, scale: float = 1.0) -> Tensor:
     frequencies = torch.exp(steps * (-torch.log(torch.tensor(10000.0)).item() / half))
     angles = t.float()[:, None] * frequencies * scale
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
+    """Sinusoids of 1000 * (guidance - 1), guidance (B,): float32 (B, width), sines first.
+
+    A strength of 1 is no guidance: distillation counted from there. Source:
+    huggingface/diffusers@58eb52c:src/diffusers/pipelines/latent_consistency_models/
+    pipeline_latent_consistency_text2img.py get_guidance_scale_embedding, __call__.
+    """
+    half = width // 2
+    steps = torch.arange(half, dtype=torch.float32, device=guidance.device)
+    frequencies = torch.exp(steps * (-math.log(10000.0) / (half - 1)))
+    angles = (guidance.float() - 1)[:, None] * 1000 * frequencies
+    found = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    return functional.pad(found, (0, width % 2))

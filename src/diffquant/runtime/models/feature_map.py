@@ -96,6 +96,10 @@ class _Statistics:
         return weight.flatten(1)[:, :, None, None], shift.flatten(1)[:, :, None, None]
 
 
+def _same(strip: Tensor) -> Tensor:
+    return strip
+
+
 @dataclass(slots=True)
 class FeatureMap:
     """A map (B, C, H, W) that is read and written in strips.
@@ -161,7 +165,7 @@ class FeatureMap:
         norm: nn.GroupNorm,
         act: Callable[[Tensor], Tensor] | None = None,
         *,
-        of: Callable[[Tensor], Tensor] | None = None,
+        of: Callable[[Tensor], Tensor] = _same,
     ) -> Callable[[Tensor], Tensor]:
         """A group norm of this map, to be applied to strips of it.
 
@@ -174,10 +178,10 @@ class FeatureMap:
             A function from a strip to the normed strip, in the strip's dtype.
         """
         found = self.statistics
-        if found is None or of is not None:
+        if found is None or of is not _same:
             found = _Statistics()
-            for strip in self._strips():
-                found.add(strip if of is None else of(strip))
+            for first, last in self._cuts():
+                found.add(of(self._read(first, last)))
         scale, shift = found.affine(norm)
 
         def normed(strip: Tensor) -> Tensor:
@@ -196,11 +200,8 @@ class FeatureMap:
         batch, _, height, width = self.data.shape
         shape = (batch, height * width, channels)
         out = torch.empty(shape, dtype=self.data.dtype, device=self.plan.device)
-        done = 0
-        for strip in self._strips():
-            made = layer(strip)
-            out[:, done : done + made.shape[1]] = made
-            done += made.shape[1]
+        for first, last in self._cuts():
+            out[:, first * width : last * width] = layer(self._read(first, last))
         return out
 
     def whole(self) -> Tensor:
@@ -211,12 +212,10 @@ class FeatureMap:
         _, before, height, width = self.data.shape
         if self.plan.rows:
             return -(-self.plan.rows * reach.size(height) // self.plan.latent_rows)
-        return rows_for(reach, before, channels, width, self.data.dtype.itemsize)
+        return rows_for(reach, (before, channels), (height, width), self.data.dtype.itemsize)
 
-    def _strips(self) -> Iterator[Tensor]:
-        height = self.data.shape[2]
-        for first, last in cuts(height, self._rows(POINT, self.data.shape[1])):
-            yield self._read(first, last)
+    def _cuts(self) -> Iterator[tuple[int, int]]:
+        return cuts(self.data.shape[2], self._rows(POINT, self.data.shape[1]))
 
     def _read(self, first: int, last: int) -> Tensor:
         strip = self.data[:, :, first:last]

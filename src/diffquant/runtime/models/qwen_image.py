@@ -4,16 +4,12 @@ Picture tokens (2x2 latent pixels each) and text tokens run side by side through
 with its own weights but one attention over both, text first. Positions count (frame, row, column)
 around the middle of each picture; text goes on where the largest picture ends. Other pictures, if
 any (Edit, Layered), follow the one being made as further tokens.
-
-What shapes cannot say: `zero_cond_t` (Edit-2511) shows other pictures to the modulation at time 0,
-for they hold no noise; `use_layer3d_rope` (Layered) puts the last picture one frame before all.
 Source: huggingface/diffusers@58eb52c:src/diffusers/models/transformers/transformer_qwenimage.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
 
@@ -21,91 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffquant.core.errors import ArchitectureError, UsageError
+from diffquant.core.errors import UsageError
 from diffquant.runtime.layers import QuantEmbedding, QuantLinear
 from diffquant.runtime.models.attention import Positions, attend, modulated, rotary
-from diffquant.runtime.models.facts import (
-    Hyper,
-    Shapes,
-    count,
-    number,
-    param_dtype,
-    require,
-    shape_of,
-    tanh_gelu,
-    timestep_embedding,
-)
+from diffquant.runtime.models.facts import param_dtype, tanh_gelu, timestep_embedding
+from diffquant.runtime.models.qwen_image_config import QwenImageConfig, config_from
 
 __all__ = ["QwenImage", "QwenImageConfig", "config_from", "positions"]
 
-_DEFAULT_AXES = (16, 56, 56)
 Size: TypeAlias = tuple[int, int, int]  # frames, rows and columns of tokens
-
-
-@dataclass(frozen=True, slots=True)
-class QwenImageConfig:
-    """Sizes of a Qwen-Image transformer.
-
-    Attributes:
-        in_channels, out_channels: per token: latent channels times 4.
-        hidden, text_hidden: inner widths of the picture's and the text's feed-forward.
-        context: width of the text encoder's states.
-        time: width of the timestep sinusoids.
-        condition: whether a second, integer condition joins the timestep (Layered).
-        still: whether other pictures are modulated at time 0 (Edit-2511).
-        layered: whether the last picture stands one frame before all (Layered).
-        axes: rotary widths of the three position axes; their sum is head_dim.
-    """
-
-    in_channels: int
-    out_channels: int
-    width: int
-    hidden: int
-    text_hidden: int
-    head_dim: int
-    context: int
-    time: int
-    depth: int
-    condition: bool
-    still: bool
-    layered: bool
-    axes: tuple[int, ...]
-    theta: float
-    eps: float
-
-
-def config_from(shapes: Shapes, hyper: Hyper) -> QwenImageConfig:
-    """Read sizes from keys; hyper: axes_dims_rope, theta, eps, zero_cond_t, use_layer3d_rope.
-
-    Raises:
-        ArchitectureError: rotary axes that do not fill a head, or a field the runtime does not
-            implement.
-    """
-    require(hyper, "guidance_embeds", (False,))
-    require(hyper, "patch_size", (2,))
-    block = "transformer_blocks.0"
-    width, in_channels = shape_of(shapes, "img_in.weight")
-    (head_dim,) = shape_of(shapes, f"{block}.attn.norm_q.weight")
-    axes = tuple(int(axis) for axis in hyper.get("axes_dims_rope") or _DEFAULT_AXES)
-    if sum(axes) != head_dim:
-        raise ArchitectureError(f"rotary axes {axes} do not add up to the head width {head_dim}")
-    return QwenImageConfig(
-        in_channels=in_channels,
-        out_channels=shape_of(shapes, "proj_out.weight")[0],
-        width=width,
-        hidden=shape_of(shapes, f"{block}.img_mlp.net.0.proj.weight")[0],
-        text_hidden=shape_of(shapes, f"{block}.txt_mlp.net.0.proj.weight")[0],
-        head_dim=head_dim,
-        context=shape_of(shapes, "txt_in.weight")[1],
-        time=shape_of(shapes, "time_text_embed.timestep_embedder.linear_1.weight")[1],
-        depth=count(shapes, "transformer_blocks"),
-        condition="time_text_embed.addition_t_embedding.weight" in shapes,
-        still=bool(hyper.get("zero_cond_t")),
-        layered=bool(hyper.get("use_layer3d_rope")),
-        axes=axes,
-        theta=number(hyper, "theta", 10000.0),
-        eps=number(hyper, "eps", 1e-6),
-    )
 
 
 def positions(sizes: Sequence[Size], text: int, *, layered: bool = False) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from diffquant.runtime.layers import QuantConv2d, QuantLinear
 from diffquant.runtime.models.attention import attention
-from diffquant.runtime.models.facts import param_dtype, timestep_embedding
+from diffquant.runtime.models.facts import guidance_embedding, param_dtype, timestep_embedding
 from diffquant.runtime.models.unet_config import (
     AttentionSpec,
     LayerSpec,
@@ -206,6 +206,26 @@ class _Block(nn.ModuleList):
         return x
 
 
+class _TimeEmbed(nn.ModuleDict):
+    """Two layers; before the first, the guidance is added where the model takes one."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        base, embedding = config.base, config.embedding
+        super().__init__(
+            {"0": QuantLinear(base, embedding), "2": QuantLinear(embedding, embedding)}
+        )
+        self.guidance = config.guidance
+        if config.guidance is not None:
+            self["cond_proj"] = QuantLinear(config.guidance, base, bias=False)
+
+    def forward(self, t: Tensor, guidance: Tensor | None) -> Tensor:
+        if self.guidance is not None:
+            assert guidance is not None
+            t = t + self["cond_proj"](guidance_embedding(guidance, self.guidance).to(t.dtype))
+        out: Tensor = self["2"](functional.silu(self["0"](t)))
+        return out
+
+
 class UNet(nn.Module):
     """The denoiser of SD1.5, SD2, SDXL and what was pruned or distilled from them."""
 
@@ -214,9 +234,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         base, embedding = config.base, config.embedding
-        self.time_embed = nn.Sequential(
-            QuantLinear(base, embedding), nn.SiLU(), QuantLinear(embedding, embedding)
-        )
+        self.time_embed = _TimeEmbed(config)
         if config.label is not None:
             label = (
                 QuantLinear(config.label, embedding),
@@ -235,7 +253,14 @@ class UNet(nn.Module):
             norm, nn.SiLU(), QuantConv2d(base, config.out_channels, 3, padding=1)
         )
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         """Predict noise (or velocity).
 
         Args:
@@ -243,11 +268,13 @@ class UNet(nn.Module):
             t: (B,) training timesteps, 0 to 999, fractions allowed.
             context: (B, T, context width) text states.
             label: (B, config.label), where the model has `label_emb`.
+            guidance: (B,) distilled strength, where the model has `time_embed.cond_proj`.
 
         Returns:
             (B, out_channels, h, w).
         """
-        emb = self.time_embed(timestep_embedding(t, self.config.base).to(param_dtype(self)))
+        times = timestep_embedding(t, self.config.base).to(param_dtype(self))
+        emb = self.time_embed(times, guidance)
         if self.config.label is not None:
             emb = emb + self.label_emb(label)
         skips: list[Tensor] = []

@@ -72,6 +72,7 @@ class UNetConfig:
         base: width of the timestep sinusoids and of the first convolution.
         embedding: width of the timestep embedding.
         label: width of the extra vector (SDXL: pooled text and sizes), None without `label_emb`.
+        guidance: width of the guidance embedding (latent consistency models), None without one.
         inputs, middle, outputs: what each block holds; inputs[0] is the first convolution and is
             empty.
         eps: of the group norms in residual blocks; those of transformers use 1e-6.
@@ -82,6 +83,7 @@ class UNetConfig:
     base: int
     embedding: int
     label: int | None
+    guidance: int | None
     inputs: tuple[BlockSpec, ...]
     middle: BlockSpec
     outputs: tuple[BlockSpec, ...]
@@ -135,7 +137,6 @@ def config_from(shapes: Shapes, hyper: Hyper) -> UNetConfig:
     require(hyper, "act_fn", ("silu", "swish"))
     require(hyper, "flip_sin_to_cos", (True,))
     require(hyper, "freq_shift", (0,))
-    require(hyper, "time_cond_proj_dim", ())
     first = shape_of(shapes, "input_blocks.0.0.weight")
     level = 0
     inputs: list[BlockSpec] = [()]
@@ -155,12 +156,15 @@ def config_from(shapes: Shapes, hyper: Hyper) -> UNetConfig:
         )
     embedding, base = shape_of(shapes, "time_embed.0.weight")
     label = shapes.get("label_emb.0.0.weight")
+    guidance = shapes.get("time_embed.cond_proj.weight")
+    require(hyper, "time_cond_proj_dim", () if guidance is None else (guidance[1],))
     return UNetConfig(
         in_channels=first[1],
         out_channels=shape_of(shapes, "out.2.weight")[0],
         base=base,
         embedding=embedding,
         label=None if label is None else label[1],
+        guidance=None if guidance is None else guidance[1],
         inputs=tuple(inputs),
         middle=middle,
         outputs=tuple(outputs),

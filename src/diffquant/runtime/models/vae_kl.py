@@ -177,7 +177,7 @@ class _Attention(nn.Module):
 
 def _tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) to (B, H W, C)."""
-    return x.flatten(2).transpose(1, 2)
+    return x.flatten(2).mT.contiguous()
 
 
 class _Resample(nn.Module):

@@ -193,13 +193,13 @@ class _Attention(nn.Module):
         keys_values = x.tokens(lambda strip: self._qkv(strip)[..., width:], 2 * width)
         k, v = keys_values.chunk(2, dim=-1)
         return x.map(
-            lambda strip: self._attend(strip, self._qkv(strip)[..., :width], k, v),
+            lambda strip: self._attend(strip, self._qkv(strip)[..., :width].contiguous(), k, v),
             width,
             inplace=True,
         )
 
     def _qkv(self, x: Tensor) -> Tensor:
-        out: Tensor = self.to_qkv(self.norm(x).flatten(2).transpose(1, 2))  # (B, H W, 3 C)
+        out: Tensor = self.to_qkv(self.norm(x).flatten(2).mT.contiguous())  # (B, H W, 3 C)
         return out
 
     def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

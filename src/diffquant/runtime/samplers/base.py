@@ -53,6 +53,10 @@ class Sampler(Protocol):
         """The next latents, from the model's output at call `index`."""
         ...
 
+    def estimate(self, output: Tensor, x: Tensor, index: int) -> Tensor:
+        """The clean latents that the model's output at call `index` means; asked before `step`."""
+        ...
+
     def add_noise(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
         """Noise clean latents to the level of call `index`; len(timesteps) is where the run ends.
 

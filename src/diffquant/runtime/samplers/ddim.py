@@ -56,6 +56,10 @@ class AlphaTable:
         t = self.after(index - 1) if past else self.timesteps[index]
         return mixed(clean, noise, *self.weights(t))
 
+    def estimate(self, output: Tensor, x: Tensor, index: int) -> Tensor:
+        """The clean latents that the output at call `index` means."""
+        return self.clean(output, x, self.timesteps[index])
+
     def clean(self, output: Tensor, x: Tensor, t: float) -> Tensor:
         """The clean estimate at timestep `t`, clipped where the checkpoint asks for it."""
         clean = clean_of(self.facts.prediction_type, output, x, *self.weights(t))

@@ -64,6 +64,10 @@ class OverLambda:
         """Steps of the whole run from call `index` on, itself included."""
         return self.walk.total - self.walk.offset - index
 
+    def estimate(self, output: Tensor, x: Tensor, index: int) -> Tensor:
+        """The clean latents that the output at call `index` means."""
+        return self.clean(output, x, index)
+
     def clean(self, output: Tensor, x: Tensor, index: int) -> Tensor:
         """The clean estimate at call `index`."""
         a, s = self.levels[index]

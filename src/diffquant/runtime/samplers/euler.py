@@ -37,6 +37,10 @@ class OverSigmas:
         """Noise clean latents to the level of call `index`."""
         return mixed(clean, noise, 1.0, self.levels[index])
 
+    def estimate(self, output: Tensor, x: Tensor, index: int) -> Tensor:
+        """The clean latents that the output at call `index` means."""
+        return self.clean(output, x, self.levels[index])
+
     def clean(self, output: Tensor, x: Tensor, sigma: float) -> Tensor:
         """The clean estimate at `sigma`."""
         if self.facts.prediction_type == "epsilon":  # in the scale of x, for its float32

@@ -52,6 +52,10 @@ class FlowEuler:
         """Noise clean latents to the flow time of call `index`."""
         return mixed(clean, noise, 1.0 - self.levels[index], self.levels[index])
 
+    def estimate(self, output: Tensor, x: Tensor, index: int) -> Tensor:
+        """The clean latents that the output at call `index` means."""
+        return x - self.levels[index] * output
+
     def step(self, output: Tensor, x: Tensor, index: int) -> Tensor:
         """Follow the velocity to the next flow time."""
         return x + (self.levels[index + 1] - self.levels[index]) * output
@@ -114,7 +118,7 @@ class FlowLcm(FlowEuler):
 
     def step(self, output: Tensor, x: Tensor, index: int) -> Tensor:
         """Jump to the picture, then noise it to the next flow time."""
-        clean = x - self.levels[index] * output
+        clean = self.estimate(output, x, index)
         following = self.levels[index + 1]
         return mixed(clean, drawn(self.draw, x), 1 - following, following) if following else clean
 

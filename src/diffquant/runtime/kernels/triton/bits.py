@@ -1,0 +1,105 @@
+"""Device functions that every decoder shares: bytes, float16, 8-bit floats, small integers.
+
+8-bit floats are put together from their bits, alike on cards with and without them. Small integers
+become floats the same way: the conversion unit of a card does a quarter of what its adders do.
+
+In a tile (rows, columns) a row is a run of weights with one scale and a column is a weight. A scale
+is read once per row. Weights are read in groups as wide as what a thread writes at once: `GROUP`,
+16 bytes of results. Left alone the compiler would read in wider groups than it writes, and carry
+every weight through shared memory in between.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "at",
+    "byte",
+    "e2m1",
+    "e4m3",
+    "e5m2",
+    "even_signs",
+    "half",
+    "int8",
+    "number",
+    "weights",
+    "word",
+]
+
+
+@triton.jit
+def byte(src, offset, mask):
+    """One byte for every row: (rows,) int32."""
+    return tl.load(src + offset, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def number(small, OFFSET: tl.constexpr):
+    """Integers 0 to 2**23 - 1, less OFFSET, as float32, exact."""
+    # As the fraction of a float between 2**23 and 2**24 an integer is worth itself.
+    return (small | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + OFFSET)
+
+
+@triton.jit
+def int8(value):
+    """Bytes 0 to 255 read as two's complement: float32."""
+    return number(value ^ 128, 128)
+
+
+@triton.jit
+def half(src, offset, mask):
+    """The float16 at the even `offset` of every row: (rows,) float32."""
+    place = (src + offset).to(tl.pointer_type(tl.float16), bitcast=True)
+    return tl.load(place, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def word(src, offset, mask):
+    """The little-endian uint16 at the even `offset` of every row: (rows,) int32."""
+    place = (src + offset).to(tl.pointer_type(tl.uint16), bitcast=True)
+    return tl.load(place, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def at(first, column, GROUP: tl.constexpr):
+    """Offsets `first` (rows,) + `column` (columns,), to be read in groups of GROUP."""
+    return tl.max_contiguous(first[:, None] + column[None, :], [1, GROUP])
+
+
+@triton.jit
+def weights(src, first, column, mask, GROUP: tl.constexpr):
+    """The bytes at `first` (rows,) + `column` (columns,): (rows, columns) int32."""
+    return tl.load(src + at(first, column, GROUP), mask=mask[:, None], other=0).to(tl.int32)
+
+
+@triton.jit
+def e4m3(code):
+    """Float8 e4m3fn from its bits, int32: float32, exact; 0x7F and 0xFF are NaN."""
+    # Exponent and fraction in float32's place are 2**120 too small, subnormals included.
+    bits = (code & 0x80) << 24 | (code & 0x7F) << 20
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def e5m2(code):
+    """Float8 e5m2 from its bits, int32: float32, exact; it is the upper byte of a float16."""
+    return (code << 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def e2m1(code):
+    """Float4 e2m1 from its bits, int32: float32, exact; code 8 is -0."""
+    bits = (code & 8) << 28 | (code & 7) << 22  # 2**126 too small
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
+
+
+@triton.jit
+def even_signs(seven):
+    """Eight signs of seven stored bits, int32: bit 7 makes the count of minus signs even."""
+    parity = seven ^ seven >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    return seven | (parity & 1) << 7

@@ -1,0 +1,63 @@
+"""Compile a Triton decoder for a card that is not here, as launching it would."""
+
+import torch
+from packed_parts import random_parts
+from triton import compile as compile_source
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from diffquant.runtime.kernels.triton import KERNELS, blocks, flat, rotated, scaled, tiled
+
+_POINTERS = {
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
+_OPTIONS = ("num_warps", "enable_fp_fusion")
+
+
+class _Recorder:
+    """Stands for a kernel and keeps what it was launched with."""
+
+    def __init__(self, kernel, calls):
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, programs):
+        def call(*args, **constants):
+            self.calls.append((self.kernel, args, constants))
+
+        return call
+
+
+def _compiled(kernel, args, constants, capability, **changed):
+    options = {name: constants.pop(name) for name in _OPTIONS} | changed
+    values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    signature, constexprs, attributes = {}, {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if kernel.params[at].is_constexpr or (isinstance(value, int) and value == 1):
+            signature[name], constexprs[name] = "constexpr", value
+            continue
+        signature[name] = _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    return compile_source(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compiled(monkeypatch, name, shape, dtype, *, capability=90, **changed):
+    """The compiled kernel of a format; `changed` are launch options."""
+    calls = []
+    for module in (blocks, flat, rotated, scaled, tiled):
+        launch = module.launch
+
+        def recording(kernel, *args, _launch=launch, **constants):
+            _launch(_Recorder(kernel, calls), *args, **constants)
+
+        monkeypatch.setattr(module, "launch", recording)
+    KERNELS[name](random_parts(name, shape), shape, dtype)
+    monkeypatch.undo()
+    kernel, args, constants = calls[0]
+    return _compiled(kernel, args, constants, capability, **changed)
