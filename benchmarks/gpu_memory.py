@@ -146,11 +146,29 @@ def one_type(
     added: dict[str, Path],
     kind: str,
 ) -> None:
-    with report.within_time(f"{model.family} {kind}"):
-        started = time.monotonic()
-        path = model.write_denoiser(kind)
-        nbytes, wrote = path.stat().st_size, time.monotonic() - started
-    print(f"{model.family} {kind}: {nbytes / GIB:.2f} GiB written in {wrote:.0f} s", flush=True)
+    """Write the denoiser in a type, run it, remove it."""
+    path = model.denoiser(kind)
+    try:
+        with report.within_time(f"{model.family} {kind}"):
+            started = time.monotonic()
+            model.write_denoiser(kind)
+            wrote, size = time.monotonic() - started, path.stat().st_size / GIB
+        print(f"{model.family} {kind}: {size:.2f} GiB written in {wrote:.0f} s", flush=True)
+        runs_of_type(arguments, model, report, device, added, kind)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def runs_of_type(
+    arguments: argparse.Namespace,
+    model: Model,
+    report: Report,
+    device: Device,
+    added: dict[str, Path],
+    kind: str,
+) -> None:
+    """Every run with a denoiser that was written."""
+    path = model.denoiser(kind)
     exact = kind == "f32"
     pixels = 64 if model.tiny else 256 if exact else 512 if model.family == "sd15" else 1024
     steps = EXACT_STEPS if exact else STEPS[model.family]
@@ -161,7 +179,7 @@ def one_type(
     apart = [run for run in caps if run.tiny_vae]
     dtype = "float32" if exact else arguments.dtype
     common = {"family": model.family, "type": kind, "pixels": pixels, "dtype": dtype}
-    common |= {"denoiser_nbytes": nbytes, "wrote_s": wrote}
+    common["denoiser_nbytes"] = path.stat().st_size
     with precise(device, exact), pipeline_of(model, path, added, device, dtype=dtype) as opened:
         held = Held(opened, model, kind, pixels, steps)
         for run in (run for run in runs if usable(run, device)):
@@ -172,7 +190,6 @@ def one_type(
             held = Held(opened, model, kind, pixels, steps)
             for run in apart:
                 one_run(arguments, report, held, run, device, common)
-    path.unlink()
 
 
 def one_run(
@@ -206,6 +223,7 @@ def peers(arguments: argparse.Namespace, model: Model, report: Report, device: D
         started = time.monotonic()
         peer = Peer(model, device)
         print(f"{model.family}: weights made in {time.monotonic() - started:.0f} s", flush=True)
+    inside = None
     wanted = arguments.peer_modes.split(",") if arguments.peer_modes else None
     for mode in modes_of(model.family):
         if wanted is not None and mode not in wanted:
@@ -213,6 +231,10 @@ def peers(arguments: argparse.Namespace, model: Model, report: Report, device: D
         with report.within_time(f"{model.family}, diffusers {mode}"):
             row = {"family": model.family, "type": "bf16", "run": f"diffusers {mode}"}
             row |= peer.measured(mode)
+            if mode == "in memory":
+                inside = row.get("step_s")
+            if inside is not None and "step_s" in row:
+                row["x_in_memory"] = row["step_s"] / inside
         report.add(row)
         show(row)
     peer.close()
@@ -233,11 +255,12 @@ def show(row: dict[str, Any]) -> None:
         return
     line = f"{name:38} {row['encode_s']:7.2f} {row['first_step_s']:7.2f} {row['step_s']:8.4f} "
     line += f"{row['decode_s']:7.2f} {mib(row.get('total_nbytes')):>6} "
-    if "planned_nbytes" in row:
-        line += f"{mib(row['planned_nbytes'] + row['planned_context_nbytes']):>6} "
-        line += number(row.get("planned_over_allocated"), 7, 3)
-        line += number(row.get("floor_s"), 7, 4)
-        line += number(row.get("x_in_memory"), 6, 2) + number(row.get("x_bound"), 7, 2)
+    planned = row.get("planned_nbytes")
+    whole = None if planned is None else planned + row["planned_context_nbytes"]
+    line += f"{mib(whole):>6} {number(row.get('planned_over_allocated'), 7, 3)}"
+    line += number(row.get("floor_s"), 7, 4)
+    line += number(row.get("x_in_memory"), 6, 2) + number(row.get("x_bound"), 7, 2)
+    if planned is not None:
         line += f" {row['latents_differ']:.1e} {row['picture_differs']:.1e}"
         line += f" as {row['compared_with']}"
     print(line + "".join(f"\n      {one}" for one in remarks(row)), flush=True)
@@ -251,7 +274,7 @@ def remarks(row: dict[str, Any]) -> Iterator[str]:
     """What a reader must not miss."""
     yield from row.get("went_down", ())
     if row.get("cap_nbytes"):
-        rung, total = row["rung"], row.get("total_nbytes")
+        rung, total = row["ended_at"], row.get("total_nbytes")
         fits = "" if total is None else "kept" if total <= row["cap_nbytes"] else "BROKEN"
         yield f"cap {mib(row['cap_nbytes'])} MiB {fits}, by {rung['level']}, {rung['decoder']}"
         yield from row["why"][-3:]

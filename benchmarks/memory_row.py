@@ -130,6 +130,7 @@ def measured(held: Held, run: Run, device: Device, ram: int) -> dict[str, Any]:
         row |= device.peak()
     latents, images = found.pop("latents"), found.pop("images")
     row |= found
+    row["ended_at"] = asdict(opened.placement.rung)
     row["went_down"] = opened.placement.steps[steps_before:]
     row["finite"] = bool(latents.isfinite().all() and images.isfinite().all())
     _compare(row, held, run, latents, images)

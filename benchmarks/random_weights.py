@@ -187,10 +187,14 @@ class Model:
         write_plain(path, {key: tuple(shape) for key, shape in manifests()[TAESD].items()})
         return path
 
+    def denoiser(self, kind: str) -> Path:
+        """Where the denoiser in a type is, once it was written."""
+        return self.folder / f"denoiser.{'gguf' if kind in GGUF else 'safetensors'}"
+
     def write_denoiser(self, kind: str) -> Path:
         """Write the denoiser in a type; bf16 is not packed."""
         shapes = self.shapes("denoiser")
-        path = self.folder / f"denoiser.{'gguf' if kind in GGUF else 'safetensors'}"
+        path = self.denoiser(kind)
         if kind in ("bf16", "f32"):
             write_plain(path, shapes)
         else:
