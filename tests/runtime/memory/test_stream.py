@@ -1,14 +1,15 @@
 """Groups pass through two slots: whatever the order, a layer gets its own weight."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
+from diffquant.convert.footprint.levels import SLOTS
 from diffquant.runtime.layers import QuantEmbedding, QuantLinear
 from diffquant.runtime.memory.groups import ALIGN, Group, blocks_of, layers_of, loose
-from diffquant.runtime.memory.lanes import SLOTS
 from diffquant.runtime.memory.stream import Stream
 from diffquant.runtime.stored import StoredPart, StoredSegment, StoredWeight
 
@@ -85,7 +86,8 @@ def test_the_buffer_of_a_group_holds_every_part_at_aligned_places():
     group = groups(Model())[0]
     assert group.nbytes % ALIGN == 0
     buffer = torch.full((group.nbytes,), 255, dtype=torch.uint8)
-    group.fill(buffer)
+    with ThreadPoolExecutor(2) as readers:
+        group.fill(buffer, readers)
     views = group.views(buffer)
     for layer in group.layers:
         assert same(layer, views[layer])

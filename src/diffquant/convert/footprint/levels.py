@@ -26,6 +26,7 @@ __all__ = [
     "CONTEXT_NBYTES",
     "DECODERS",
     "LEVELS",
+    "READERS",
     "SLOTS",
     "Need",
     "block_count",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 SLOTS = 2  # one computing, one arriving
+READERS = 4  # tensors read at once for a GPU: a thread copies 4 GB/s out of the page cache
 
 _MIB = 1 << 20
 # What a device takes before the first tensor. A GPU's context, libraries' workspaces and fragments:

@@ -20,6 +20,7 @@ __all__ = ["Asked", "available", "capped"]
 
 _HOST_SHARE = 0.8  # of free RAM beside a device: page-locked memory cannot be swapped out
 _LARGEST_CONTEXT = 1 << 30
+_GROWTH = 128 << 20  # kernels that are loaded when they are first called; 80 MiB were seen
 _SPLIT = "PYTORCH_CUDA_ALLOC_CONF"
 
 
@@ -59,10 +60,8 @@ def available(device: torch.device, asked: Asked) -> Budget:
         own = _context_nbytes(device)
         free, total = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device)
-        there = min(free + held + CONTEXT_NBYTES["cuda"], total)
-        if asked.vram is not None:  # the arithmetic counts its usual context; this one is larger
-            there = min(asked.vram - (own - CONTEXT_NBYTES["cuda"]), there)
-        return Budget(there, ram)
+        there = min(free + held + own, total)
+        return Budget(there if asked.vram is None else min(asked.vram, there), ram, own)
     there = torch.mps.recommended_max_memory()  # of one memory for both
     return Budget(there if asked.vram is None else min(asked.vram, there), ram)
 
@@ -71,7 +70,7 @@ def _context_nbytes(device: torch.device) -> int:
     """What this process takes of a card beside its tensors, once its libraries are loaded.
 
     The driver does not say; it is what is used and not ours. Other processes count as well, so no
-    more than a GiB of it is believed: an H100 takes 0.7 (docs/lab-log.md).
+    more than a GiB of it is believed: 0.7 on an H100 (docs/lab-log.md).
     """
     one = torch.ones(1, 16, 16, 16, dtype=torch.float16, device=device)
     torch.nn.functional.conv2d(one, one.expand(16, -1, -1, -1)[..., :3, :3])
@@ -79,7 +78,7 @@ def _context_nbytes(device: torch.device) -> int:
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     used = total - free - torch.cuda.memory_reserved(device)
-    return min(max(used, CONTEXT_NBYTES["cuda"]), _LARGEST_CONTEXT)
+    return min(max(used + _GROWTH, CONTEXT_NBYTES["cuda"]), _LARGEST_CONTEXT)
 
 
 def _free_ram() -> int:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from diffquant.runtime.layers import PackedLayer, PackedWeight, QuantEmbedding, Segment
-from diffquant.runtime.stored import StoredWeight
+from diffquant.runtime.stored import StoredPart, StoredWeight
 
 __all__ = ["ALIGN", "Group", "blocks_of", "layers_of", "loose"]
 
@@ -45,15 +47,17 @@ class Group:
         for layer in self.layers:
             yield layer, _stored(layer).load()
 
-    def fill(self, buffer: Tensor) -> None:
-        """Read every part into `buffer` (nbytes,) uint8 on the CPU."""
-        at = 0
+    def fill(self, buffer: Tensor, readers: Executor) -> None:
+        """Read every part into `buffer` (nbytes,) uint8 on the CPU; several at once."""
+        at, begun = 0, []
         for layer in self.layers:
             for segment in _stored(layer).segments:
                 for part in segment.parts.values():
-                    loaded = part.load().reshape(-1).view(buffer.dtype)
-                    buffer[at : at + loaded.numel()] = loaded
+                    place = buffer[at : at + part.nbytes]
+                    begun.append(readers.submit(_read_into, part, place))
                     at += _room(part.outline)
+        for one in begun:
+            one.result()
 
     def views(self, buffer: Tensor) -> dict[PackedLayer, PackedWeight]:
         """The weights that a filled buffer holds, wherever it is."""
@@ -112,6 +116,10 @@ def loose(layers: Mapping[str, PackedLayer], groups: Iterable[Group]) -> Group:
     """What belongs to no group, as one."""
     taken = {id(layer) for group in groups for layer in group.layers}
     return Group("rest", tuple(one for one in layers.values() if id(one) not in taken))
+
+
+def _read_into(part: StoredPart, place: Tensor) -> None:
+    place.copy_(part.load().reshape(-1).view(torch.uint8))
 
 
 def _stored(layer: PackedLayer) -> StoredWeight:

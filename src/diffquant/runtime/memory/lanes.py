@@ -16,12 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffquant.convert.footprint.levels import READERS, SLOTS
 from diffquant.runtime.memory.groups import Group
 from diffquant.runtime.memory.pinned import Pinned, pin
 
-__all__ = ["SLOTS", "Lane", "open_lane"]
-
-SLOTS = 2
+__all__ = ["Lane", "open_lane"]
 
 
 class Lane(Protocol):
@@ -67,7 +66,9 @@ class _HostLane:
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         self.slots = _slots(nbytes, device)
-        self._threads = ThreadPoolExecutor(1, "diffquant-weights")
+        self._threads = ThreadPoolExecutor(1, "diffquant-weights")  # groups, one after the other
+        # On the CPU what is being read counts: one at a time.
+        self._readers = ThreadPoolExecutor(1 if device.type == "cpu" else READERS, "diffquant-read")
         self._coming: dict[int, Future[None]] = {}
         self._staging = None if device.type == "cpu" else torch.empty(nbytes, dtype=torch.uint8)
 
@@ -78,9 +79,9 @@ class _HostLane:
 
     def _bring(self, group: Group, slot: int) -> None:
         if self._staging is None:
-            group.fill(self.slots[slot])
+            group.fill(self.slots[slot], self._readers)
             return
-        group.fill(self._staging)
+        group.fill(self._staging, self._readers)
         self.slots[slot].copy_(self._staging)
 
     def wait(self, slot: int) -> None:
@@ -88,6 +89,7 @@ class _HostLane:
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
+        self._readers.shutdown()
         self.slots = ()
 
 
@@ -99,7 +101,8 @@ class _CudaLane:
         self.slots = _slots(nbytes, device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._arrived = tuple(_event() for _ in range(SLOTS))
-        self._threads = ThreadPoolExecutor(1, "diffquant-weights")
+        self._threads = ThreadPoolExecutor(1, "diffquant-weights")  # groups, one after the other
+        self._readers = ThreadPoolExecutor(READERS, "diffquant-read")  # the parts of one
         self._coming: dict[int, Future[None]] = {}
         self._kept: dict[Group, Pinned] | None = {} if pinned else None
         self._staging: tuple[Pinned, ...] = (
@@ -123,12 +126,12 @@ class _CudaLane:
             host = kept
         elif self._kept is not None:
             host = pin(group.nbytes)
-            group.fill(host.tensor)
+            group.fill(host.tensor, self._readers)
             self._kept[group] = host
         else:
             host = self._staging[slot]
             self._arrived[slot].synchronize()  # its last copy may still read from it
-            group.fill(host.tensor)
+            group.fill(host.tensor, self._readers)
         self._copy(host.tensor[: group.nbytes], slot, free)
 
     def _copy(self, host: Tensor, slot: int, free: torch.cuda.Event) -> None:
@@ -144,6 +147,7 @@ class _CudaLane:
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
+        self._readers.shutdown()
         torch.cuda.synchronize(self.device)
         self.slots = ()
         for host in (*self._staging, *(self._kept or {}).values()):

@@ -35,10 +35,16 @@ class Budget:
         device: bytes of the device, what it takes for itself included; None: no limit is known.
             On the CPU that is memory of the process, like `ram`: the smaller of both counts.
         ram: bytes of host memory for weights that wait and maps of the autoencoder.
+        context: bytes the device takes for itself, where that was measured; None: the usual.
     """
 
     device: int | None = None
     ram: int | None = None
+    context: int | None = None
+
+    def own(self, device: str) -> int:
+        """What the device takes for itself."""
+        return CONTEXT_NBYTES[device] if self.context is None else self.context
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +119,8 @@ def plan_memory(
     given = (budget.device, budget.ram if device == "cpu" else None)
     limit = min((one for one in given if one is not None), default=None)
     every = [
-        _weigh(found, rung, budget.ram, limit, device)
-        for rung in candidates(found, limit, device=device)
+        _weigh(found, rung, budget, limit, device)
+        for rung in candidates(found, limit, device=device, context=budget.own(device))
     ]
     tried = [
         one
@@ -143,13 +149,15 @@ def _check(given: str, known: tuple[str, ...], what: str) -> None:
 
 
 def _weigh(
-    found: Footprint, rung: Rung, ram: int | None, limit: int | None, device: str
+    found: Footprint, rung: Rung, budget: Budget, limit: int | None, device: str
 ) -> _Weighed:
     peaks = stage_peaks(found, rung, device=device)
-    peak = max(one.total for one in peaks) + CONTEXT_NBYTES[device]
+    peak = max(one.total for one in peaks) + budget.own(device)
     host = host_nbytes(found, rung, device=device)
     over = 0 if limit is None else max(peak - limit, 0)
-    over_host = 0 if ram is None or device == "cpu" else max(host - ram, 0)
+    over_host = 0
+    if budget.ram is not None and device != "cpu":
+        over_host = max(host - budget.ram, 0)
     return _Weighed(rung, peaks, peak, host, over, over_host)
 
 

@@ -16,6 +16,7 @@ from diffquant.convert.footprint.levels import (
     CONTEXT_NBYTES,
     DECODERS,
     LEVELS,
+    READERS,
     SLOTS,
     moment_nbytes,
     most_blocks,
@@ -100,7 +101,7 @@ def host_nbytes(found: Footprint, rung: Rung, *, device: str) -> int:
     """Host memory that placing takes beside a device of its own: 0 on the CPU.
 
     Parts stream one at a time. Page-locked memory holds all that a part streams; without, two
-    buffers of its largest group carry it. One layer is being read, and maps of an autoencoder that
+    buffers of its largest group carry it. A few layers are being read, and maps of an autoencoder that
     works from host memory lie there.
     """
     if device == "cpu":
@@ -108,7 +109,9 @@ def host_nbytes(found: Footprint, rung: Rung, *, device: str) -> int:
     return max(_host(stage, rung) for stage in found.stages)
 
 
-def candidates(found: Footprint, limit: int | None, *, device: str) -> Iterator[Rung]:
+def candidates(
+    found: Footprint, limit: int | None, *, device: str, context: int | None = None
+) -> Iterator[Rung]:
     """All rungs, the fastest first.
 
     Ways to decode before levels: strips cost a picture seconds, streaming costs every step.
@@ -117,11 +120,13 @@ def candidates(found: Footprint, limit: int | None, *, device: str) -> Iterator[
         found: of the picture.
         limit: bytes of the device, context included, which says how many blocks stay; None: all.
         device: cpu, cuda or mps.
+        context: bytes the device takes for itself; None: the usual.
     """
+    own = CONTEXT_NBYTES[device] if context is None else context
     decoders = [one for one in DECODERS if _works(found, one, device)]
     for level in LEVELS:
         waits = (True, False) if level in _STREAMING and device == "cuda" else (False,)
-        for resident in _residents(found, limit, device) if level == "blocks" else ({},):
+        for resident in _residents(found, limit, device, own) if level == "blocks" else ({},):
             for decoder, pinned in itertools.product(decoders, waits):
                 yield Rung(level, decoder, pinned, resident)
 
@@ -174,9 +179,11 @@ def _works(found: Footprint, decoder: str, device: str) -> bool:
     return device == "cuda" and any(stage.host is not None for stage in found.stages)
 
 
-def _residents(found: Footprint, limit: int | None, device: str) -> Iterator[Mapping[str, int]]:
+def _residents(
+    found: Footprint, limit: int | None, device: str, context: int
+) -> Iterator[Mapping[str, int]]:
     """Blocks that stay: as many as fit, then half as many each time, then none."""
-    most = {stage.part: _most(found, stage, limit, device) for stage in found.stages}
+    most = {stage.part: _most(found, stage, limit, device, context) for stage in found.stages}
     most = {part: kept for part, kept in most.items() if kept}
     yield most
     while most:
@@ -184,14 +191,14 @@ def _residents(found: Footprint, limit: int | None, device: str) -> Iterator[Map
         yield most
 
 
-def _most(found: Footprint, stage: Stage, limit: int | None, device: str) -> int:
+def _most(found: Footprint, stage: Stage, limit: int | None, device: str, context: int) -> int:
     if limit is None:
         return len(stage.weights.blocks)
     rung = Rung("blocks", "whole", pinned=False)
     peaks = stage_peaks(found, rung, device=device)
     at = next(peak for peak in peaks if peak.part == stage.part and peak.stage == stage.name)
     taken = at.activations + at.scratch + others_nbytes(found.stages, stage)
-    taken += CONTEXT_NBYTES[device] + _being_read(stage, "blocks", device)
+    taken += context + _being_read(stage, "blocks", device)
     return most_blocks(stage.weights, limit - taken)
 
 
@@ -206,7 +213,7 @@ def _being_read(stage: Stage, level: str, device: str) -> int:
 
 def _host(stage: Stage, rung: Rung) -> int:
     weights = stage.weights
-    read = max(weights.layer.nbytes, weights.tables)
+    read = max(READERS * weights.layer.nbytes, weights.tables)
     maps = stage.activations.nbytes if rung.decoder == "host" and stage.host is not None else 0
     streamed: tuple[int, ...] = ()
     if rung.level == "sequential":

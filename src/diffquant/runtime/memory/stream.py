@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from diffquant.convert.footprint.levels import SLOTS
 from diffquant.runtime.layers import PackedLayer, PackedWeight
 from diffquant.runtime.memory.groups import Group
-from diffquant.runtime.memory.lanes import SLOTS, open_lane
+from diffquant.runtime.memory.lanes import open_lane
 
 __all__ = ["Stream"]
 
