@@ -101,8 +101,8 @@ def host_nbytes(found: Footprint, rung: Rung, *, device: str) -> int:
     """Host memory that placing takes beside a device of its own: 0 on the CPU.
 
     Parts stream one at a time. Page-locked memory holds all that a part streams; without, two
-    buffers of its largest group carry it. A few layers are being read, and maps of an autoencoder that
-    works from host memory lie there.
+    buffers of its largest group carry it. A few layers are being read, and maps of an autoencoder
+    that works from host memory lie there.
     """
     if device == "cpu":
         return 0
