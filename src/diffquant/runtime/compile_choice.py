@@ -126,7 +126,7 @@ class Compiling:
 
     def stepped(self, done: int, total: int) -> None:
         """Hear of a step; see pipeline.OnStep. A run that starts anew is timed anew."""
-        now, before, self._last = time.perf_counter(), self._last, time.perf_counter()
+        before, self._last = self._last, time.perf_counter()
         if self._decided or done < _TIMED:
             return
         self._decided = True
@@ -134,7 +134,7 @@ class Compiling:
             self._parts.architecture,
             self._device,
             kinds=kinds_of(self._parts.denoiser),
-            step_s=now - before,
+            step_s=self._last - before,
             left=total - done,
         )
         self.said = choice.why

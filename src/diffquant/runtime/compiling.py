@@ -171,7 +171,7 @@ class _Region:
 
 def said_by(error: BaseException) -> str:
     """What the compiler said, in a line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _layers(block: nn.Module) -> tuple[PackedLayer, ...]:
