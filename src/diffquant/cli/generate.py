@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -19,6 +19,7 @@ from diffquant.core.errors import UsageError
 from diffquant.io.atomic import check_parent
 
 if TYPE_CHECKING:
+    from diffquant.runtime.compile_choice import Mode
     from diffquant.runtime.session import Made
 
 __all__ = ["command"]
@@ -46,6 +47,7 @@ class GenerateReport:
         parameters: of the first picture; `pictures` has those of each.
         seconds: of the whole run; `phases` has those of its parts.
         memory: of each pass, how its weights were placed and what that takes.
+        compiling: of each pass, whether its blocks were compiled, and why.
         dry_run: nothing was made: `outputs` and `parameters` are empty.
     """
 
@@ -58,6 +60,7 @@ class GenerateReport:
     seconds: float
     phases: Mapping[str, float]
     memory: tuple[Any, ...]
+    compiling: Mapping[str, str]
     dry_run: bool
 
 
@@ -109,6 +112,14 @@ class GenerateReport:
     metavar="rgb|FILE",
     help="Write OUT.preview.png on the way: by colours, or a tiny autoencoder's file (TAESD).",
 )
+@click.option(
+    "--compile",
+    "compile_mode",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Compile the denoiser's blocks once: faster steps; auto: on a GPU, where it repays.",
+)
 @memory_options
 @click.option("--dry-run", is_flag=True, help="Show the memory plan; read no weight.")
 @common
@@ -127,6 +138,7 @@ def command(
     device: str,
     dtype: str,
     preview: str | None,
+    compile_mode: str,
     memory: dict[str, Any],
     dry_run: bool,
     options: Options,
@@ -182,12 +194,15 @@ def command(
             preview=None if preview is None else _preview(preview, Preview),
             recipe=recipe,
             memory=memory_from(memory),
+            compile=cast("Mode", compile_mode),
         )
         if engine != "bundled" and (dry_run or job.memory != Asked()):
             raise UsageError(
                 f"--vram, --ram, --offload, --decode and --dry-run are of the bundled engine: "
                 f"{engine} places weights in its own way"
             )
+        if engine != "bundled" and compile_mode != "auto":
+            raise UsageError("--compile is of the bundled engine")
         if dry_run:
             made = plan_pictures(job, options.bar())
         elif engine == "bundled":
@@ -228,6 +243,7 @@ def _report(made: Made, *, dry_run: bool) -> GenerateReport:
         seconds=round(sum(made.seconds.values()), 3),
         phases=made.seconds,
         memory=made.memory,
+        compiling=made.compiling,
         dry_run=dry_run,
     )
 
@@ -240,6 +256,8 @@ def _render(report: GenerateReport, *, explain: bool) -> None:
     else:
         echo(f"wrote {names} in {report.seconds:.1f} s ({phases})")
     render_memory(report.memory, explain=explain)
+    for label, text in report.compiling.items() if explain else ():
+        echo(f"  compile, {label}: {text}")
     if report.preset is not None and report.preset.name != "default":
         echo(f"  preset {report.preset.name}: {report.preset.why}")
     for part in report.parts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -24,6 +24,9 @@ from diffquant.runtime.presets import Clues, LoraClue, Preset, contradictions, p
 from diffquant.runtime.recipe import Recipe
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.titles import titles_of_file
+
+if TYPE_CHECKING:
+    from diffquant.runtime.compile_choice import Mode
 
 __all__ = [
     "FIELDS", "HIRES_STRENGTH", "SWITCH", "Job", "Preview", "differences", "files_of", "further",
@@ -69,6 +72,7 @@ class Job:
         preview: None for none.
         recipe: of a picture that is repeated; `fields` win over it.
         memory: what may be taken, and how weights are placed.
+        compile: whether the denoiser's blocks are compiled, see compile_choice.py.
     """
 
     model: Path
@@ -87,6 +91,7 @@ class Job:
     preview: Preview | None = None
     recipe: Recipe | None = None
     memory: Asked = field(default_factory=Asked)
+    compile: Mode = "auto"
 
 
 def further(job: Job) -> tuple[Path, ...]:

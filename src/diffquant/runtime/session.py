@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffquant.core.errors import UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
+from diffquant.runtime.compile_choice import Compiling
 from diffquant.runtime.facts_of_run import Files, facts_of
 from diffquant.runtime.hires import again, enlarged
 from diffquant.runtime.job import (
@@ -36,7 +37,7 @@ from diffquant.runtime.memory.plan import MemoryPlan
 from diffquant.runtime.memory.planning import place, plan_run
 from diffquant.runtime.opening import Opened, PartOrigin, open_pipeline
 from diffquant.runtime.parameters import save_png, save_preview
-from diffquant.runtime.pipeline import Generated, OnLatents
+from diffquant.runtime.pipeline import Denoised, Generated, OnLatents, OnStep
 from diffquant.runtime.precision import (
     Hooks,
     chosen_dtype,
@@ -84,6 +85,7 @@ class Made:
         seconds: phase -> wall time.
         warnings: sentences for people.
         memory: of each pass.
+        compiling: pass -> whether its blocks were compiled, and why.
     """
 
     outputs: tuple[Path, ...]
@@ -94,15 +96,17 @@ class Made:
     seconds: Mapping[str, float]
     warnings: tuple[str, ...]
     memory: tuple[Placed, ...] = ()
+    compiling: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Run:
-    """State of a run: phases timed and shown, warnings gathered."""
+    """State of a run: phases timed and shown, warnings and decisions gathered."""
 
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    compiling: dict[str, str] = field(default_factory=dict)
 
     current: str = ""
     started: float = 0.0
@@ -307,6 +311,7 @@ def _made(
         run.seconds,
         tuple(dict.fromkeys(run.warnings)),
         placed,
+        run.compiling,
     )
 
 
@@ -351,16 +356,35 @@ def _previews(job: Job, opened: Opened, run: _Run) -> OnLatents | None:
 def _generated(job: Job, ready: _Ready, shown: OnLatents | None, run: _Run) -> Generated:
     """The picture, its refiner and its second pass."""
 
-    def hooks(label: str) -> Hooks:
+    def hooks(label: str, stepped: OnStep = lambda _done, _total: None) -> Hooks:
         def on_phase(name: str, steps: int) -> None:
             run.enter(label if name == "denoise" else name, steps, "step" if steps > 1 else "part")
 
+        def on_step(done: int, total: int) -> None:
+            run.progress.advance(1)
+            stepped(done, total)
+
         return Hooks(
             on_phase=on_phase,
-            on_step=lambda _done, _total: run.progress.advance(1),
+            on_step=on_step,
             on_latents=shown if label == "denoise" else None,
             warn=run.warnings.append,
         )
+
+    def denoised(one: _Pass, request: PictureRequest, latents: Tensor | None = None) -> Denoised:
+        parts = one.opened.pipeline.parts
+        compiling = Compiling(
+            job.compile, parts, job.device, lambda what: run.progress.advance(0, what)
+        )
+        with compiling:
+            found = denoise_finite(
+                one.opened.pipeline,
+                request,
+                latents=latents,
+                hooks=hooks(one.label, compiling.stepped),
+            )
+        run.compiling[one.label] = compiling.said
+        return found
 
     passes = {one.label: one for one in ready.passes}
 
@@ -374,11 +398,10 @@ def _generated(job: Job, ready: _Ready, shown: OnLatents | None, run: _Run) -> G
         return one
 
     last = begin("denoise")
-    found = denoise_finite(last.opened.pipeline, last.request, hooks=hooks("denoise"))
+    found = denoised(last, last.request)
     if "refine" in passes:
         last, left = begin("refine"), found.latents
-        pipeline = last.opened.pipeline
-        found = denoise_finite(pipeline, last.request, latents=left, hooks=hooks("refine"))
+        found = denoised(last, last.request, left)
     images = decode_finite(last.opened.pipeline, last.request, found.latents, hooks(last.label))
     if "hires" in passes:
         last = begin("hires")
@@ -391,7 +414,7 @@ def _generated(job: Job, ready: _Ready, shown: OnLatents | None, run: _Run) -> G
             strength=ready.settings["hires_strength"],
             same=last.opened is ready.opened,
         )
-        found = denoise_finite(pipeline, larger, hooks=hooks("hires"))
+        found = denoised(last, larger)
         images = decode_finite(pipeline, larger, found.latents, hooks("hires"))
     seeds = ready.request.seeds
     return Generated(

@@ -1,0 +1,186 @@
+"""Whether a denoiser's blocks are compiled: asked for, or when the steps that are left repay it.
+
+With "auto" two steps run as they are. The first brings the weights and compiles Triton's kernels;
+the second is timed. If what compiled steps save of that time, over the steps that are left, is
+more than compiling takes, the rest runs compiled. So a slow card compiles where a fast one, whose
+pictures are done before, does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+from diffquant.core.errors import UsageError
+from diffquant.runtime.compiling import Compiled, compiled, kinds_of, said_by
+from diffquant.runtime.families import PipelineParts
+
+__all__ = ["MEASURED", "Choice", "Compiling", "Mode", "choose"]
+
+Mode = Literal["auto", "on", "off"]
+_LOG = logging.getLogger(__name__)
+_TIMED = 2  # the step that is timed; those before it do what is done once
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What compiling took and saved, on the card it was measured on (docs/lab-log.md).
+
+    Attributes:
+        saved: share of a step that runs as it is.
+        kind_s: seconds to compile one kind of block, nothing in torch's cache.
+    """
+
+    saved: float
+    kind_s: float
+
+
+# Flux.1, q4_k, 4608 tokens, one H100: 202 to 138.5 ms a step; 9 to 20 s for its two kinds.
+MEASURED: Mapping[str, Measured] = {"flux1": Measured(saved=0.31, kind_s=10.0)}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Compile or not, and why, for people."""
+
+    compile: bool
+    why: str
+
+
+def choose(architecture: str, device: str, *, kinds: int, step_s: float, left: int) -> Choice:
+    """Decide for a run whose user left it open.
+
+    Args:
+        architecture: of the model.
+        device: type of the device.
+        kinds: of blocks: graphs to be made.
+        step_s: seconds of a step that was not compiled.
+        left: steps to be made.
+    """
+    if device != "cuda":
+        return Choice(False, f"not compiled: only for cuda is it known to repay, not for {device}")
+    row = MEASURED.get(architecture)
+    if row is None:
+        return Choice(False, f"not compiled: what it saves was not measured for {architecture}")
+    saves, takes = row.saved * step_s * left, row.kind_s * kinds
+    sums = (
+        f"a step took {step_s:.3g} s, the {left} left would save about {saves:.2g} s, compiling "
+        f"{kinds} kinds of blocks takes about {takes:.2g} s"
+    )
+    return (
+        Choice(True, f"compiled: {sums}")
+        if saves > takes
+        else Choice(False, f"not compiled: {sums}")
+    )
+
+
+class Compiling:
+    """The denoiser of one pass, compiled from some step on; a context manager.
+
+    Attributes:
+        said: what was decided and came of it, for people.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        parts: PipelineParts,
+        device: str,
+        tell: Callable[[str], None] = lambda _what: None,
+        *,
+        backend: str | Callable[..., Any] = "inductor",
+    ) -> None:
+        """Take the model.
+
+        Args:
+            mode: "on" compiles from the first step, "auto" decides after the second.
+            parts: its denoiser is compiled.
+            device: of torch.
+            tell: what is being compiled; torch says nothing while it works.
+            backend: of torch.compile.
+        """
+        self._mode, self._parts, self._device = mode, parts, torch.device(device).type
+        self._tell, self._backend = tell, backend
+        self._stack = contextlib.ExitStack()
+        self._state: Compiled | None = None
+        self._last = 0.0
+        self._decided = mode != "auto"
+        self.said = {
+            "auto": "not compiled: too few steps to repay it",
+            "on": "compiled: asked for",
+            "off": "not compiled: asked for",
+        }[mode]
+
+    def __enter__(self) -> Self:
+        """Compile where that was asked for."""
+        if self._mode == "on":
+            self._begin()
+        return self
+
+    def stepped(self, done: int, total: int) -> None:
+        """Hear of a step; see pipeline.OnStep. A run that starts anew is timed anew."""
+        before, self._last = self._last, time.perf_counter()
+        if self._decided or done < _TIMED:
+            return
+        self._decided = True
+        choice = choose(
+            self._parts.architecture,
+            self._device,
+            kinds=kinds_of(self._parts.denoiser),
+            step_s=self._last - before,
+            left=total - done,
+        )
+        self.said = choice.why
+        _LOG.info("%s", choice.why)
+        if choice.compile:
+            self._begin()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Put the blocks back.
+
+        Raises:
+            UsageError: the compiler failed.
+        """
+        self._stack.close()
+        state = self._state
+        if state is None:
+            return
+        if error is not None:
+            from torch._dynamo.exc import TorchDynamoException
+
+            if isinstance(error, TorchDynamoException):
+                raise UsageError(f"--compile on: the compiler failed ({said_by(error)})") from error
+        if state.failed:
+            self.said = f"not compiled: the compiler failed ({state.failed})"
+            _LOG.warning("%s", self.said)
+        elif state.streamed:
+            self.said += (
+                f"; {len(state.streamed)} of {state.blocks} blocks ran as they are, since their "
+                "weights are streamed"
+            )
+
+    def _begin(self) -> None:
+        def on_compile(number: int, kinds: int) -> None:
+            self._tell(f"compiling block {number} of {kinds}")
+            _LOG.info("compiling block %d of %d", number, kinds)
+
+        self._state = self._stack.enter_context(
+            compiled(
+                self._parts.denoiser,
+                backend=self._backend,
+                on_compile=on_compile,
+                required=self._mode == "on",
+            )
+        )
