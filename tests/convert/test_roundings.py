@@ -32,9 +32,10 @@ def flux(examples):
     return examples / "flux1-shapes"
 
 
-@pytest.fixture
-def inputs(tmp_path):
-    with open_inputs(measured(tmp_path / "in.safetensors", {QKV: 256, DOWN: 1024})) as found:
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inputs") / "in.safetensors"
+    with open_inputs(measured(path, {QKV: 256, DOWN: 1024})) as found:
         yield found
 
 
