@@ -362,6 +362,14 @@ def test_a_single_file_generates_with_a_named_tokenizer(tmp_path):
     refused(generate(one, out, "--force", *twice), 2, "vae is given twice")
 
 
+# python -m diffquant, where Ctrl-C is heard: a shell may have it ignored, and that is inherited.
+INTERRUPTIBLE = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("diffquant", run_name="__main__")
+"""
+
+
 def test_ctrl_c_in_a_real_process_is_130_and_leaves_nothing(tmp_path):
     import signal
     import subprocess
@@ -371,7 +379,7 @@ def test_ctrl_c_in_a_real_process_is_130_and_leaves_nothing(tmp_path):
     # The preview comes after a tenth of the steps; the rest would take several seconds more.
     words = ["generate", str(SD15), "-p", "x", "--steps", "200", "-o", str(tmp_path / "o.png")]
     with subprocess.Popen(
-        [sys.executable, "-m", "diffquant", *words, "--preview", "rgb"],
+        [sys.executable, "-c", INTERRUPTIBLE, *words, "--preview", "rgb"],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as process:
