@@ -130,9 +130,7 @@ def test_files_have_the_same_layout_and_lower_errors(flux, tmp_path, load, input
 
 
 # nf4_dq is nf4 with its scales packed once more.
-@pytest.mark.parametrize(
-    "name", [pytest.param("nf4", marks=pytest.mark.slow), "nf4_dq", "nvfp4"]
-)
+@pytest.mark.parametrize("name", [pytest.param("nf4", marks=pytest.mark.slow), "nf4_dq", "nvfp4"])
 def test_bytes_do_not_depend_on_workers(flux, tmp_path, inputs, name, monkeypatch):
     monkeypatch.setattr(cutting, "CHUNK", 1 << 15)
     made = []
