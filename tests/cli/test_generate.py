@@ -1,3 +1,4 @@
+import functools
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from diffquant.cli.main import cli
+from diffquant.runtime.compare import ImageSettings
 from diffquant.runtime.scorers import DEMO_PROMPTS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -421,7 +423,9 @@ def test_verify_prints_the_contract_and_exits_3_below_the_gate(tmp_path):
     assert not json.loads(strict.stdout)["ok"]
 
 
-def test_quantize_verifies_pictures_in_one_go(tmp_path):
+def test_quantize_verifies_pictures_in_one_go(tmp_path, monkeypatch):
+    fewer = functools.partial(ImageSettings, steps=6)  # half of the default
+    monkeypatch.setattr("diffquant.runtime.compare.ImageSettings", fewer)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(DEMO_PROMPTS[2])
     result = call(
@@ -431,4 +435,5 @@ def test_quantize_verifies_pictures_in_one_go(tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["result"]
     assert found["image"]["verdict"] == "pass"
+    assert found["image"]["steps"] == 6
     assert found["bits_per_weight"] < 16
