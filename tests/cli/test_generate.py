@@ -1,3 +1,4 @@
+import functools
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from diffquant.cli.main import cli
+from diffquant.runtime.compare import ImageSettings
 from diffquant.runtime.scorers import DEMO_PROMPTS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -24,6 +26,17 @@ def call(*arguments):
 
 def generate(model, out, *more):
     return call("generate", model, "-p", DEMO_PROMPTS[0], "--steps", 2, "-o", out, *more)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A picture by the SD 1.5 demo with nothing but the defaults; tests do not change it."""
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFQUANT_CACHE", str(folder / "cache"))
+        result = generate(SD15, folder / "first.png")
+    assert result.exit_code == 0, result.output
+    return folder / "first.png"
 
 
 def refused(result, code, *words):
@@ -139,7 +152,7 @@ def pixels(path):
         (),
         ("--seed", 5, "--cfg", 4, "-n", "a green star", "--sampler", "DPM++ 2M Karras"),
         ("--sampler", "euler_a", "--dtype", "float32", "--size", "64x128", "--cfg-cutoff", 0.5),
-        ("--hires", 1.5, "--hires-strength", 0.5, "--steps", 4),
+        ("--hires", 1.5, "--hires-strength", 0.5, "--steps", 4, "--size", "64x64"),
     ],
     ids=["plain", "guided", "stochastic", "hires"],
 )
@@ -174,9 +187,7 @@ def test_a_picture_of_a_batch_repeats_alone(tmp_path):
     refused(generate(SD15, tmp_path / "x.png", "--seed", "1,2", "--batch", 3), 2, "2 seeds")
 
 
-def test_another_model_is_said_when_a_picture_is_repeated(tmp_path):
-    first = tmp_path / "first.png"
-    assert generate(SD15, first).exit_code == 0
+def test_another_model_is_said_when_a_picture_is_repeated(first, tmp_path):
     result = call(
         "generate", EXAMPLES / "sdxl-shapes", "--from-image", first, "-o", tmp_path / "b.png"
     )
@@ -184,9 +195,8 @@ def test_another_model_is_said_when_a_picture_is_repeated(tmp_path):
     assert "made with another model (sd15-shapes)" in result.stderr
 
 
-def test_files_that_a_picture_was_made_with_are_asked_for(tmp_path):
-    first, second = tmp_path / "first.png", tmp_path / "second.png"
-    assert generate(SD15, first).exit_code == 0
+def test_files_that_a_picture_was_made_with_are_asked_for(first, tmp_path):
+    second = tmp_path / "second.png"
     made = generate(SD15, second, "--image", first, "--strength", 0.5, "--steps", 4)
     assert made.exit_code == 0, made.output
     refused(
@@ -343,8 +353,7 @@ def test_a_single_file_generates_with_a_named_tokenizer(tmp_path):
     one = tmp_path / "one.safetensors"
     assert call("convert", SD15, "-o", one).exit_code == 0
     (Path(__import__("os").environ["DIFFQUANT_CACHE"]) / "sources.json").unlink(missing_ok=True)
-    plain, out = tmp_path / "plain.png", tmp_path / "out.png"
-    assert generate(SD15, plain).exit_code == 0
+    out = tmp_path / "out.png"
     result = generate(one, out, "--tokenizer", SD15 / "tokenizer", "--sampler", "pndm")
     assert result.exit_code == 0, result.output
     result = generate(one, out, "--add", f"tokenizer={SD15 / 'tokenizer'}", "--force")
@@ -355,15 +364,24 @@ def test_a_single_file_generates_with_a_named_tokenizer(tmp_path):
     refused(generate(one, out, "--force", *twice), 2, "vae is given twice")
 
 
+# python -m diffquant, where Ctrl-C is heard: a shell may have it ignored, and that is inherited.
+INTERRUPTIBLE = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("diffquant", run_name="__main__")
+"""
+
+
 def test_ctrl_c_in_a_real_process_is_130_and_leaves_nothing(tmp_path):
     import signal
     import subprocess
     import sys
     import time
 
-    words = ["generate", str(SD15), "-p", "x", "--steps", "900", "-o", str(tmp_path / "o.png")]
+    # The preview comes after a tenth of the steps; the rest would take several seconds more.
+    words = ["generate", str(SD15), "-p", "x", "--steps", "200", "-o", str(tmp_path / "o.png")]
     with subprocess.Popen(
-        [sys.executable, "-m", "diffquant", *words, "--preview", "rgb"],
+        [sys.executable, "-c", INTERRUPTIBLE, *words, "--preview", "rgb"],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as process:
@@ -405,7 +423,9 @@ def test_verify_prints_the_contract_and_exits_3_below_the_gate(tmp_path):
     assert not json.loads(strict.stdout)["ok"]
 
 
-def test_quantize_verifies_pictures_in_one_go(tmp_path):
+def test_quantize_verifies_pictures_in_one_go(tmp_path, monkeypatch):
+    fewer = functools.partial(ImageSettings, steps=6)  # half of the default
+    monkeypatch.setattr("diffquant.runtime.compare.ImageSettings", fewer)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(DEMO_PROMPTS[2])
     result = call(
@@ -415,4 +435,5 @@ def test_quantize_verifies_pictures_in_one_go(tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["result"]
     assert found["image"]["verdict"] == "pass"
+    assert found["image"]["steps"] == 6
     assert found["bits_per_weight"] < 16

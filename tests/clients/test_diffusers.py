@@ -86,7 +86,8 @@ def compare(client: Client, state: Mapping[str, Any], file: Path) -> None:
     assert packed == expected > 10
 
 
-@pytest.mark.parametrize("name", ["q4_k_s", "q8_0"])
+# A gigabyte of weights. That diffusers decodes q8_0 as we do, the UNet and Qwen-Image show in CI.
+@pytest.mark.parametrize("name", ["q4_k_s", pytest.param("q8_0", marks=pytest.mark.slow)])
 def test_flux(
     tmp_path: Path,
     client: Client,

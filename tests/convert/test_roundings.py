@@ -32,9 +32,10 @@ def flux(examples):
     return examples / "flux1-shapes"
 
 
-@pytest.fixture
-def inputs(tmp_path):
-    with open_inputs(measured(tmp_path / "in.safetensors", {QKV: 256, DOWN: 1024})) as found:
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inputs") / "in.safetensors"
+    with open_inputs(measured(path, {QKV: 256, DOWN: 1024})) as found:
         yield found
 
 
@@ -128,7 +129,8 @@ def test_files_have_the_same_layout_and_lower_errors(flux, tmp_path, load, input
         assert "diffquant.rounding" not in source.metadata
 
 
-@pytest.mark.parametrize("name", ["nf4", "nf4_dq", "nvfp4"])
+# nf4_dq is nf4 with its scales packed once more.
+@pytest.mark.parametrize("name", [pytest.param("nf4", marks=pytest.mark.slow), "nf4_dq", "nvfp4"])
 def test_bytes_do_not_depend_on_workers(flux, tmp_path, inputs, name, monkeypatch):
     monkeypatch.setattr(cutting, "CHUNK", 1 << 15)
     made = []

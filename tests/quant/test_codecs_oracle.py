@@ -16,6 +16,14 @@ from diffquant.quant.formats import FORMATS
 pytestmark = pytest.mark.oracle
 
 DEVICES = ("reference", "cpu")
+# Rows of every kind of weight: in CI 1,664 super-blocks of 256 by the plain references, which are
+# slow, and 4,992 by the fast twins (test_ggml_bytes.py has 24,000 more); all 9,984 are marked slow.
+SIZES = (
+    pytest.param("reference", 16, id="reference"),
+    pytest.param("cpu", 48, id="cpu"),
+    pytest.param("reference", None, id="reference-whole", marks=pytest.mark.slow),
+    pytest.param("cpu", None, id="cpu-whole", marks=pytest.mark.slow),
+)
 GGML = tuple(name for name in FORMATS if name.upper() in STORAGE and STORAGE[name.upper()].is_block)
 PLAIN = tuple(n for n in GGML if FORMATS[n].encodes and FORMATS[n].importance != "required")
 WEIGHED = tuple(name for name in GGML if FORMATS[name].importance != "unused")
@@ -23,6 +31,23 @@ WEIGHED = tuple(name for name in GGML if FORMATS[name].importance != "unused")
 
 def bits(array: np.ndarray) -> bytes:
     return np.ascontiguousarray(array).tobytes()
+
+
+def stacked(awkward: Mapping[str, np.ndarray], rows: int | None) -> np.ndarray:
+    """The first rows of every kind of weight, one kind below the other: one call for all."""
+    return np.concatenate([weight[:rows] for weight in awkward.values()])
+
+
+def assert_same_rows(
+    found: np.ndarray, expected: np.ndarray, awkward: Mapping[str, np.ndarray], told: str = ""
+) -> None:
+    """Hold packed rows of `stacked` weights against ggml's, kind by kind."""
+    assert found.shape == expected.shape
+    count = len(found) // len(awkward)
+    for index, what in enumerate(awkward):
+        part = slice(index * count, (index + 1) * count)
+        different = int((found[part] != expected[part]).sum())
+        assert not different, f"{what}{told}: {different} bytes differ"
 
 
 def packed_by(name: str, weight: np.ndarray) -> np.ndarray:
@@ -46,38 +71,39 @@ def imported(name: str) -> object:
         return pytest.importorskip(name)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "rows"), SIZES)
 @pytest.mark.parametrize("name", PLAIN)
 def test_blocks_equal_ggmls(
     name: str,
     device: str,
+    rows: int | None,
     awkward: Mapping[str, np.ndarray],
     ggml_encode: Callable[..., np.ndarray],
 ) -> None:
     encode = backend(name, "encode", device)
-    for what, weight in awkward.items():
-        found = encode(weight, fmt=name)["weight"]
-        different = int((found != ggml_encode(name, weight)).sum())
-        assert not different, f"{what}: {different} bytes differ"
+    weight = stacked(awkward, rows)
+    found = encode(weight, fmt=name)["weight"]
+    assert_same_rows(found, ggml_encode(name, weight), awkward)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "rows"), SIZES)
 @pytest.mark.parametrize("name", WEIGHED)
 def test_blocks_with_importance_equal_ggmls(
     name: str,
     device: str,
+    rows: int | None,
     awkward: Mapping[str, np.ndarray],
     importances: Mapping[str, np.ndarray],
     ggml_encode: Callable[..., np.ndarray],
 ) -> None:
     encode = backend(name, "encode", device)
-    for what, weight in awkward.items():
-        for kind, importance in importances.items():
-            if device == "reference" and kind in ("ones", "of all sizes") and what != "gaussian":
-                continue  # the plain reference is slow
-            found = encode(weight, fmt=name, importance=importance)["weight"]
-            different = int((found != ggml_encode(name, weight, importance)).sum())
-            assert not different, f"{what}, {kind}: {different} bytes differ"
+    for kind, importance in importances.items():
+        kinds = awkward
+        if device == "reference" and kind in ("ones", "of all sizes"):
+            kinds = {"gaussian": awkward["gaussian"]}  # the plain reference is slow
+        weight = stacked(kinds, rows)
+        found = encode(weight, fmt=name, importance=importance)["weight"]
+        assert_same_rows(found, ggml_encode(name, weight, importance), kinds, f", {kind}")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -33,8 +33,25 @@ GIB = 1 << 30
 CARD = Accelerator("cuda:0", "Card", "9.0", 24 * GIB, 20 * GIB)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _plans_once():
+    """make_plan() is pure and takes most of the time: a type is planned once for all dtypes."""
+    plan, made = planning.make_plan, {}
+
+    def once(logical, match, request):
+        shapes = tuple((key, spec.shape) for key, spec in logical.specs().items())
+        key = (match.architecture, match.variant, request.type.name, shapes)
+        if key not in made:
+            made[key] = plan(logical, match, request)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "make_plan", once)
+        yield
+
+
 @pytest.fixture(scope="module")
-def here() -> Diagnosis:
+def here(_plans_once) -> Diagnosis:
     return examine(ram=16 * GIB)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from diffquant.convert.lora.written import lora_keys
 from diffquant.convert.plan import Request
 from diffquant.io import open_source
 from diffquant.quant.types import type_named
-from diffquant.runtime.compare import ImageSettings, compare_pictures
+from diffquant.runtime.compare import ImageSettings, compare_pictures, make_reference
 from diffquant.runtime.lora import attach
 from diffquant.runtime.opening import open_pipeline
 
@@ -72,12 +73,12 @@ def test_pictures_come_closer(tmp_path):
     source = EXAMPLES / "sd15-shapes"
     out, lora, _ = make(source, tmp_path, "nf4", "safetensors", ".safetensors")
     settings = ImageSettings(prompts=PROMPTS, seeds=(0, 1), steps=4)
+    reference = make_reference(source, settings)
     found = []
     for loras in ((), ((lora, 1.0),)):
-        one = ImageSettings(
-            prompts=settings.prompts, seeds=settings.seeds, steps=settings.steps, loras=loras
-        )
-        found.append(compare_pictures(out, source, one)[0].psnr_db or math.inf)
+        one = replace(settings, loras=loras)
+        report, _, _ = compare_pictures(out, source, one, reference=reference)
+        found.append(report.psnr_db or math.inf)
     assert found[1] > found[0] + 1
 
 
