@@ -166,7 +166,7 @@ def our_rows(run: Run, family: str, kind: str, device: Any) -> None:
     def with_graphs() -> dict[str, Any]:
         step = made()
         step()  # Triton's own kernels are there: what is timed first is compiling
-        with compiled(held["model"], backend=arguments.backend) as state:
+        with compiled(held["model"], backend=arguments.backend, least=arguments.least) as state:
             row = timed(step, device, arguments.rounds)
             return row | {"kinds": state.kinds, "blocks": state.blocks}
 
@@ -267,6 +267,7 @@ def _warm(arguments: argparse.Namespace, family: str, kind: str) -> dict[str, An
         command = [sys.executable, __file__, "--families", family, "--types", kind, "--peers", ""]
         command += ["--modes", "compiled", "--warm", "", "--profile", "", "--json", str(path)]
         command += ["--device", arguments.device, "--backend", arguments.backend, "--rounds", "5"]
+        command += ["--least", str(arguments.least)]
         command += ["--tiny"] if arguments.tiny else []
         # its cache is this run's: the variable is set
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -315,6 +316,7 @@ def main() -> None:
     parser.add_argument("--warm", default="flux1:q4_k_s")
     parser.add_argument("--profile", default="flux1:bf16,flux1:q4_k_s,sdxl:bf16,sdxl:q4_k_s")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--least", type=int, default=3, help="blocks that a kind must serve")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.rounds < 5:

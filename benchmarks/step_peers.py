@@ -54,7 +54,7 @@ def peer(family: str, kind: str, device: str, *, tiny: bool) -> nn.Module:
         setattr(layer, leaf, made)
     for path, layer in model.named_modules():
         for leaf, parameter in list(layer.named_parameters(recurse=False)):
-            if parameter.device.type == "meta":
+            if type(parameter) is nn.Parameter:  # not a packed one
                 values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
                 norm = is_norm(f"{path}.{leaf}", tuple(parameter.shape))
                 values = values.fill_(1) if norm else values.normal_(0, STD)

@@ -340,6 +340,18 @@ def test_json_has_phases_and_the_preset(tmp_path):
     refused(generate(SD15, tmp_path / "q.png", "--preset", "lcn"), 4, "unknown preset 'lcn'")
 
 
+def test_what_is_not_compiled_says_why(tmp_path, monkeypatch):
+    picture = tmp_path / "a.png"
+    result = generate(SD15, picture, "--json")
+    (why,) = json.loads(result.stdout)["result"]["compiling"].values()
+    assert why == "not compiled: only for cuda is it known to repay, not for cpu"
+    other = generate(SD15, picture, "--force", "--compile", "sometimes")
+    assert other.exit_code == 2
+    assert "'auto', 'on', 'off'" in other.stderr
+    other = generate(SD15, picture, "--force", "--compile", "on", "--engine", "diffusers")
+    refused(other, 2, "--compile is of the bundled engine")
+
+
 def test_a_preview_is_written_on_the_way(tmp_path):
     out = tmp_path / "o.png"
     assert generate(SD15, out, "--preview", "rgb").exit_code == 0

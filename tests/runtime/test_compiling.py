@@ -100,7 +100,9 @@ def test_blocks_of_one_kind_share_a_graph_that_equals_plain_code(name, blocks, k
     assert wanted.isfinite().all()
     counter = CompileCounterWithBackend("eager")
     told = []
-    with compiled(model, backend=counter, on_compile=lambda *one: told.append(one)) as state:
+    with compiled(
+        model, least=1, backend=counter, on_compile=lambda *one: told.append(one)
+    ) as state:
         assert torch.equal(call(), wanted)
         assert torch.equal(call(), wanted)
         assert (state.blocks, state.kinds, counter.frame_count) == (blocks, kinds, kinds)
@@ -135,9 +137,10 @@ def test_loras_are_part_of_the_graph_and_alike_ones_share_it():
     counter = CompileCounterWithBackend("aot_eager")  # writes in place, which AOT has to see
     with compiled(model, backend=counter):
         assert torch.equal(call(), wanted)
-    assert counter.frame_count == kinds_of(model) == 1
+    assert counter.frame_count == len(kinds_of(model)) == 1
     model.single_blocks[0].linear1.adapters.clear()
-    assert kinds_of(model) == 2
+    assert [len(one) for one in kinds_of(model, least=1).values()] == [1, 2]
+    assert not kinds_of(model)
 
 
 def test_damage_needs_no_new_graph_and_float32_needs_one_more_of_each():
@@ -258,3 +261,11 @@ def test_auto_times_the_second_step_and_decides_once(monkeypatch):
     assert counter.frame_count == 1
     saves = MEASURED["flux1"].saved * 50 * 18
     assert f"a step took 50 s, the 18 left would save about {saves:.2g} s" in compiling.said
+
+
+def test_kinds_that_serve_few_blocks_are_left():
+    model, call = tiny_flux(double=2)
+    wanted, counter = call(), CompileCounterWithBackend("eager")
+    with compiled(model, backend=counter) as state:
+        assert torch.equal(call(), wanted)
+    assert (state.blocks, state.kinds, counter.frame_count) == (3, 1, 1)

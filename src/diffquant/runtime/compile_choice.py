@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 import torch
 
 from diffquant.core.errors import UsageError
-from diffquant.runtime.compiling import Compiled, compiled, kinds_of, said_by
+from diffquant.runtime.compiling import LEAST, Compiled, compiled, kinds_of, said_by
 from diffquant.runtime.families import PipelineParts
 
 __all__ = ["MEASURED", "Choice", "Compiling", "Mode", "choose"]
@@ -97,6 +97,7 @@ class Compiling:
         tell: Callable[[str], None] = lambda _what: None,
         *,
         backend: str | Callable[..., Any] = "inductor",
+        least: int = LEAST,
     ) -> None:
         """Take the model.
 
@@ -106,9 +107,10 @@ class Compiling:
             device: of torch.
             tell: what is being compiled; torch says nothing while it works.
             backend: of torch.compile.
+            least: see compiling.compiled.
         """
         self._mode, self._parts, self._device = mode, parts, torch.device(device).type
-        self._tell, self._backend = tell, backend
+        self._tell, self._backend, self._least = tell, backend, least
         self._stack = contextlib.ExitStack()
         self._state: Compiled | None = None
         self._last = 0.0
@@ -134,7 +136,7 @@ class Compiling:
         choice = choose(
             self._parts.architecture,
             self._device,
-            kinds=kinds_of(self._parts.denoiser),
+            kinds=len(kinds_of(self._parts.denoiser, least=self._least)),
             step_s=self._last - before,
             left=total - done,
         )
@@ -183,5 +185,6 @@ class Compiling:
                 backend=self._backend,
                 on_compile=on_compile,
                 required=self._mode == "on",
+                least=self._least,
             )
         )

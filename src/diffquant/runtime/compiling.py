@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -24,7 +25,12 @@ from torch import nn
 
 from diffquant.runtime.layers import PackedLayer
 
-__all__ = ["Compiled", "compiled", "kind", "kinds_of", "regions", "said_by"]
+__all__ = ["LEAST", "Compiled", "compiled", "kind", "kinds_of", "regions", "said_by"]
+
+
+# A kind that serves fewer blocks takes as long to compile as one that serves sixty: SDXL has twelve
+# such among its residual blocks, and two that serve seventy.
+LEAST = 3
 
 
 def regions(denoiser: nn.Module) -> tuple[nn.Module, ...]:
@@ -63,9 +69,12 @@ def kind(block: nn.Module) -> Hashable:
     )
 
 
-def kinds_of(denoiser: nn.Module) -> int:
-    """How many kinds of blocks a denoiser has: graphs, for one shape of their inputs."""
-    return len({kind(block) for block in regions(denoiser)})
+def kinds_of(denoiser: nn.Module, *, least: int = LEAST) -> dict[Hashable, list[nn.Module]]:
+    """Blocks by kind, for kinds that serve at least so many: a graph each, per input shape."""
+    found: dict[Hashable, list[nn.Module]] = {}
+    for block in regions(denoiser):
+        found.setdefault(kind(block), []).append(block)
+    return {key: blocks for key, blocks in found.items() if len(blocks) >= least}
 
 
 class Compiled:
@@ -79,9 +88,9 @@ class Compiled:
             are from then on.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, kinds: int) -> None:
         """Nothing has run yet."""
-        self.blocks, self.kinds = blocks, 0
+        self.blocks, self.kinds = blocks, kinds
         self.streamed: set[nn.Module] = set()
         self.failed = ""
 
@@ -93,6 +102,7 @@ def compiled(
     backend: str | Callable[..., Any] = "inductor",
     on_compile: Callable[[int, int], None] = lambda _number, _kinds: None,
     required: bool = True,
+    least: int = LEAST,
 ) -> Iterator[Compiled]:
     """Run a denoiser's blocks compiled for the duration; they are compiled when they first run.
 
@@ -102,24 +112,22 @@ def compiled(
             (TORCHINDUCTOR_CACHE_DIR), across runs.
         on_compile: called before a kind is compiled, with its number from 1 and how many kinds.
         required: whether a failing compiler ends the run.
+        least: blocks that a kind must serve; blocks of others run as they are.
 
     Raises:
         torch._dynamo.exc.TorchDynamoException: from a block's call: the compiler failed, and was
             required.
     """
-    blocks = regions(denoiser)
-    state = Compiled(len(blocks))
-    kinds: dict[Hashable, _Kind] = {}
-    for block in blocks:
-        one = kinds.setdefault(kind(block), _Kind(block, backend))
-        block.forward = _Region(block, one, state, required=required)
-    state.kinds = len(kinds)
-    for number, one in enumerate(kinds.values(), 1):
-        one.announce = functools.partial(on_compile, number, len(kinds))
+    kinds = kinds_of(denoiser, least=least)
+    state = Compiled(sum(map(len, kinds.values())), len(kinds))
+    for number, blocks in enumerate(kinds.values(), 1):
+        one = _Kind(blocks[0], backend, functools.partial(on_compile, number, len(kinds)))
+        for block in blocks:
+            block.forward = _Region(block, one, state, required=required)
     try:
         yield state
     finally:
-        for block in blocks:
+        for block in itertools.chain(*kinds.values()):
             del block.forward  # the class's own shows again
 
 
@@ -130,7 +138,9 @@ class _Kind:
     each kind gets code of its own: nothing is tried in vain, and the graphs go when we go.
     """
 
-    def __init__(self, block: nn.Module, backend: str | Callable[..., Any]) -> None:
+    def __init__(
+        self, block: nn.Module, backend: str | Callable[..., Any], announce: Callable[[], None]
+    ) -> None:
         method = type(block).forward
         assert isinstance(method, types.FunctionType)
         own = types.FunctionType(
@@ -138,7 +148,7 @@ class _Kind:
             method.__closure__,
         )  # fmt: skip
         self.call = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
-        self.announce: Callable[[], None] | None = None
+        self.announce: Callable[[], None] | None = announce
 
 
 class _Region:
