@@ -53,6 +53,7 @@ CAPS = {
     ("sdxl", "bf16"): (
         Run("cap 4", cap=4),
         Run("none tiny", "none", tiny_vae=True),
+        Run("sequential tiny", "sequential", pinned=True, tiny_vae=True),
         Run("cap 1 tiny", cap=1, tiny_vae=True, offload="sequential"),
     ),
     ("flux1", "q4_k_s"): (Run("cap 6", cap=6),),
