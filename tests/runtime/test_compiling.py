@@ -233,7 +233,7 @@ def test_a_failing_compiler_ends_the_run_only_where_it_was_asked_for(monkeypatch
     ("flux1", "cpu", 100.0, 50, False, "not for cpu"),
     ("flux1", "mps", 100.0, 50, False, "not for mps"),
     ("sd2", "cuda", 100.0, 50, False, "not measured for sd2"),
-    ("flux1", "cuda", 0.2, 18, False, "the 18 left would save about 1.1 s"),
+    ("flux1", "cuda", 0.2, 18, False, "the 18 left would save about 1.2 s"),
     ("flux1", "cuda", 6.0, 18, True, "a step took 6 s"),
     ("flux1", "cuda", 6.0, 3, False, "the 3 left"),
 ])  # fmt: skip

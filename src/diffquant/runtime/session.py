@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from diffquant.core.errors import UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.runtime.compile_choice import Compiling
 from diffquant.runtime.facts_of_run import Files, facts_of
-from diffquant.runtime.hires import again, enlarged
+from diffquant.runtime.hires import again
 from diffquant.runtime.job import (
     Job,
     differences,
@@ -37,6 +37,7 @@ from diffquant.runtime.memory.plan import MemoryPlan
 from diffquant.runtime.memory.planning import place, plan_run
 from diffquant.runtime.opening import Opened, PartOrigin, open_pipeline
 from diffquant.runtime.parameters import save_png, save_preview
+from diffquant.runtime.passes import Pass, Placed, passes_of, placed, release
 from diffquant.runtime.pipeline import Denoised, Generated, OnLatents, OnStep
 from diffquant.runtime.precision import (
     Hooks,
@@ -47,29 +48,11 @@ from diffquant.runtime.precision import (
 )
 from diffquant.runtime.presets import Preset
 from diffquant.runtime.preview import Show, shower
-from diffquant.runtime.refine import parted
 from diffquant.runtime.request import PictureRequest
 
 __all__ = ["Made", "Placed", "generate_pictures", "numbered", "plan_pictures"]
 
 _PREVIEWS = 10  # previews of a run, at most
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """How a pass places the weights of its model.
-
-    Attributes:
-        label: denoise, refine or hires.
-        model: its file or folder.
-        plan: before the first byte moved.
-        steps: what ran out of memory all the same, and where it went on.
-    """
-
-    label: str
-    model: str
-    plan: MemoryPlan
-    steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,23 +121,6 @@ def numbered(output: Path, count: int) -> tuple[Path, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
-    """One way from noise to latents.
-
-    Attributes:
-        label: denoise, refine or hires.
-        path: of the model.
-        opened: the model.
-        request: what it runs; of hires, one like it.
-    """
-
-    label: str
-    path: Path
-    opened: Opened
-    request: PictureRequest
-
-
-@dataclass(frozen=True, slots=True)
 class _Ready:
     """Everything that is known before a weight is read."""
 
@@ -166,7 +132,7 @@ class _Ready:
     settings: Mapping[str, Any]
     dtype: str
     request: PictureRequest
-    passes: tuple[_Pass, ...]
+    passes: tuple[Pass, ...]
     plans: Mapping[str, MemoryPlan]
 
 
@@ -185,7 +151,7 @@ def generate_pictures(job: Job, progress: Progress = NO_PROGRESS) -> Made:
                 return _generate(job, ready, run)
             finally:
                 for one in ready.passes:
-                    _release(one.opened)
+                    release(one.opened)
     finally:
         run.leave()
 
@@ -196,10 +162,10 @@ def plan_pictures(job: Job, progress: Progress = NO_PROGRESS) -> Made:
     try:
         with contextlib.ExitStack() as files:
             ready = _prepared(job, run, files)
-            placed = tuple(_placed(one, ready) for one in ready.passes)
+            found = tuple(placed(one, ready.plans[one.label]) for one in ready.passes)
     finally:
         run.leave()
-    return _made(ready, run, placed=placed)
+    return _made(ready, run, memory=found)
 
 
 def _prepared(job: Job, run: _Run, stack: contextlib.ExitStack) -> _Ready:
@@ -221,46 +187,9 @@ def _prepared(job: Job, run: _Run, stack: contextlib.ExitStack) -> _Ready:
     preset, settings, said = settings_for(job, opened, asked)
     run.warnings += said
     request = request_for(job, opened, settings, pictures)
-    passes = tuple(_passes(job, opened, extra, request, settings))
+    passes = tuple(passes_of(job, opened, extra, request, settings))
     plans = {one.label: plan_run(one.opened, one.request, job.memory) for one in passes}
     return _Ready(opened, extra, uses, files, preset, settings, dtype, request, passes, plans)
-
-
-def _passes(
-    job: Job,
-    opened: Opened,
-    extra: Mapping[Path, Opened],
-    request: PictureRequest,
-    settings: Mapping[str, Any],
-) -> Iterator[_Pass]:
-    """The picture, its refiner and its second pass."""
-    first = request
-    if job.refiner is not None:
-        refiner, switch = extra[job.refiner], settings["refiner_switch"]
-        first, last = parted(opened.pipeline, refiner.pipeline, request, switch=switch)
-    yield _Pass("denoise", job.model, opened, first)
-    if job.refiner is not None:
-        yield _Pass("refine", job.refiner, refiner, last)
-    if "hires" in settings:
-        path = job.model if job.hires_model is None else job.hires_model
-        model = extra.get(path, opened)
-        width, height = enlarged(model.pipeline, request, settings["hires"])
-        like = torch.zeros(1, 1, 1, 3).expand(1, height, width, 3)  # no picture is made for it
-        yield _Pass(
-            "hires",
-            path,
-            model,
-            again(
-                model.pipeline,
-                request,
-                like[:, :1, :1],
-                size=(width, height),
-                strength=settings["hires_strength"],
-                same=model is opened,
-            ),
-        )
-    elif job.hires_model is not None:
-        raise UsageError("--hires-model needs --hires, such as --hires 2")
 
 
 def _generate(job: Job, ready: _Ready, run: _Run) -> Made:
@@ -287,9 +216,9 @@ def _generate(job: Job, ready: _Ready, run: _Run) -> Made:
         run.progress.advance(1)
     run.leave()
     run.warnings += [f"the prompt was cut: {text!r}" for text in made.truncated]
-    placed = tuple(_placed(one, ready) for one in ready.passes)
-    run.warnings += [step for one in placed for step in one.steps]
-    return _made(ready, run, outputs=paths, parameters=tuple(embedded), placed=placed)
+    found = tuple(placed(one, ready.plans[one.label]) for one in ready.passes)
+    run.warnings += [step for one in found for step in one.steps]
+    return _made(ready, run, outputs=paths, parameters=tuple(embedded), memory=found)
 
 
 def _made(
@@ -298,7 +227,7 @@ def _made(
     *,
     outputs: tuple[Path, ...] = (),
     parameters: tuple[Mapping[str, Any], ...] = (),
-    placed: tuple[Placed, ...],
+    memory: tuple[Placed, ...],
 ) -> Made:
     for use in ready.uses:
         run.warnings += use.warnings
@@ -310,20 +239,9 @@ def _made(
         ready.preset,
         run.seconds,
         tuple(dict.fromkeys(run.warnings)),
-        placed,
+        memory,
         run.compiling,
     )
-
-
-def _placed(one: _Pass, ready: _Ready) -> Placed:
-    placement = one.opened.placement
-    steps = tuple(placement.steps) if placement is not None else ()
-    return Placed(one.label, str(one.path), ready.plans[one.label], steps)
-
-
-def _release(opened: Opened) -> None:
-    if opened.placement is not None:
-        opened.placement.release()
 
 
 def _opened(job: Job, path: Path, dtype: str, files: contextlib.ExitStack) -> Opened:
@@ -371,7 +289,7 @@ def _generated(job: Job, ready: _Ready, shown: OnLatents | None, run: _Run) -> G
             warn=run.warnings.append,
         )
 
-    def denoised(one: _Pass, request: PictureRequest, latents: Tensor | None = None) -> Denoised:
+    def denoised(one: Pass, request: PictureRequest, latents: Tensor | None = None) -> Denoised:
         parts = one.opened.pipeline.parts
         compiling = Compiling(
             job.compile, parts, job.device, lambda what: run.progress.advance(0, what)
@@ -388,12 +306,12 @@ def _generated(job: Job, ready: _Ready, shown: OnLatents | None, run: _Run) -> G
 
     passes = {one.label: one for one in ready.passes}
 
-    def begin(label: str) -> _Pass:
+    def begin(label: str) -> Pass:
         """Place the model of a pass; what another one has on the device goes."""
         one = passes[label]
         for other in ready.passes:
             if other.opened is not one.opened:
-                _release(other.opened)
+                release(other.opened)
         place(one.opened, ready.plans[label])
         return one
 

@@ -10,3 +10,5 @@
     lanes.py      from the file, or page-locked memory, into a slot
     pinned.py     page-locked memory
 """
+
+__all__: list[str] = []
