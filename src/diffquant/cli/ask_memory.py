@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffquant.cli.frame import echo, human
+from diffquant.cli.frame import echo, human, table
 from diffquant.cli.values import bytes_from
 
 if TYPE_CHECKING:
@@ -79,10 +79,16 @@ def render_memory(placed: Iterable[Placed], *, explain: bool) -> None:
         if explain:
             for line in plan.why:
                 echo(f"    {line}")
-            for peak in plan.peaks:
-                echo(
-                    f"    {peak.stage} {peak.title}: weights {human(peak.weights)}, activations "
-                    f"{human(peak.activations)}, one weight decoded {human(peak.scratch)}"
+            rows = [
+                (
+                    f"    {peak.stage}",
+                    peak.title,
+                    *(human(part) for part in (peak.weights, peak.activations, peak.scratch)),
+                    human(peak.total),
                 )
+                for peak in plan.peaks
+            ]
+            titles = ("    stage", "part", "weights", "activations", "one decoded", "together")
+            table(titles, rows, right=(2, 3, 4, 5))
         for step in one.steps:
             echo(f"    {step}")

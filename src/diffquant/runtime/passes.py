@@ -80,7 +80,7 @@ def passes_of(
         path = job.model if job.hires_model is None else job.hires_model
         model = extra.get(path, opened)
         width, height = enlarged(model.pipeline, request, settings["hires"])
-        like = torch.zeros(1, 1, 1, 3).expand(1, height, width, 3)  # no picture is made for it
+        nothing = torch.zeros(1, 1, 1, 3)  # there is no picture yet; its size is what counts
         yield Pass(
             "hires",
             path,
@@ -88,7 +88,7 @@ def passes_of(
             again(
                 model.pipeline,
                 request,
-                like[:, :1, :1],
+                nothing,
                 size=(width, height),
                 strength=settings["hires_strength"],
                 same=model is opened,
