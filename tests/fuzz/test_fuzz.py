@@ -55,7 +55,7 @@ def fuzz(samples: Path, work: Path, *, seed: int, count: int) -> None:
 
 
 def test_damaged_files_end_in_a_documented_exit_code(samples, tmp_path):
-    fuzz(samples, tmp_path, seed=1, count=1500)
+    fuzz(samples, tmp_path, seed=1, count=800)
 
 
 @pytest.mark.slow
