@@ -48,7 +48,7 @@ class Placed:
         label: denoise, refine or hires.
         model: its file or folder.
         plan: before the first byte moved.
-        steps: what ran out of memory all the same, and where it went on.
+        steps: what did not go as planned: memory that ran out, and where the run went on.
     """
 
     label: str

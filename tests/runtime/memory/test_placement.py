@@ -11,6 +11,7 @@ from diffquant.runtime.control import damaged
 from diffquant.runtime.layers import PackedLayer, QuantEmbedding
 from diffquant.runtime.memory.placement import out_of_memory
 from diffquant.runtime.memory.rungs import Rung
+from diffquant.runtime.memory.stream import Stream
 from diffquant.runtime.opening import open_pipeline
 
 DEMOS = Path(__file__).parents[3] / "examples"
@@ -209,3 +210,11 @@ def test_a_damaged_block_stays_damaged_wherever_weights_live(rung):
         with damaged(opened.modules["denoiser"]):
             assert torch.equal(opened.pipeline.generate("a red circle", **SMALL).latents, broken)
         assert torch.equal(opened.pipeline.generate("a red circle", **SMALL).latents, clean)
+
+
+def test_host_memory_that_could_not_be_locked_is_told(monkeypatch):
+    monkeypatch.setattr(Stream, "unlocked", 3 << 20)
+    with placed(DEMOS / "sdxl-shapes", RUNGS[3]) as opened:
+        opened.pipeline.generate("a red circle", **SMALL)
+        (told,) = [one for one in opened.placement.steps if one.startswith("denoiser")]
+        assert "3 MiB of host memory could not be page-locked" in told

@@ -28,9 +28,12 @@ class Lane(Protocol):
 
     Attributes:
         slots: flat uint8 buffers on the device.
+        unlocked: bytes of host memory that the driver refused to lock: copies from it make the
+            host wait, and do not overlap with work.
     """
 
     slots: tuple[Tensor, ...]
+    unlocked: int
 
     def start(self, group: Group, slot: int) -> None:
         """Begin to bring a group; returns at once where it can."""
@@ -71,6 +74,7 @@ class _HostLane:
         self._readers = ThreadPoolExecutor(1 if device.type == "cpu" else READERS, "diffquant-read")
         self._coming: dict[int, Future[None]] = {}
         self._staging = None if device.type == "cpu" else torch.empty(nbytes, dtype=torch.uint8)
+        self.unlocked = 0  # nothing is asked to be
 
     def start(self, group: Group, slot: int) -> None:
         if slot in self._coming:  # brought in vain: must not arrive later
@@ -108,6 +112,7 @@ class _CudaLane:
         self._staging: tuple[Pinned, ...] = (
             () if pinned else tuple(pin(nbytes) for _ in range(SLOTS))
         )
+        self.unlocked = sum(one.tensor.nbytes for one in self._staging if one.unlock is None)
 
     def start(self, group: Group, slot: int) -> None:
         if slot in self._coming:  # brought in vain: must not arrive later
@@ -126,6 +131,7 @@ class _CudaLane:
             host = kept
         elif self._kept is not None:
             host = pin(group.nbytes)
+            self.unlocked += 0 if host.unlock is not None else host.tensor.nbytes
             group.fill(host.tensor, self._readers)
             self._kept[group] = host
         else:

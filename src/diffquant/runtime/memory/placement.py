@@ -56,6 +56,11 @@ class _Part:
         """Take the weights off the device; the layers ask here for them from now on."""
         if self._stream is not None:
             self._stream.close()
+            if self._stream.unlocked:
+                self._placement.steps.append(
+                    f"{self.name}: {self._stream.unlocked >> 20} MiB of host memory could not be "
+                    "page-locked, so copies did not overlap with work"
+                )
             self._stream = None
         # A weight that was put in place of ours meanwhile (a damaged one) is not ours to take.
         for layer in (*self._layers.values(), *self._tables):
@@ -122,7 +127,7 @@ class Placement:
 
     Attributes:
         rung: how they are placed now.
-        steps: what happened on the way down, for people.
+        steps: what did not go as planned, for people.
     """
 
     def __init__(

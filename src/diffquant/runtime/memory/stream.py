@@ -114,6 +114,11 @@ class Stream:
             following = self._after[following]
         return None
 
+    @property
+    def unlocked(self) -> int:
+        """Bytes of host memory that were to be page-locked, and are not."""
+        return self._lane.unlocked
+
     def close(self) -> None:
         """Let go of all memory; weights handed out are no longer good."""
         self._lane.close()
