@@ -390,8 +390,10 @@ def test_ctrl_c_in_a_real_process_is_130_and_leaves_nothing(tmp_path):
     import sys
     import time
 
-    # The preview comes after a tenth of the steps; the rest would take several seconds more.
-    words = ["generate", str(SD15), "-p", "x", "--steps", "200", "-o", str(tmp_path / "o.png")]
+    # The preview comes after a tenth of the steps; the rest would take ten seconds more, so that
+    # even a machine that stalls for a moment sends the signal in time.
+    words = ["generate", str(SD15), "-p", "x", "--steps", "300", "--size", "256x256"]
+    words += ["-o", str(tmp_path / "o.png")]
     with subprocess.Popen(
         [sys.executable, "-c", INTERRUPTIBLE, *words, "--preview", "rgb"],
         stderr=subprocess.PIPE,
