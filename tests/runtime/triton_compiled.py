@@ -40,6 +40,9 @@ def _compiled(kernel, args, constants, capability, **changed):
         if kernel.params[at].is_constexpr or (isinstance(value, int) and value == 1):
             signature[name], constexprs[name] = "constexpr", value
             continue
+        if isinstance(value, float):
+            signature[name] = "fp32"
+            continue
         signature[name] = _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         if isinstance(value, torch.Tensor) or value % 16 == 0:
             attributes[(at,)] = [["tt.divisibility", 16]]
@@ -61,3 +64,17 @@ def compiled(monkeypatch, name, shape, dtype, *, capability=90, **changed):
     monkeypatch.undo()
     kernel, args, constants = calls[0]
     return _compiled(kernel, args, constants, capability, **changed)
+
+
+def compiled_call(monkeypatch, module, call, *, capability=90):
+    """The compiled kernel that `call` launches through `module.launch`."""
+    calls = []
+    launch = module.launch
+
+    def recording(kernel, *args, **constants):
+        launch(_Recorder(kernel, calls), *args, **constants)
+
+    monkeypatch.setattr(module, "launch", recording)
+    call()
+    ((kernel, args, constants),) = calls
+    return _compiled(kernel, args, constants, capability)

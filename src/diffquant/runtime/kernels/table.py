@@ -18,7 +18,7 @@ from diffquant.core.errors import UnknownFormat
 from diffquant.runtime.kernels.fields import Kernel
 from diffquant.runtime.kernels.reference import KERNELS
 
-__all__ = ["Service", "best", "is_stored"]
+__all__ = ["Service", "best", "fast_module", "is_stored"]
 
 _STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -77,6 +77,11 @@ def _loaded(backend: _Backend) -> tuple[ModuleType | None, str]:
         return None, f"{backend.name} cannot be loaded ({error})"
     reason: str = module.unavailable()
     return (None, reason) if reason else (module, "")
+
+
+def fast_module(device: str) -> ModuleType | None:
+    """The module of a device's fast kernels, where they run on this machine."""
+    return _loaded(_BACKENDS[device])[0] if device in _BACKENDS else None
 
 
 def is_stored(name: str, dtype: torch.dtype) -> bool:

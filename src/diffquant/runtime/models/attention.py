@@ -8,18 +8,24 @@ Source: arXiv:2104.09864; several axes: black-forest-labs/flux src/flux/math.py.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from diffquant.runtime.kernels import tokens
 
 __all__ = [
     "SCORES_NBYTES",
     "Positions",
     "QkNorm",
     "RmsNorm",
+    "Stream",
     "attend",
     "attention",
+    "gated",
     "modulated",
     "rotary",
 ]
@@ -56,23 +62,76 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, positions: Positions, mask: Tensor | None = None
-) -> Tensor:
-    """Attention with positions rotated in.
+class Stream(NamedTuple):
+    """Queries, keys and values of one stream of tokens, before their norms.
+
+    Attributes:
+        q, k, v: (B, heads, L, head_dim).
+        query_norm, key_norm: of one head.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_norm: RmsNorm | nn.RMSNorm
+    key_norm: RmsNorm | nn.RMSNorm
+
+
+def attend(streams: Sequence[Stream], positions: Positions, mask: Tensor | None = None) -> Tensor:
+    """Attention over the tokens of all streams, one after the other, with positions rotated in.
 
     Args:
-        q: (B, heads, L, head_dim), like k and v.
-        k: keys.
-        v: values.
+        streams: in the order of their positions.
         positions: of every token; they broadcast against (B, heads, L, head_dim / 2).
         mask: bool, False where a key is nobody's; broadcasts against (B, heads, L, L).
 
     Returns:
         (B, L, heads * head_dim).
     """
-    q, k = _rotate(q, *positions), _rotate(k, *positions)
+    q, k, v = _together(streams, positions) or _separate(streams, positions)
     return attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+def _separate(streams: Sequence[Stream], positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, join, rotate: (B, heads, L, head_dim) each."""
+    q = torch.cat([one.query_norm(one.q) for one in streams], dim=2)
+    k = torch.cat([one.key_norm(one.k) for one in streams], dim=2)
+    v = torch.cat([one.v for one in streams], dim=2) if len(streams) > 1 else streams[0].v
+    return _rotate(q, *positions), _rotate(k, *positions), v
+
+
+def _together(
+    streams: Sequence[Stream], positions: Positions
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`_separate` by one kernel for each stream's queries and keys; None where that is not served.
+
+    Results lie in memory as (B, L, heads, head_dim), so that what attention returns is cut and
+    flattened without a copy.
+    """
+    if not tokens.serves(streams[0].q):
+        return None
+    batch, heads, _, width = streams[0].q.shape
+    length = sum(one.q.shape[2] for one in streams)
+    q, k = (streams[0].q.new_empty(batch, length, heads, width).transpose(1, 2) for _ in range(2))
+    first = 0
+    for one in streams:
+        last = first + one.q.shape[2]
+        places = (positions[0][..., first:last, :], positions[1][..., first:last, :])
+        for x, norm, out in ((one.q, one.query_norm, q), (one.k, one.key_norm, k)):
+            eps, scale = _norm_of(norm)
+            if not tokens.rotated_heads(x, scale, places, eps, out[:, :, first:last]):
+                return None
+        first = last
+    v = streams[0].v if len(streams) == 1 else torch.cat([one.v for one in streams], dim=2)
+    return q, k, v
+
+
+def _norm_of(norm: RmsNorm | nn.RMSNorm) -> tuple[float, Tensor]:
+    """Epsilon and scale."""
+    if isinstance(norm, RmsNorm):
+        return norm.eps, norm.scale
+    assert norm.eps is not None
+    return norm.eps, norm.weight
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -126,8 +185,19 @@ def _fused(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Layer norm without parameters, then the affine map that the timestep commands."""
+    """Layer norm without parameters, then the affine map that the timestep commands.
+
+    `shift` and `scale` are (B, 1, width), or (B, L, width) as `x` is.
+    """
+    found = tokens.modulated(x, shift, scale, eps)
+    if found is not None:
+        return found
     return functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """`x` + `gate` * `y` in one pass over memory, rounded once."""
+    return torch.addcmul(x, gate, y)
 
 
 class RmsNorm(nn.Module):
@@ -155,8 +225,8 @@ class QkNorm(nn.Module):
         self.query_norm = RmsNorm(head_dim, eps)
         self.key_norm = RmsNorm(head_dim, eps)
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split (B, L, 3 width) into heads and normalise q and k: (B, heads, L, head_dim) each."""
+    def forward(self, qkv: Tensor) -> Stream:
+        """Split (B, L, 3 width) into heads; the norms are applied where they are attended to."""
         heads = qkv.reshape(*qkv.shape[:2], 3, -1, len(self.query_norm.scale))
         q, k, v = heads.permute(2, 0, 3, 1, 4)
-        return self.query_norm(q), self.key_norm(k), v
+        return Stream(q, k, v, self.query_norm, self.key_norm)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from diffquant.core.errors import ArchitectureError, UsageError
 from diffquant.runtime.layers import QuantLinear
-from diffquant.runtime.models.attention import Positions, QkNorm, attend, modulated, rotary
+from diffquant.runtime.models.attention import Positions, QkNorm, attend, gated, modulated, rotary
 from diffquant.runtime.models.facts import (
     Hyper,
     Shapes,
@@ -181,13 +181,12 @@ class _DoubleBlock(nn.Module):
         img_mod, txt_mod = self.img_mod(vector), self.txt_mod(vector)  # shift, scale, gate; twice
         img_qkv = self.img_attn.norm(self.img_attn.qkv(modulated(img, *img_mod[:2])))
         txt_qkv = self.txt_attn.norm(self.txt_attn.qkv(modulated(txt, *txt_mod[:2])))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        joined = attend(q, k, v, positions)
+        joined = attend((txt_qkv, img_qkv), positions)
         length = txt.shape[1]
-        img = img + img_mod[2] * self.img_attn.proj(joined[:, length:])
-        img = img + img_mod[5] * self.img_mlp(modulated(img, *img_mod[3:5]))
-        txt = txt + txt_mod[2] * self.txt_attn.proj(joined[:, :length])
-        txt = txt + txt_mod[5] * self.txt_mlp(modulated(txt, *txt_mod[3:5]))
+        img = gated(img, img_mod[2], self.img_attn.proj(joined[:, length:]))
+        img = gated(img, img_mod[5], self.img_mlp(modulated(img, *img_mod[3:5])))
+        txt = gated(txt, txt_mod[2], self.txt_attn.proj(joined[:, :length]))
+        txt = gated(txt, txt_mod[5], self.txt_mlp(modulated(txt, *txt_mod[3:5])))
         return img, in_range(txt)
 
 
@@ -204,10 +203,9 @@ class _SingleBlock(nn.Module):
     def forward(self, x: Tensor, vector: Tensor, positions: Positions) -> Tensor:
         shift, scale, gate = self.modulation(vector)
         qkv, mlp = self.linear1(modulated(x, shift, scale)).split(self.split, dim=-1)
-        q, k, v = self.norm(qkv)
-        attended = attend(q, k, v, positions)
-        out = x + gate * self.linear2(torch.cat((attended, tanh_gelu(mlp)), dim=-1))
-        return in_range(out)
+        attended = attend((self.norm(qkv),), positions)
+        out = self.linear2(torch.cat((attended, tanh_gelu(mlp)), dim=-1))
+        return in_range(gated(x, gate, out))
 
 
 class _FinalLayer(nn.Module):

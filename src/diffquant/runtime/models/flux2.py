@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from diffquant.core.errors import ArchitectureError, UsageError
 from diffquant.runtime.layers import QuantLinear
-from diffquant.runtime.models.attention import Positions, QkNorm, attend, modulated, rotary
+from diffquant.runtime.models.attention import Positions, QkNorm, attend, gated, modulated, rotary
 from diffquant.runtime.models.facts import (
     Hyper,
     Shapes,
@@ -139,13 +139,13 @@ class _DoubleBlock(nn.Module):
         txt_shift, txt_scale, txt_gate, txt_shift_mlp, txt_scale_mlp, txt_gate_mlp = txt_mod
         img_qkv = self.img_attn.norm(self.img_attn.qkv(modulated(img, shift, scale, eps)))
         txt_qkv = self.txt_attn.norm(self.txt_attn.qkv(modulated(txt, txt_shift, txt_scale, eps)))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        joined = attend(q, k, v, positions)
+        joined = attend((txt_qkv, img_qkv), positions)
         length = txt.shape[1]
-        img = img + gate * self.img_attn.proj(joined[:, length:])
-        img = img + gate_mlp * self.img_mlp(modulated(img, shift_mlp, scale_mlp, eps))
-        txt = txt + txt_gate * self.txt_attn.proj(joined[:, :length])
-        txt = txt + txt_gate_mlp * self.txt_mlp(modulated(txt, txt_shift_mlp, txt_scale_mlp, eps))
+        img = gated(img, gate, self.img_attn.proj(joined[:, length:]))
+        img = gated(img, gate_mlp, self.img_mlp(modulated(img, shift_mlp, scale_mlp, eps)))
+        txt = gated(txt, txt_gate, self.txt_attn.proj(joined[:, :length]))
+        told = self.txt_mlp(modulated(txt, txt_shift_mlp, txt_scale_mlp, eps))
+        txt = gated(txt, txt_gate_mlp, told)
         return img, in_range(txt)
 
 
@@ -163,9 +163,9 @@ class _SingleBlock(nn.Module):
     def forward(self, x: Tensor, mod: tuple[Tensor, ...], positions: Positions) -> Tensor:
         shift, scale, gate = mod
         qkv, mlp = self.linear1(modulated(x, shift, scale, self.eps)).split(self.split, dim=-1)
-        q, k, v = self.norm(qkv)
-        attended = attend(q, k, v, positions)
-        return in_range(x + gate * self.linear2(torch.cat((attended, self.gated(mlp)), dim=-1)))
+        attended = attend((self.norm(qkv),), positions)
+        out = self.linear2(torch.cat((attended, self.gated(mlp)), dim=-1))
+        return in_range(gated(x, gate, out))
 
 
 class _FinalLayer(nn.Module):

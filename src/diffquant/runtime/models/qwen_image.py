@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from diffquant.core.errors import UsageError
 from diffquant.runtime.layers import QuantEmbedding, QuantLinear
-from diffquant.runtime.models.attention import Positions, attend, modulated, rotary
+from diffquant.runtime.models.attention import Positions, Stream, attend, gated, modulated, rotary
 from diffquant.runtime.models.facts import param_dtype, tanh_gelu, timestep_embedding
 from diffquant.runtime.models.qwen_image_config import QwenImageConfig, config_from
 
@@ -127,15 +127,21 @@ class _Attention(nn.Module):
             out: Tensor = layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             return out  # (B, heads, L, head_dim)
 
-        txt_q = self.norm_added_q(heads(self.add_q_proj, txt))
-        txt_k = self.norm_added_k(heads(self.add_k_proj, txt))
-        txt_v = heads(self.add_v_proj, txt)
-        img_q = self.norm_q(heads(self.to_q, img))
-        img_k = self.norm_k(heads(self.to_k, img))
-        img_v = heads(self.to_v, img)
-        pairs = ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v))
-        q, k, v = (torch.cat(pair, dim=2) for pair in pairs)
-        y = attend(q, k, v, places, visible)
+        words = Stream(
+            heads(self.add_q_proj, txt),
+            heads(self.add_k_proj, txt),
+            heads(self.add_v_proj, txt),
+            self.norm_added_q,
+            self.norm_added_k,
+        )
+        picture = Stream(
+            heads(self.to_q, img),
+            heads(self.to_k, img),
+            heads(self.to_v, img),
+            self.norm_q,
+            self.norm_k,
+        )
+        y = attend((words, picture), places, visible)
         length = txt.shape[1]
         return self.to_out[0](y[:, length:]), self.to_add_out(y[:, :length])
 
@@ -184,10 +190,11 @@ class _Block(nn.Module):
         img_in, img_gate = _prepared(img, img_mods[0], self.eps)
         txt_in, txt_gate = _prepared(txt, txt_mods[0], self.eps)
         img_out, txt_out = self.attn(img_in, txt_in, places, visible)
-        img, txt = img + img_gate * img_out, txt + txt_gate * txt_out
+        img, txt = gated(img, img_gate, img_out), gated(txt, txt_gate, txt_out)
         img_in, img_gate = _prepared(img, img_mods[1], self.eps)
         txt_in, txt_gate = _prepared(txt, txt_mods[1], self.eps)
-        img, txt = img + img_gate * self.img_mlp(img_in), txt + txt_gate * self.txt_mlp(txt_in)
+        img = gated(img, img_gate, self.img_mlp(img_in))
+        txt = gated(txt, txt_gate, self.txt_mlp(txt_in))
         return _in_range(img), _in_range(txt)
 
 

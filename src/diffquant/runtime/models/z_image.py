@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from diffquant.core.errors import ArchitectureError, UsageError
 from diffquant.runtime.layers import QuantLinear
-from diffquant.runtime.models.attention import Positions, attend, rotary
+from diffquant.runtime.models.attention import Positions, Stream, attend, gated, rotary
 from diffquant.runtime.models.facts import (
     Hyper,
     Shapes,
@@ -125,7 +125,8 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, positions: Positions, mask: Tensor | None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (3, -1, self.q_norm.weight.shape[0]))
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
-        out: Tensor = self.out(attend(self.q_norm(q), self.k_norm(k), v, positions, mask))
+        stream = Stream(q, k, v, self.q_norm, self.k_norm)
+        out: Tensor = self.out(attend((stream,), positions, mask))
         return out
 
 
@@ -166,10 +167,9 @@ class _Block(nn.Module):
             return out
         scale, gate, scale_mlp, gate_mlp = self.adaLN_modulation(command)[:, None].chunk(4, dim=-1)
         y = self.attention(self.attention_norm1(x) * (1 + scale), positions, mask)
-        x = x + gate.tanh() * self.attention_norm2(y)
+        x = gated(x, gate.tanh(), self.attention_norm2(y))
         y = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))
-        timed: Tensor = x + gate_mlp.tanh() * self.ffn_norm2(y)
-        return timed
+        return gated(x, gate_mlp.tanh(), self.ffn_norm2(y))
 
 
 class _TimeEmbedder(nn.Module):

@@ -55,7 +55,7 @@ def launch(
     programs: int,
     warps: int,
     weight: Tensor,
-    *args: Tensor | int,
+    *args: Tensor | float,
     **constants: object,
 ) -> None:
     """Run `programs` programs of `kernel` on the device of `weight`, its first argument.

@@ -1,0 +1,89 @@
+"""Triton's token kernels under its interpreter, to what models do without them: JSON on stdout.
+
+Run by test_token_kernels.py in a process of its own, since the interpreter is chosen when triton
+is imported. Values are largest absolute differences in float32, of numbers of about one.
+"""
+
+import json
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch.nn import functional
+
+from diffquant.runtime.kernels.triton import tokens
+from diffquant.runtime.models import attention
+
+
+def stream(batch, length, heads, width, norm):
+    """Heads as a model has them: views into one matrix product's result."""
+    qkv = torch.randn(batch, length, 3 * heads * width)
+    norms = [norm(width), norm(width)]
+    for one in norms:
+        for parameter in one.parameters():
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    q, k, v = qkv.reshape(batch, length, 3, heads, width).permute(2, 0, 3, 1, 4)
+    return attention.Stream(q, k, v, *norms)
+
+
+def norms(width):
+    return attention.RmsNorm(width, 1e-6)
+
+
+def torch_norms(width):
+    return torch.nn.RMSNorm(width, eps=1e-5)
+
+
+def angles(*shape):
+    angle = torch.rand(shape) * 6
+    return angle.cos(), angle.sin()
+
+
+def served(x, scale, positions, eps, out):
+    tokens.rotated_heads(x, scale, positions, eps, out)
+    return True
+
+
+def heads(streams, positions):
+    """What attention gets, joined by the kernel and by torch."""
+    attention.tokens.serves = lambda _x: True
+    attention.tokens.rotated_heads = served
+    found = attention._together(streams, positions)
+    wanted = attention._separate(streams, positions)
+    return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
+
+
+def modulated(shape, steps, width=None):
+    """`shape` of tokens, `steps` rows of shift and scale; a cut of a wider product, or whole."""
+    commands = torch.randn(shape[0], steps, 2 * shape[2])
+    shift, scale = commands.chunk(2, dim=-1)
+    x = torch.randn(*shape[:2], width or shape[2])[..., : shape[2]] * 3 + 1
+    found = tokens.modulated(x, shift, scale, 1e-6)
+    wanted = functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return float((found - wanted).abs().max())
+
+
+@torch.no_grad()
+def main():
+    torch.manual_seed(0)
+    results = {
+        "one stream": heads([stream(1, 5, 3, 16, norms)], angles(5, 8)),
+        "two streams, batch": heads(
+            [stream(2, 3, 2, 32, norms), stream(2, 6, 2, 32, norms)], angles(9, 16)
+        ),
+        "torch's norms, tables of four": heads(
+            [stream(2, 7, 2, 64, torch_norms)], angles(2, 1, 7, 32)
+        ),
+        "tables that broadcast": heads([stream(2, 4, 1, 16, norms)], angles(1, 1, 4, 8)),
+        "nine heads": heads([stream(1, 1, 9, 16, norms)], angles(1, 8)),
+        "modulated": modulated((2, 5, 96), 1),
+        "modulated by token": modulated((2, 5, 48), 5),
+        "modulated, cut": modulated((1, 3, 100), 1, width=160),
+    }
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
