@@ -221,7 +221,7 @@ def denoise(family: str, model: Any, side: int, some: Callable[..., Any]) -> obj
     if family == "flux1":
         from diffquant.runtime.models.flux import image_ids
 
-        ids = image_ids(side, side).to(one.device), some(TOKENS, 3, kind=torch.float32)
+        ids = image_ids(side, side), torch.zeros(TOKENS, 3)
         inputs = some(1, tokens, model.config.in_channels), one, some(1, TOKENS, 4096)
         return model(*inputs, some(1, model.config.vector), *ids, one)
     if family == "flux2":

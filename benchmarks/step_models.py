@@ -194,8 +194,8 @@ def step_of(family: str, model: nn.Module, inputs: Inputs) -> Step:
     if family == "qwen_image":
         sizes = [(1, side // 2, side // 2)]
         return lambda: model(inputs.pixels, half, inputs.text, sizes)
-    img_ids = image_ids(side, side).to(device)
-    txt_ids = torch.zeros(inputs.text.shape[1], 3, device=device)
+    img_ids = image_ids(side, side)
+    txt_ids = torch.zeros(inputs.text.shape[1], 3)
     config: Any = model.config
     guidance = half * 7 if config.guidance else None
     return lambda: model(

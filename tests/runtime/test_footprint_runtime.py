@@ -53,7 +53,7 @@ def counted(peak_of, monkeypatch):
     for module in (qwen_text, t5, clip):
         monkeypatch.setattr(module, "scaled_dot_product_attention", counting.tiled_attention)
 
-    def tables(ids, _axes, _theta):
+    def tables(ids, _axes, _theta, _device):
         shape = (*ids.shape[:-1], HALF_HEAD)
         return tuple(meta(*shape, dtype=torch.float32) for _ in range(2))
 

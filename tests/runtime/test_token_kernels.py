@@ -78,6 +78,26 @@ def test_where_kernels_do_not_serve_the_models_own_operations_do(monkeypatch):
     assert torch.equal(attention.attend((one,), positions), wanted)
 
 
+def test_an_activation_is_written_behind_what_stands_before_it(monkeypatch):
+    first, wide = torch.randn(2, 3, 4), torch.randn(2, 3, 9)
+    assert tokens.gelu_behind(first, wide[..., 3:]) is None
+    monkeypatch.setattr(tokens, "serves", lambda _x: True)
+    found = tokens.gelu_behind(first, wide[..., 3:])
+    gelu = torch.nn.functional.gelu(wide[..., 3:], approximate="tanh")
+    assert torch.allclose(found, torch.cat((first, gelu), dim=-1), atol=1e-6)
+
+
+def test_tables_of_the_same_positions_are_made_once_and_may_have_gradients_through_them():
+    ids = torch.rand(5, 2)
+    with torch.inference_mode():
+        cos, _ = attention.rotary(ids, (4, 4), 100.0)
+    again, _ = attention.rotary(ids.clone(), (4, 4), 100.0)
+    assert again is cos
+    assert not cos.is_inference()
+    other, _ = attention.rotary(ids + 1, (4, 4), 100.0)
+    assert not torch.equal(other, cos)
+
+
 def test_a_gate_adds_what_it_lets_through():
     x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     gate = torch.randn(2, 1, 4)

@@ -1,9 +1,10 @@
 """Rows of the denoisers that this package's runtime runs in another way than Diffusers.
 
-What lives at their widest steps was read off runtime/models/{z_image,qwen_image,flux2}.py, live
+What lives at their widest steps was read off runtime/models (flux, z_image, qwen_image, flux2), live
 tensors counted one by one; tests/runtime/test_footprint_runtime.py counts them again. Rotating
 queries or keys holds the pair in float32: both halves, their products, and the joined result. All
-three are guided one prediction after the other.
+of them are guided one prediction after the other. On an NVIDIA card one kernel rotates and holds
+less (runtime/kernels/tokens.py); the rows are of torch's own operations, which are an upper bound.
 """
 
 from __future__ import annotations
@@ -24,6 +25,18 @@ def _as(kind: str, *phases: Phase) -> TransformerRow:
 
 
 RUNTIME: Mapping[str, TransformerRow] = {
+    "flux": _as(
+        "flux",
+        Phase(
+            "single block: input of linear2",
+            (
+                Term("output of linear1", width=3, hidden=1),
+                Term("GELU", hidden=1),
+                Term("input of linear2", width=1, hidden=1),
+                Term("residual, attention and the streams before joining", width=3, tensors=3),
+            ),
+        ),
+    ),
     "z_image": _as(
         "z_image",
         Phase(
@@ -64,12 +77,29 @@ RUNTIME: Mapping[str, TransformerRow] = {
             "double block: image MLP",
             (
                 Term("both halves, SiLU, product", hidden=4, tokens="image", tensors=4),
-                Term("q, k, v, normed q and k", width=5, tokens="image", tensors=5),
+                Term("q, k, v", width=3, tokens="image"),
                 Term("residuals and norm", width=3, tokens="image", tensors=3),
-                Term("joined q, k, v, attention", width=4, tensors=4),
-                Term("text q, k, v and streams", width=7, tokens="text", tensors=7),
+                Term("joined attention", width=1),
+                Term("text q, k, v and streams", width=5, tokens="text", tensors=3),
             ),
         ),
-        *TRANSFORMERS["flux2"].phases,
+        Phase(
+            "single block: rotating k",
+            (
+                _TURNED,
+                Term("output of the input projection", width=3, hidden=2),
+                Term("normed q and k, rotated q", width=3, tensors=3),
+                Term("residual, and the streams before joining", width=2, tensors=2),
+            ),
+        ),
+        Phase(
+            "single block: input of the output projection",
+            (
+                Term("output of the input projection", width=3, hidden=2),
+                Term("gated product", hidden=1),
+                Term("input of the output projection", width=1, hidden=1),
+                Term("residual, attention and the streams before joining", width=3, tensors=3),
+            ),
+        ),
     ),
 }

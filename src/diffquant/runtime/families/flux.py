@@ -73,14 +73,14 @@ def _caller(parts: PipelineParts, conditions: Conditions) -> Call:
     def call(latents: Tensor, t: float, texts: Sequence[Text]) -> list[Tensor]:
         batch, _, height, width = latents.shape
         shown = latents if beside is None else torch.cat((latents, beside.to(latents)), dim=1)
-        tokens, ids = pack(shown).to(dtype), image_ids(height, width).to(device)
+        tokens, ids = pack(shown).to(dtype), image_ids(height, width)
         times = torch.full((batch,), t, device=device) / parts.scheduler.num_train_timesteps
         guidance = None if strength is None else torch.full((batch,), strength, device=device)
         found = []
         for text in texts:
             assert text.pooled is not None
             states, pooled = text.states.to(device, dtype), text.pooled.to(device, dtype)
-            places = torch.zeros(states.shape[1], 3, device=device)
+            places = torch.zeros(states.shape[1], 3)
             out = flux(tokens, times, states, pooled, ids, places, guidance)
             found.append(unpack(out.float(), height, width))
         return found

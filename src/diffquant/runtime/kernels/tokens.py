@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffquant.runtime.kernels.table import fast_module
 
-__all__ = ["modulated", "rotated_heads", "serves"]
+__all__ = ["gelu_behind", "modulated", "rotated_heads", "serves"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_WIDTH = 16384  # of a token that one program keeps in registers
@@ -57,3 +57,17 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor | N
     from diffquant.runtime.kernels.triton import tokens
 
     return tokens.modulated(x, shift, scale, eps)
+
+
+def gelu_behind(first: Tensor, x: Tensor) -> Tensor | None:
+    """`first` and GELU(`x`), by tanh, side by side in one tensor; None where that is not served.
+
+    The activation is written where it is wanted, not made and then copied.
+    """
+    if not serves(x):
+        return None
+    width = first.shape[-1]
+    out = x.new_empty(*x.shape[:-1], width + x.shape[-1])
+    out[..., :width] = first
+    torch.ops.aten.gelu.out(x, approximate="tanh", out=out[..., width:])
+    return out

@@ -32,6 +32,7 @@ __all__ = [
 
 SCORES_NBYTES = 256 << 20  # of a matrix of scores that is held
 _SCORE_NBYTES = 8  # torch computes scores and their softmax in float32 where no kernel is fused
+_TABLES = 8  # of positions that are kept: text, picture and both of the last sizes asked for
 _BLOCK = 64  # queries and keys on which a kernel is asked whether it serves
 _KERNELS = (
     torch.backends.cuda.can_use_flash_attention,
@@ -41,17 +42,38 @@ _KERNELS = (
 Positions = tuple[Tensor, Tensor]  # cosines and sines, from `rotary`
 
 
-def rotary(ids: Tensor, axes: tuple[int, ...], theta: float) -> Positions:
+def rotary(
+    ids: Tensor, axes: tuple[int, ...], theta: float, device: torch.device | None = None
+) -> Positions:
     """Cosines and sines for positions (..., L, axes): float32 (..., L, head_dim / 2) each.
 
     Angles are computed in float64 on the CPU: float32 loses the fine ones, and MPS has no float64.
+    The steps of a picture ask for the same tables again and get them again: keep `ids` on the CPU,
+    so that looking at them waits for nothing.
+
+    Args:
+        ids: positions, float32.
+        axes: rotary widths of the position axes; their sum is head_dim.
+        theta: base of the angles.
+        device: where the tables go; None: where `ids` are.
     """
-    angles = []
-    for axis, width in enumerate(axes):
-        exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
-        angles.append(ids[..., axis].double().cpu()[..., None] / theta**exponent)
-    angle = torch.cat(angles, dim=-1)
-    return angle.cos().float().to(ids.device), angle.sin().float().to(ids.device)
+    raw = ids.detach().cpu().float().contiguous().numpy().tobytes()
+    return _tables(raw, tuple(ids.shape), axes, theta, device or ids.device)
+
+
+@functools.lru_cache(maxsize=_TABLES)
+def _tables(
+    raw: bytes, shape: tuple[int, ...], axes: tuple[int, ...], theta: float, device: torch.device
+) -> Positions:
+    # Made outside of a caller's inference mode: later callers may want gradients through them.
+    with torch.inference_mode(mode=False):
+        ids = torch.frombuffer(bytearray(raw), dtype=torch.float32).reshape(shape).double()
+        angles = []
+        for axis, width in enumerate(axes):
+            exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
+            angles.append(ids[..., axis, None] / theta**exponent)
+        angle = torch.cat(angles, dim=-1)
+        return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -94,10 +116,14 @@ def attend(streams: Sequence[Stream], positions: Positions, mask: Tensor | None 
 
 def _separate(streams: Sequence[Stream], positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
     """Norm, join, rotate: (B, heads, L, head_dim) each."""
-    q = torch.cat([one.query_norm(one.q) for one in streams], dim=2)
-    k = torch.cat([one.key_norm(one.k) for one in streams], dim=2)
-    v = torch.cat([one.v for one in streams], dim=2) if len(streams) > 1 else streams[0].v
+    q = _joined([one.query_norm(one.q) for one in streams])
+    k = _joined([one.key_norm(one.k) for one in streams])
+    v = _joined([one.v for one in streams])
     return _rotate(q, *positions), _rotate(k, *positions), v
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _together(
@@ -122,8 +148,7 @@ def _together(
             if not tokens.rotated_heads(x, scale, places, eps, out[:, :, first:last]):
                 return None
         first = last
-    v = streams[0].v if len(streams) == 1 else torch.cat([one.v for one in streams], dim=2)
-    return q, k, v
+    return q, k, _joined([one.v for one in streams])
 
 
 def _norm_of(norm: RmsNorm | nn.RMSNorm) -> tuple[float, Tensor]:

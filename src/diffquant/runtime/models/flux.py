@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.core.errors import ArchitectureError, UsageError
+from diffquant.runtime.kernels import tokens
 from diffquant.runtime.layers import QuantLinear
 from diffquant.runtime.models.attention import Positions, QkNorm, attend, gated, modulated, rotary
 from diffquant.runtime.models.facts import (
@@ -204,8 +205,10 @@ class _SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(vector)
         qkv, mlp = self.linear1(modulated(x, shift, scale)).split(self.split, dim=-1)
         attended = attend((self.norm(qkv),), positions)
-        out = self.linear2(torch.cat((attended, tanh_gelu(mlp)), dim=-1))
-        return in_range(gated(x, gate, out))
+        both = tokens.gelu_behind(attended, mlp)
+        if both is None:
+            both = torch.cat((attended, tanh_gelu(mlp)), dim=-1)
+        return in_range(gated(x, gate, self.linear2(both)))
 
 
 class _FinalLayer(nn.Module):
@@ -261,7 +264,7 @@ class Flux(nn.Module):
             t: (B,) flow time in [0, 1], 1 is noise.
             txt: (B, T, context) T5 states.
             pooled: (B, vector) pooled CLIP state.
-            img_ids: (L, 3) positions, from `image_ids`.
+            img_ids: (L, 3) positions, from `image_ids`; like those of the text, best on the CPU.
             txt_ids: (T, 3) positions, zeros.
             guidance: (B,) distilled guidance strength, where the model takes one.
 
@@ -281,7 +284,8 @@ class Flux(nn.Module):
             strength = timestep_embedding(guidance * 1000.0, config.time)
             vector = vector + self.guidance_in(strength.to(dtype))
         vector = vector + self.vector_in(pooled.to(dtype))
-        positions = rotary(torch.cat((txt_ids, img_ids)), config.axes, config.theta)
+        ids = torch.cat((txt_ids, img_ids))
+        positions = rotary(ids, config.axes, config.theta, img.device)
         img, txt = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))
         for block in self.double_blocks:
             img, txt = block(img, txt, vector, positions)

@@ -233,7 +233,7 @@ class Flux2(nn.Module):
         mod = self.single_stream_modulation(vector)
         height, width = latents.shape[2:]
         ids = torch.cat((_text_ids(txt.shape[1]), _picture_ids(height, width)))
-        positions = rotary(ids.to(latents.device), config.axes, config.theta)
+        positions = rotary(ids, config.axes, config.theta, latents.device)
         img = self.img_in(latents.to(dtype).flatten(2).transpose(1, 2))
         txt = self.txt_in(txt.to(dtype))
         for block in self.double_blocks:

@@ -256,7 +256,7 @@ class QwenImage(nn.Module):
         alone = len(sizes) == 1 or not config.still
         still = None if alone else self.time_text_embed(torch.zeros_like(t), condition, dtype)
         pictures, words = positions(sizes, txt.shape[1], layered=config.layered)
-        places = rotary(torch.cat((words, pictures)).to(device), config.axes, config.theta)
+        places = rotary(torch.cat((words, pictures)), config.axes, config.theta, device)
         visible = None
         if mask is not None:
             visible = functional.pad(mask.to(device), (0, img.shape[1]), value=True)[:, None, None]

@@ -244,15 +244,16 @@ class ZImage(nn.Module):
         dtype = param_dtype(self)
         waves = timestep_embedding(t * self.config.time_scale, self.config.time)
         command = self.t_embedder.mlp(waves.to(dtype))
-        ends = torch.tensor([_filled(one) for one in lengths], device=latents.device)
+        ends = torch.tensor([_filled(one) for one in lengths])
+        device = latents.device
 
         text, mask = self._text(states.to(dtype), lengths, ends)
-        text_at = self._positions(_text_ids(text.shape[1], latents.device))
+        text_at = self._positions(_text_ids(text.shape[1]), device)
         for block in self.context_refiner:
             text = block(text, text_at, None if mask is None else mask[:, None, None], command)
 
         x = self._picture(latents.to(dtype))
-        picture_at = self._positions(_picture_ids(height // 2, width // 2, ends))
+        picture_at = self._positions(_picture_ids(height // 2, width // 2, ends), device)
         for block in self.noise_refiner:
             x = block(x, picture_at, None, command)
 
@@ -280,7 +281,7 @@ class ZImage(nn.Module):
         real = index < torch.tensor(lengths, device=states.device)[:, None]
         text = torch.where(real[..., None], kept, self.cap_pad_token)
         same = len({_filled(one) for one in lengths}) == 1
-        return text, None if same else index < ends[:, None]
+        return text, None if same else index < ends.to(index.device)[:, None]
 
     def _picture(self, latents: Tensor) -> Tensor:
         """Fold 2x2 latent pixels into tokens, channels last; embed and fill up: (B, L, width)."""
@@ -291,21 +292,21 @@ class ZImage(nn.Module):
         fill = _filled(x.shape[1]) - x.shape[1]
         return torch.cat((x, self.x_pad_token.expand(batch, fill, -1)), dim=1)
 
-    def _positions(self, ids: Tensor) -> Positions:
+    def _positions(self, ids: Tensor, device: torch.device) -> Positions:
         """Rotary tables of positions (B or 1, L, 3), to be shared by all heads."""
-        cos, sin = rotary(ids, self.config.axes, self.config.theta)
+        cos, sin = rotary(ids, self.config.axes, self.config.theta, device)
         return cos[:, None], sin[:, None]
 
 
-def _text_ids(length: int, device: torch.device) -> Tensor:
+def _text_ids(length: int) -> Tensor:
     """Positions of text tokens: (1, L, 3)."""
-    index = torch.arange(1, length + 1, dtype=torch.float32, device=device)
+    index = torch.arange(1, length + 1, dtype=torch.float32)
     return functional.pad(index[None, :, None], (0, 2))
 
 
 def _picture_ids(rows: int, columns: int, ends: Tensor) -> Tensor:
     """Positions of picture tokens behind texts of `ends` (B,) tokens: (B, L, 3)."""
-    at = torch.arange(rows, device=ends.device), torch.arange(columns, device=ends.device)
+    at = torch.arange(rows), torch.arange(columns)
     plane = torch.stack(torch.meshgrid(*at, indexing="ij"), dim=-1).reshape(1, -1, 2)
     depth = (ends + 1)[:, None, None].expand(-1, plane.shape[1], 1)
     ids = torch.cat((depth, plane.expand(len(ends), -1, 2)), dim=-1).float()
