@@ -1,7 +1,7 @@
 """Rows of the denoisers that this package's runtime runs in another way than Diffusers.
 
-What lives at their widest steps was read off runtime/models (flux, z_image, qwen_image, flux2), live
-tensors counted one by one; tests/runtime/test_footprint_runtime.py counts them again. Rotating
+What lives at their widest steps was read off runtime/models (flux, z_image, qwen_image, flux2),
+live tensors counted one by one; tests/runtime/test_footprint_runtime.py counts them again. Rotating
 queries or keys holds the pair in float32: both halves, their products, and the joined result. All
 of them are guided one prediction after the other. On an NVIDIA card one kernel rotates and holds
 less (runtime/kernels/tokens.py); the rows are of torch's own operations, which are an upper bound.
