@@ -1,8 +1,8 @@
 """One step of a denoiser on a GPU: as it is and compiled, every type, beside diffusers.
 
 python benchmarks/gpu_step.py [--families flux1,sdxl,qwen_image] [--types bf16,q4_k_s,...]
-    [--peers bf16,...] [--modes eager,compiled] [--rounds N] [--minutes N] [--warm FAMILY:TYPE,...]
-    [--profile FAMILY:TYPE,...] [--json FILE]
+    [--peers bf16,...] [--modes eager,compiled,captured] [--rounds N] [--minutes N]
+    [--warm FAMILY:TYPE,...] [--profile FAMILY:TYPE,...] [--json FILE]
 python benchmarks/gpu_step.py --device cpu --tiny --backend aot_eager    every branch, no GPU
 
 Real shapes, random weights (step_models.py), a picture of 1024 pixels. A step is one prediction:
@@ -14,6 +14,7 @@ guided step is twice that). Rows of a family are made in one process, diffusers'
     first    seconds of the first call: compiled, with an empty cache of the compiler's; the call
              as it is compiles Triton's kernels
     MiB      max_memory_reserved while steps are timed: weights, activations
+    captured as it is, replayed as one CUDA graph: what is timed first runs as it is, then records
     warm     `--warm`: first compiled call in another process, which finds the first one's cache
 
 `--profile` prints where a step as it is spends its time: kernels by time on the device, and the
@@ -124,7 +125,8 @@ def timed(step: Callable[[], Any], device: Any, rounds: int) -> dict[str, Any]:
 
 
 def modes(arguments: argparse.Namespace) -> list[str]:
-    return [mode for mode in ("eager", "compiled") if mode in arguments.modes.split(",")]
+    known = ("eager", "compiled", "captured")
+    return [mode for mode in known if mode in arguments.modes.split(",")]
 
 
 def family_rows(run: Run, family: str, device: Any) -> None:
@@ -143,6 +145,7 @@ def family_rows(run: Run, family: str, device: Any) -> None:
 def our_rows(run: Run, family: str, kind: str, device: Any) -> None:
     from step_models import inputs_for, ours, step_of
 
+    from diffquant.runtime.capture import captured
     from diffquant.runtime.compiling import compiled
 
     arguments = run.arguments
@@ -170,8 +173,17 @@ def our_rows(run: Run, family: str, kind: str, device: Any) -> None:
             row = timed(step, device, arguments.rounds)
             return row | {"kinds": state.kinds, "blocks": state.blocks}
 
-    work = {"eager": eager, "compiled": with_graphs}
+    def as_one_graph() -> dict[str, Any]:
+        step = made()
+        with captured(held["model"]) as state:
+            row = timed(step, device, arguments.rounds)
+            return row | {"graphs": state.graphs, "failed_capture": state.failed}
+
+    work = {"eager": eager, "compiled": with_graphs, "captured": as_one_graph}
     for mode in modes(arguments):
+        if mode == "captured" and not device.cuda:
+            print("captured: CUDA graphs need a CUDA device", flush=True)
+            continue
         named = {"family": family, "program": "diffquant", "type": kind, "mode": mode}
         run.row(named, work[mode])
     if f"{family}:{kind}" in arguments.profile.split(",") and run.left > run.longest:
@@ -212,7 +224,8 @@ def peer_rows(run: Run, family: str, kind: str, device: Any) -> None:
         return timed(step, device, arguments.rounds)
 
     work = {"eager": lambda: timed(made(), device, arguments.rounds), "compiled": with_graphs}
-    for mode in modes(arguments) if kind == "bf16" else modes(arguments)[:1]:
+    theirs = [mode for mode in modes(arguments) if mode in work]
+    for mode in theirs if kind == "bf16" else theirs[:1]:
         named = {"family": family, "program": "diffusers", "type": kind, "mode": mode}
         run.row(named, work[mode])
     held.clear()
@@ -310,7 +323,7 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--types", default=",".join(TYPES))
     parser.add_argument("--peers", default=",".join(PEERS))
-    parser.add_argument("--modes", default="eager,compiled")
+    parser.add_argument("--modes", default="eager,compiled,captured")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--warm", default="flux1:q4_k_s")

@@ -1,0 +1,169 @@
+"""A step captured once and replayed: what a denoiser launches becomes one CUDA graph.
+
+SDXL's step is 2,200 kernels that Python launches one by one, three times as long as the card needs
+to run them (docs/lab-log.md, 2026-11-27). A graph launches them all at once. What was captured
+holds addresses: so inputs are copied to where the first ones lay, and what the model reads (its
+weights, rotary tables) must stay where it is until the graphs are gone, which is when the context
+ends. Nothing in a step may ask the card for a number, or allocate on the host and copy.
+
+Weights that are streamed are fetched by Python code, which no graph holds: a denoiser with such a
+layer runs as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from diffquant.runtime.layers import PackedLayer
+
+__all__ = ["Captured", "CudaGraphs", "Recorder", "captured"]
+
+_MOST = 6  # shapes of inputs that are captured; each holds a step's activations
+_CONSTANT_NBYTES = 1 << 20  # tensors on the host up to here are part of what a graph is made for
+
+
+class Recorder(Protocol):
+    """Makes a call that can be repeated."""
+
+    def record(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Run `call` once while recording: its result, and what fills it again."""
+        ...
+
+
+class CudaGraphs:
+    """CUDA graphs that share one pool of memory: they run one after the other."""
+
+    def __init__(self) -> None:
+        """The pool is made with the first graph."""
+        self._pool: Any = None
+
+    def record(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Capture `call`.
+
+        Raises:
+            RuntimeError: something in it cannot be captured.
+        """
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            found = call()
+        graph.replay()  # capturing ran nothing
+        return found, graph.replay
+
+
+class Captured:
+    """What became of a denoiser's calls.
+
+    Attributes:
+        graphs: made so far.
+        plain: calls that ran as they are.
+        failed: why nothing is captured any more, "" while it is.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has run yet."""
+        self.graphs, self.plain, self.failed = 0, 0, ""
+
+
+@contextlib.contextmanager
+def captured(
+    denoiser: nn.Module, recorder: Recorder | None = None, *, most: int = _MOST
+) -> Iterator[Captured]:
+    """Replay a denoiser's calls for the duration.
+
+    The first call with inputs of some shapes runs as it is (kernels are compiled, work spaces
+    made), the second is captured, the others are replays. A result is a copy: the next call of the
+    same shapes, such as the other half of a guided step, does not change it.
+
+    Args:
+        denoiser: its `forward` is replaced, and put back.
+        recorder: CudaGraphs().
+        most: shapes that are captured; calls of further ones run as they are.
+    """
+    state = Captured()
+    denoiser.forward = _Replays(denoiser, recorder or CudaGraphs(), state, most)
+    try:
+        yield state
+    finally:
+        del denoiser.forward  # the class's own shows again
+
+
+class _Graph:
+    """A captured call: where its inputs go, its result, and what runs it."""
+
+    def __init__(self, recorder: Recorder, call: Callable[..., Any], leaves: list[Any]) -> None:
+        # Outside of the pool, before the capture begins: nothing else may use this memory.
+        self.inputs = [one.clone() if _moves(one) else one for one in leaves]
+        self.found, self.run = recorder.record(lambda: call(self.inputs))
+
+    def __call__(self, leaves: list[Any]) -> Any:  # noqa: ANN401 - what the model returns
+        for mine, given in zip(self.inputs, leaves, strict=True):
+            if _moves(given):
+                mine.copy_(given)
+        self.run()
+        return self.result()
+
+    def result(self) -> Any:  # noqa: ANN401
+        return pytree.tree_map_only(Tensor, torch.clone, self.found)
+
+
+class _Replays:
+    """A denoiser's `forward` meanwhile."""
+
+    def __init__(self, model: nn.Module, recorder: Recorder, state: Captured, most: int) -> None:
+        self._model, self._recorder, self._state, self._most = model, recorder, state, most
+        self._layers = [one for one in model.modules() if isinstance(one, PackedLayer)]
+        self._plain = type(model).forward
+        self._seen: dict[Hashable, _Graph | None] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - what models take
+        state = self._state
+        leaves, shape = pytree.tree_flatten((args, kwargs))
+        key = (shape, *map(_fixed, leaves))
+        graph = self._seen.get(key)
+        streamed = any(layer.home is not None for layer in self._layers)
+        if graph is not None and not streamed:
+            return graph(leaves)
+        if key in self._seen and not streamed and not state.failed and state.graphs < self._most:
+
+            def call(given: list[Any]) -> Any:  # noqa: ANN401
+                positional, named = pytree.tree_unflatten(given, shape)
+                return self._plain(self._model, *positional, **named)
+
+            try:
+                graph = _Graph(self._recorder, call, leaves)
+            except RuntimeError as error:
+                state.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            else:
+                state.graphs += 1
+                self._seen[key] = graph
+                return graph.result()
+        self._seen.setdefault(key, None)
+        state.plain += 1
+        return self._plain(self._model, *args, **kwargs)
+
+
+def _moves(leaf: object) -> bool:
+    """Whether a leaf is an input of the graph: a device's tensors; the host's are constants."""
+    return isinstance(leaf, Tensor) and not _is_constant(leaf)
+
+
+def _is_constant(leaf: Tensor) -> bool:
+    return leaf.device.type == "cpu" and leaf.nbytes <= _CONSTANT_NBYTES
+
+
+def _fixed(leaf: Any) -> Hashable:  # noqa: ANN401
+    """What a graph depends on."""
+    if not isinstance(leaf, Tensor):
+        return (type(leaf), leaf if isinstance(leaf, Hashable) else repr(leaf))
+    about = (leaf.device, leaf.dtype, tuple(leaf.shape))
+    if _is_constant(leaf):
+        return (*about, leaf.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return (*about, leaf.stride())
