@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from diffquant.cli.frame import echo, human, table
 from diffquant.cli.screen import BAD, CARE, DIM, GOOD, TITLE, Tone, count, styled, width, wrap
+from diffquant.cli.view_bench import render_bench
 from diffquant.runtime.doctor.families import TYPES_SHOWN, FamilyFit, TypeFit
 from diffquant.runtime.doctor.machine import Disk, Memory
 from diffquant.runtime.doctor.processor import Processor
@@ -36,6 +37,8 @@ def render_doctor(found: Diagnosis, *, explain: bool = False) -> None:
     echo()
     _decoders(found, explain=explain)
     echo()
+    if found.bench is not None:
+        render_bench(found.bench)
     _models(found, explain=explain)
     echo()
     _problems(found)

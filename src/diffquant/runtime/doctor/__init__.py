@@ -6,6 +6,7 @@
     decoders.py                           which kernels serve which formats
     families.py                           published models in the memory there is
     problems.py                           what could be better, and what to do
+    bench.py                              what each format costs here, where that is asked for
     probe.py report.py                    a look that may fail; the data of all of it
 
 A broken library is a finding here: torch and numba are loaded by functions that record what fails.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffquant.runtime.doctor.accelerators import Accelerators
+from diffquant.runtime.doctor.bench import Bench
 from diffquant.runtime.doctor.decoders import Decoders
 from diffquant.runtime.doctor.families import FamilyFit
 from diffquant.runtime.doctor.libraries import Installed
@@ -70,6 +71,7 @@ class Diagnosis:
         decoders: likewise, in groups.
         families: published models, planned for `planned`.
         broken: what failed when it was looked at; every row is a problem too.
+        bench: what was measured, where that was asked for.
     """
 
     machine: Machine
@@ -81,3 +83,4 @@ class Diagnosis:
     families: tuple[FamilyFit, ...]
     problems: tuple[Problem, ...]
     broken: tuple[Broken, ...]
+    bench: Bench | None = None
