@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffquant.core.errors import UsageError
 from diffquant.quant.formats import FORMATS
+from diffquant.runtime import compiling
 from diffquant.runtime.compile_choice import MEASURED, Choice, Compiling, choose
 from diffquant.runtime.compiling import compiled, kinds_of, regions
 from diffquant.runtime.control import damaged
@@ -269,3 +270,46 @@ def test_kinds_that_serve_few_blocks_are_left():
     with compiled(model, backend=counter) as state:
         assert torch.equal(call(), wanted)
     assert (state.blocks, state.kinds, counter.frame_count) == (3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "architecture", "device", "backend", "loads"),
+    [
+        ("on", "sd15", "cpu", "inductor", True),
+        ("auto", "flux1", "cuda", "inductor", True),
+        ("auto", "sd15", "cuda", "inductor", False),
+        ("auto", "flux1", "cpu", "inductor", False),
+        ("off", "flux1", "cuda", "inductor", False),
+        ("on", "flux1", "cuda", "eager", False),
+    ],
+)
+def test_the_compiler_is_loaded_early_where_it_may_be_used(
+    mode, architecture, device, backend, loads, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr("diffquant.runtime.compile_choice.preload", lambda: asked.append(1))
+    model, _ = tiny_flux()
+    with Compiling(mode, Parts(model, architecture), device, backend=backend):
+        pass
+    assert bool(asked) == loads
+
+
+def test_whoever_compiles_waits_until_the_compiler_is_loaded(monkeypatch):
+    order = []
+
+    class Thread:
+        def join(self):
+            order.append("joined")
+
+    monkeypatch.setattr(compiling, "preload", Thread)
+    monkeypatch.setattr(torch, "compile", lambda own, **_: order.append("compiled") or own)
+    model, call = tiny_flux()
+    with compiled(model):
+        assert order == []
+        call()
+    assert order == ["joined", "compiled"] * (len(order) // 2) != []
+
+
+def test_a_compiler_that_does_not_load_is_no_error_yet(monkeypatch):
+    monkeypatch.setattr(compiling, "_COMPILER", ("no_such_module",))
+    compiling._load()

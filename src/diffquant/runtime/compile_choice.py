@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 import torch
 
 from diffquant.core.errors import UsageError
-from diffquant.runtime.compiling import LEAST, Compiled, compiled, kinds_of, said_by
+from diffquant.runtime.compiling import LEAST, Compiled, compiled, kinds_of, preload, said_by
 from diffquant.runtime.families import PipelineParts
 
 __all__ = ["MEASURED", "Choice", "Compiling", "Mode", "choose"]
@@ -122,7 +122,10 @@ class Compiling:
         }[mode]
 
     def __enter__(self) -> Self:
-        """Compile where that was asked for."""
+        """Compile where that was asked for; where it may be, load the compiler meanwhile."""
+        possible = self._device == "cuda" and self._parts.architecture in MEASURED
+        if self._backend == "inductor" and (self._mode == "on" or (not self._decided and possible)):
+            preload()
         if self._mode == "on":
             self._begin()
         return self

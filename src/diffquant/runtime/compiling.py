@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import itertools
+import threading
 import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -25,12 +27,32 @@ from torch import nn
 
 from diffquant.runtime.layers import PackedLayer
 
-__all__ = ["LEAST", "Compiled", "compiled", "kind", "kinds_of", "regions", "said_by"]
+__all__ = ["LEAST", "Compiled", "compiled", "kind", "kinds_of", "preload", "regions", "said_by"]
 
 
 # A kind that serves fewer blocks takes as long to compile as one that serves sixty: SDXL has twelve
 # such among its residual blocks, and two that serve seventy.
 LEAST = 3
+
+
+_COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")
+
+
+@functools.cache
+def preload() -> threading.Thread:
+    """Load torch's compiler beside other work: a second or two, once in a process.
+
+    Whoever compiles joins the thread first, so that nobody meets a module half loaded.
+    """
+    thread = threading.Thread(target=_load, name="compiler", daemon=True)
+    thread.start()
+    return thread
+
+
+def _load() -> None:
+    with contextlib.suppress(ImportError):  # told where it is needed, by the same import
+        for name in _COMPILER:
+            importlib.import_module(name)
 
 
 def regions(denoiser: nn.Module) -> tuple[nn.Module, ...]:
@@ -121,9 +143,10 @@ def compiled(
     kinds = kinds_of(denoiser, least=least)
     state = Compiled(sum(map(len, kinds.values())), len(kinds))
     for number, blocks in enumerate(kinds.values(), 1):
-        one = _Kind(blocks[0], backend, functools.partial(on_compile, number, len(kinds)))
+        announce = functools.partial(on_compile, number, len(kinds))
+        one = _Kind(blocks[0], backend, announce, required=required)
         for block in blocks:
-            block.forward = _Region(block, one, state, required=required)
+            block.forward = _Region(block, one, state)
     try:
         yield state
     finally:
@@ -136,31 +159,53 @@ class _Kind:
 
     torch keeps graphs with the code they were made of, tries them in turn and stops at eight. So
     each kind gets code of its own: nothing is tried in vain, and the graphs go when we go.
+
+    Attributes:
+        survived: errors of the compiler that need not end the run; known once it is loaded.
     """
 
     def __init__(
-        self, block: nn.Module, backend: str | Callable[..., Any], announce: Callable[[], None]
+        self,
+        block: nn.Module,
+        backend: str | Callable[..., Any],
+        announce: Callable[[], None],
+        *,
+        required: bool,
     ) -> None:
-        method = type(block).forward
+        self._block, self._backend, self._required = block, backend, required
+        self._announce: Callable[[], None] | None = announce
+        self.survived: tuple[type[Exception], ...] = ()
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        """Made with the first call, so that the compiler is loaded while something else is done."""
+        method = type(self._block).forward
         assert isinstance(method, types.FunctionType)
         own = types.FunctionType(
             method.__code__.replace(), method.__globals__, method.__name__, method.__defaults__,
             method.__closure__,
         )  # fmt: skip
-        self.call = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
-        self.announce: Callable[[], None] | None = announce
+        if self._backend == "inductor":
+            preload().join()
+        from torch._dynamo.exc import TorchDynamoException
+
+        self.survived = () if self._required else (TorchDynamoException,)
+        return torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+
+    def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if self._announce is not None:
+            self._announce()
+            self._announce = None
+        return self._compiled(block, *args, **kwargs)
 
 
 class _Region:
     """A block's `forward` meanwhile."""
 
-    def __init__(self, block: nn.Module, one: _Kind, state: Compiled, *, required: bool) -> None:
-        from torch._dynamo.exc import TorchDynamoException  # loads the compiler: a second or two
-
+    def __init__(self, block: nn.Module, one: _Kind, state: Compiled) -> None:
         self._block, self._kind, self._state = block, one, state
         self._layers = _layers(block)
         self._plain = type(block).forward
-        self._survived = () if required else (TorchDynamoException,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - what blocks take
         if self._state.failed:
@@ -169,12 +214,9 @@ class _Region:
             self._state.streamed.add(self._block)
             return self._plain(self._block, *args, **kwargs)
         self._state.streamed.discard(self._block)
-        if self._kind.announce is not None:
-            self._kind.announce()
-            self._kind.announce = None
         try:
-            return self._kind.call(self._block, *args, **kwargs)
-        except self._survived as error:  # nothing has run: graphs are made before
+            return self._kind(self._block, *args, **kwargs)
+        except self._kind.survived as error:  # nothing has run: graphs are made before
             self._state.failed = said_by(error)
         return self._plain(self._block, *args, **kwargs)
 
