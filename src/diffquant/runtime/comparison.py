@@ -148,6 +148,10 @@ class Comparison:
         gates: what had to be reached, such as {"psnr": 25.0}.
         engine, device, dtype: what drew.
         reference_score: prompt score of the reference's own pictures.
+        reference_values: of its own pictures, metrics that need no reference (clip, prompt).
+        reference_seconds, reference_peak_mib: as in Row.
+        warnings: what is odd about the comparison as a whole.
+        synthetic: what stood for a text encoder and a VAE where there was none, else "".
     """
 
     reference: str
@@ -169,6 +173,11 @@ class Comparison:
     dtype: str = "float32"
     reference_score: float | None = None
     tool: str = ""
+    reference_values: Mapping[str, Value] = field(default_factory=dict)
+    reference_seconds: float | None = None
+    reference_peak_mib: float | None = None
+    warnings: tuple[str, ...] = ()
+    synthetic: str = ""
 
     @property
     def candidates(self) -> tuple[Row, ...]:

@@ -97,7 +97,11 @@ class _Provider:
 
 
 def _providers(
-    stack: contextlib.ExitStack, model: Path, base: Path | None, added: Mapping[str, Path]
+    stack: contextlib.ExitStack,
+    model: Path,
+    base: Path | None,
+    added: Mapping[str, Path],
+    swapped: Mapping[str, Path],
 ) -> tuple[list[_Provider], dict[str, _Provider]]:
     """Open the model and whatever may fill its gaps, in order of precedence; and added parts."""
     first = _provide(stack, model)
@@ -108,6 +112,10 @@ def _providers(
     extra = {
         name: _provide_component(stack, path, name, first.architecture, family)
         for name, path in added.items()
+    }
+    extra |= {
+        name: _provide_part(stack, path, name, first.architecture, family)
+        for name, path in swapped.items()
     }
     if base is not None:
         found.append(_provide(stack, base))
@@ -156,6 +164,29 @@ def _provide_component(
     return _Provider(path, source, logical, {name: part}, architecture, None)
 
 
+def _provide_part(
+    stack: contextlib.ExitStack, path: Path, name: str, architecture: str, family: Family
+) -> _Provider:
+    """Open a checkpoint of which one part counts; it may hold others, or that part alone."""
+    if name not in family.needs:
+        known = ", ".join(family.needs)
+        raise UsageError(f"{architecture} has no part {name!r} (parts: {known})")
+    source = stack.enter_context(open_source(path))
+    logical = bind(source)
+    alone = None if name == "denoiser" else detect_component(logical.specs())
+    if alone is not None:
+        source.close()
+        return _provide_component(stack, path, name, architecture, family)
+    match = detect(logical.specs(), source.metadata, source.configs)
+    if match.architecture != architecture:
+        raise ArchitectureError(f"{path}: expected {architecture}, found {match.architecture}")
+    part = match.part(name)
+    if part is None:
+        have = ", ".join(one.name for one in match.parts)
+        raise UsageError(f"{path} has no {name} (it has {have})")
+    return _Provider(path, source, logical, {name: part}, architecture, match)
+
+
 def open_pipeline(
     model: Path,
     *,
@@ -166,6 +197,7 @@ def open_pipeline(
     device: str = "cpu",
     denoiser_dtype: torch.dtype | None = None,
     files: contextlib.ExitStack | None = None,
+    swapped: Mapping[str, Path] | None = None,
 ) -> Opened:
     """Open a model and everything it needs to make pictures.
 
@@ -180,6 +212,7 @@ def open_pipeline(
         denoiser_dtype: compute dtype of the denoiser alone, where it differs.
         files: keeps the files open, and large weights stay in them until `Opened.placement` brings
             them; None: everything is read now, to the device.
+        swapped: part name -> checkpoint that this part alone is taken from, the denoiser too.
 
     Raises:
         UsageError: parts that are nowhere to be found, all of them listed.
@@ -188,7 +221,7 @@ def open_pipeline(
     wanted = {**(added or {}), **({"vae": vae} if vae is not None else {})}
     given = {name: wanted.pop(name) for name in list(wanted) if name.startswith("tokenizer")}
     with contextlib.ExitStack() as opened_here:
-        providers, extra = _providers(files or opened_here, model, base, wanted)
+        providers, extra = _providers(files or opened_here, model, base, wanted, swapped or {})
         first = providers[0]
         architecture, match = first.architecture, first.match
         assert match is not None
@@ -210,7 +243,7 @@ def open_pipeline(
                 weights = {key: weight.load() for key, weight in stored.items()}
             own = provider.source.metadata
             hyper = {
-                **_hyper([*extra.values(), *providers], architecture, name, part),
+                **_hyper([provider, *extra.values(), *providers], architecture, name, part),
                 **stated_fields(own, part.kind),
             }
             compute = denoiser_dtype if name == "denoiser" and denoiser_dtype else dtype
@@ -259,7 +292,7 @@ def _choose(
     for name in FAMILIES[architecture].needs:
         usable = [extra[name]] if name in extra else []
         usable += [p for p in providers if name in p.parts and p.architecture == architecture]
-        if name == "denoiser":
+        if name == "denoiser" and name not in extra:
             usable = providers[:1] if name in providers[0].parts else []
         if usable:
             chosen[name] = usable[0]
