@@ -10,7 +10,7 @@ from diffquant.runtime.drawing import Drawn, Shots, compare_drawn, latent_error
 from diffquant.runtime.gates import GATES, judge_gate
 from diffquant.runtime.judges import defects
 from diffquant.runtime.metrics import JUDGE_ROWS, Opened
-from diffquant.runtime.weight_errors import TensorsReport, Weighed, worst_of
+from diffquant.runtime.weight_errors import TensorsReport, Weighed
 
 __all__ = ["drawn_row", "judged_row", "kept_by_control", "unseen"]
 
@@ -82,10 +82,17 @@ def judged_row(
             LayerError(one.error.key, one.error.part, one.error.stored, one.error.error, one.nbytes)
             for one in weighed.weights
         ),
-        verdict=worst_of(["fail"] * bool(failures) + ["warn"] * bool(doubts)),
+        verdict=_verdict(failures, doubts, judged=bool(limits)),
         problems=(*failures, *doubts),
         stored=_mix([(one.error.stored, one.size) for one in weights]),
     )
+
+
+def _verdict(failures: list[str], doubts: list[str], *, judged: bool) -> str:
+    """Without gates nothing passes: a file is broken, doubtful, or not judged."""
+    if failures:
+        return "fail"
+    return "warn" if doubts else "pass" if judged else ""
 
 
 def _of_pictures(pairs: tuple[PairValues, ...], exact: Drawn) -> tuple[list[str], list[str]]:

@@ -149,7 +149,7 @@ class Run:
                     return replace(row, problems=(f"{side.engine} gives no access to weights",))
                 drawn = draw_all(side, self.shots, CONTROL, self.progress)
             row = drawn_row(CONTROL, "control", self.exact, drawn, self.shots, self.judges)
-            row = replace(row, problems=(said,))
+            row = replace(row, problems=(f"{said} in {whole.name}",))
             if not kept_by_control(row, self.settings.limits) and not unseen(row, whole):
                 break
         self.beside.append(row)

@@ -113,7 +113,8 @@ class Row:
         layers: per weight, file order; empty where not compared.
         peak_mib: anonymous memory at its highest while this row was drawn (device memory on a GPU).
         seconds: per picture, median.
-        verdict: pass, warn, fail, or "" for rows that are not judged.
+        verdict: pass, warn, fail, or "" for rows that are not judged: floor and control, and
+            candidates without gates that are not broken.
         problems: what made it not pass, and notes.
         stored: what the weights are stored as, in words.
     """
