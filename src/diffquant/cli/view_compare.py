@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffquant.cli.frame import echo, human, table
+from diffquant.cli.frame import echo, human, plain_text, table
 from diffquant.cli.screen import clip, count, width, wrap
 from diffquant.publish.compare_tables import cell, spread
 from diffquant.runtime.comparison import METRICS, Comparison, Row
@@ -75,7 +75,7 @@ def _render_quality(comparison: Comparison) -> None:
     name = max(min(max(width(), 80), _WIDEST) - taken, _SHORTEST_NAME)
     table(
         ("file", *rest),
-        [(clip(line[0], name), *line[1:]) for line in lines],
+        [(clip(plain_text(line[0]), name), *line[1:]) for line in lines],
         right=range(1, len(rest)),
     )
     if any(spread(row, metric) for row in comparison.rows for metric in comparison.metrics):
@@ -93,8 +93,8 @@ def _render_cost(comparison: Comparison) -> None:
 
 def _cost(row: Row) -> tuple[str, ...]:
     return (
-        clip(row.name, 34),
-        clip(row.type, 14) or "-",
+        clip(plain_text(row.name), 34),
+        clip(plain_text(row.type), 14) or "-",
         "-" if row.nbytes is None else human(row.nbytes),
         _number(row.bits_per_weight, 2),
         _number(row.weight_error, 4),
@@ -117,7 +117,7 @@ def _render_layers(comparison: Comparison) -> None:
             ("weight furthest off", "part", "stored", "size", "error"),
             [
                 (
-                    clip(one.key, 44), one.part, one.stored, human(one.nbytes), f"{one.error:.4f}"
+                    clip(plain_text(one.key), 44), one.part, one.stored, human(one.nbytes), f"{one.error:.4f}"
                 )
                 for one in worst
             ],

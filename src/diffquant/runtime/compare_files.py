@@ -20,7 +20,7 @@ from diffquant.runtime.compare_settings import CompareSettings, row_names
 from diffquant.runtime.comparison import Comparison, ComparisonPictures, Row
 from diffquant.runtime.drawing import compare_drawn
 from diffquant.runtime.gates import GATES, check_limits
-from diffquant.runtime.metrics import JUDGE_ROWS
+from diffquant.runtime.metrics import JUDGE_ROWS, check_names
 from diffquant.runtime.weight_errors import weigh
 
 __all__ = ["compare_files"]
@@ -89,6 +89,7 @@ def compare_files(
 def _check(reference: Path, candidates: Sequence[Path], settings: CompareSettings) -> None:
     """Refuse what makes no sense before a file is opened."""
     check_limits(settings.limits)
+    check_names(settings.metrics)
     if not candidates:
         raise UsageError("nothing to compare: give at least one file beside the reference")
     for what, listed in (("prompt", settings.prompts), ("seed", settings.seeds)):

@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 from diffquant.core.errors import UnknownFormat, UsageError
 from diffquant.runtime.comparison import METRICS
 
-__all__ = ["JUDGE_ROWS", "Judge", "JudgeRow", "MetricNeeds", "Missing", "Opened", "open_judges"]
+__all__ = [
+    "JUDGE_ROWS",
+    "Judge",
+    "JudgeRow",
+    "MetricNeeds",
+    "Missing",
+    "Opened",
+    "check_names",
+    "open_judges",
+]
 
 Picture: TypeAlias = NDArray[np.float32]
 Judge: TypeAlias = Callable[[Picture, Picture, str], float | None]
@@ -101,6 +110,20 @@ class Opened:
         }
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names that are no metrics, before anything is opened.
+
+    Raises:
+        UnknownFormat: no such metric.
+        UsageError: one comes twice.
+    """
+    for index, name in enumerate(names):
+        if name not in METRICS:
+            raise UnknownFormat(name, METRICS, what="metric")
+        if name in names[:index]:
+            raise UsageError(f"metric {name} is asked for twice; give it once")
+
+
 def open_judges(names: Sequence[str], needs: MetricNeeds) -> Opened:
     """Open metrics.
 
@@ -113,13 +136,10 @@ def open_judges(names: Sequence[str], needs: MetricNeeds) -> Opened:
         UsageError: one comes twice.
         DiffquantError: a file that was named is not what it should be.
     """
+    check_names(names)
     judges: dict[str, Judge] = {}
     missing: dict[str, str] = {}
     for name in names:
-        if name not in METRICS:
-            raise UnknownFormat(name, METRICS, what="metric")
-        if name in judges or name in missing:
-            raise UsageError(f"metric {name} is asked for twice; give it once")
         found = JUDGE_ROWS[name].open(needs)
         if isinstance(found, Missing):
             missing[name] = found.why
