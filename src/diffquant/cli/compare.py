@@ -33,7 +33,7 @@ _PARTS = ("denoiser", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 class _Compare(Sectioned):
     sections: Mapping[str, tuple[str, ...]] = {
         "Pictures": ("prompts", "seeds", "steps", "cfg", "size"),
-        "What is compared": ("only", "base", "vae", "engine", "device"),
+        "What is compared": ("only", "base", "vae", "engine", "synthetic", "device"),
         "Metrics": ("metrics", "lpips_weights", "clip_model"),
         "Gates (exit code 3)": (
             "min_psnr", "min_ssim", "max_flip", "max_lpips", "max_rel_error",
@@ -79,6 +79,12 @@ class _Compare(Sectioned):
     show_default=True,
     help="Program that draws every row.",
 )
+@click.option(
+    "--synthetic",
+    is_flag=True,
+    help="Compare denoisers alone: random text, latents as colours (done by itself, with a "
+    "warning, where text encoder or VAE are nowhere).",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the rows as CSV.")
 @click.option(
@@ -105,6 +111,7 @@ def command(
     base: Path | None,
     vae: Path | None,
     engine: str,
+    synthetic: bool,
     device: str,
     csv_path: Path | None,
     markdown_path: Path | None,
@@ -146,6 +153,7 @@ def command(
             engine=engine,
             device=device,
             lpips_weights=lpips_weights,
+            synthetic=synthetic,
             clip_model=clip_model,
         )
         comparison, pictures = compare_files(

@@ -54,6 +54,12 @@ __all__ = ["command"]
     show_default=True,
     help="Program that draws both sides: the one that will load the file, if it is installed.",
 )
+@click.option(
+    "--synthetic",
+    is_flag=True,
+    help="Compare denoisers alone: random text, latents as colours (done by itself, with a "
+    "warning, where text encoder or VAE are nowhere).",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
 @common
 def command(
@@ -72,6 +78,7 @@ def command(
     vae: Path | None,
     loras: tuple[str, ...],
     engine: str,
+    synthetic: bool,
     device: str,
     options: Options,
 ) -> None:
@@ -111,6 +118,7 @@ def command(
             engine=engine,
             limits=limits,
             lpips_weights=lpips_weights,
+            synthetic=synthetic,
         )
         report = verify(
             candidate,

@@ -113,13 +113,14 @@ def _render_layers(comparison: Comparison) -> None:
         worst = sorted(row.layers, key=lambda layer: -layer.error)[:_WORST]
         echo()
         echo(f"{row.name}: {row.stored}")
-        table(
-            ("weight furthest off", "part", "stored", "size", "error"),
-            [
-                (
-                    clip(plain_text(one.key), 44), one.part, one.stored, human(one.nbytes), f"{one.error:.4f}"
-                )
-                for one in worst
-            ],
-            right=(3, 4),
-        )  # fmt: skip
+        lines = [
+            (
+                clip(plain_text(one.key), 44),
+                one.part,
+                one.stored,
+                human(one.nbytes),
+                f"{one.error:.4f}",
+            )
+            for one in worst
+        ]
+        table(("weight furthest off", "part", "stored", "size", "error"), lines, right=(3, 4))

@@ -51,6 +51,7 @@ class ImageSettings:
         engine: program that draws both sides, a key of ENGINES.
         limits: further gates on pictures: key of GATES -> limit.
         lpips_weights: as metrics/lpips.py takes it, None: where torchvision keeps its own.
+        synthetic: judge the denoisers alone, as runtime/synthetic.py draws with them.
     """
 
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
@@ -67,6 +68,7 @@ class ImageSettings:
     engine: str = "bundled"
     limits: Mapping[str, float] = field(default_factory=dict)
     lpips_weights: Path | None = None
+    synthetic: bool = False
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -84,6 +86,7 @@ class ImageReport:
         how: who read the candidate, the program or diffquant for it.
         gates: the further gates, each with its value and its control's.
         metrics: METRICS key -> value, of those that gates need.
+        synthetic: pictures are previews of latents drawn from random text; `how` says of which.
     """
 
     verdict: str
@@ -106,6 +109,7 @@ class ImageReport:
     how: str = ""
     gates: tuple[GateResult, ...] = ()
     metrics: Mapping[str, Value] = field(default_factory=dict)
+    synthetic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +132,16 @@ def compare_pictures(
 ) -> tuple[ImageReport, Pictures, tuple[str, ...]]:
     """Generate with both sides and judge; `reference` reuses what `make_reference` returned."""
     if reference is None:
-        reference = make_reference(against, settings, vae=vae, progress=progress)
+        reference = make_reference(against, settings, base=base, vae=vae, progress=progress)
     settings = replace(settings, size=reference.size)
     files = EngineFiles(
-        candidate, base or against, vae, settings.loras, settings.dtype, settings.device
+        candidate,
+        base or against,
+        vae,
+        settings.loras,
+        settings.dtype,
+        settings.device,
+        synthetic=settings.synthetic,
     )
     needs = MetricNeeds(
         settings.prompts,
@@ -228,7 +238,9 @@ def make_reference(
     progress: Progress = NO_PROGRESS,
 ) -> Reference:
     """Generate with the source in float32, and again with its denoiser in bfloat16."""
-    files = EngineFiles(against, base, vae, (), settings.dtype, settings.device)
+    files = EngineFiles(
+        against, base, vae, (), settings.dtype, settings.device, synthetic=settings.synthetic
+    )
     source = open_side(settings.engine, files)
     settings = replace(settings, size=settings.size or source.size)
     assert settings.size is not None
@@ -288,6 +300,8 @@ def _judge(
         one.add(exact, other)
         pooled.add(exact, other)
         found = defects(other)
+        if settings.synthetic:  # a preview of random text may well be flat or noise
+            found = tuple(one for one in found if one == "not finite")
         pairs.append(Pair(prompt, seed, one.psnr_db, ssim(exact, other), found))
         if found:
             told = f"{prompt!r} seed {seed}: {', '.join(found)}"
@@ -337,4 +351,5 @@ def _judge(
         problems=(*failures, *doubts),
         gates=gates,
         metrics=values,
+        synthetic=settings.synthetic,
     )

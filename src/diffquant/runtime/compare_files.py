@@ -8,7 +8,7 @@ one block damaged): a metric that does not see the control judges nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffquant import __version__
@@ -21,6 +21,7 @@ from diffquant.runtime.comparison import Comparison, ComparisonPictures, Row
 from diffquant.runtime.drawing import compare_drawn
 from diffquant.runtime.gates import GATES, check_limits
 from diffquant.runtime.metrics import JUDGE_ROWS, check_names
+from diffquant.runtime.opening import stand_ins_warning
 from diffquant.runtime.weight_errors import weigh
 
 __all__ = ["compare_files"]
@@ -51,6 +52,7 @@ def compare_files(
     subject = _subject(reference)
     for path in candidates:
         _check_parts(path, reference, subject, settings)
+    settings, told = _with_stand_ins(reference, candidates, settings)
     run = Run(reference, settings, progress)
     run.draw_reference()
     names = row_names(candidates)
@@ -80,7 +82,8 @@ def compare_files(
             reference_values={name: own[name] for name in own if JUDGE_ROWS[name].alone},
             reference_seconds=run.exact.seconds,
             reference_peak_mib=run.reference_peak_mib,
-            warnings=run.warnings(rows),
+            warnings=(*told, *run.warnings(rows)),
+            synthetic=run.synthetic,
         ),
         ComparisonPictures(run.exact.pictures, run.pictures),
     )
@@ -98,6 +101,8 @@ def _check(reference: Path, candidates: Sequence[Path], settings: CompareSetting
             raise UsageError(
                 f"{what} {twice!r} comes twice: its pairs would count twice in every interval"
             )
+    if settings.synthetic and settings.only not in (None, "denoiser"):
+        raise UsageError(f"--synthetic has no {settings.only}: it compares denoisers")
     if settings.engine != "bundled" and settings.only:
         raise UsageError(f"--only takes parts apart, --engine {settings.engine} cannot")
     seen: dict[Path, Path] = {}
@@ -139,6 +144,23 @@ def _check_parts(path: Path, reference: Path, subject: _Subject, settings: Compa
             f"{path}: not the weights of {reference}: {shorten(load.problems, 3)} "
             "(diffquant diff shows all)"
         )
+
+
+def _with_stand_ins(
+    reference: Path, candidates: Sequence[Path], settings: CompareSettings
+) -> tuple[CompareSettings, tuple[str, ...]]:
+    """Settings for denoisers alone, where parts are nowhere to be found; and a warning of it."""
+    if settings.synthetic or settings.engine != "bundled":
+        return settings, ()
+    sides = [(reference, settings.base)]
+    if settings.only is None:
+        sides += [(path, settings.base or reference) for path in candidates]
+    told = stand_ins_warning(sides, settings.vae)
+    if not told:
+        return settings, ()
+    if settings.only not in (None, "denoiser"):
+        raise UsageError(f"--only {settings.only} takes a reference that draws pictures: {told}")
+    return replace(settings, synthetic=True), (told,)
 
 
 def _differing(rows: Sequence[Row]) -> str:

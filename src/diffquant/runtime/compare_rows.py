@@ -43,6 +43,7 @@ def judged_row(
     control: Row,
     judges: Opened,
     limits: Mapping[str, float],
+    synthetic: bool = False,
 ) -> Row:
     """A candidate's row, complete.
 
@@ -54,8 +55,9 @@ def judged_row(
         control: row of the damaged copy; without values where there is none.
         judges: metrics, and why some are missing.
         limits: gates.
+        synthetic: pictures are previews, which may be flat or noise; broken are those not finite.
     """
-    failures, doubts = _of_pictures(row.pairs, exact)
+    failures, doubts = _of_pictures(row.pairs, exact, finite=synthetic)
     tensors = weighed.tensors
     if tensors is not None and tensors.verdict != "pass":
         (failures if tensors.verdict == "fail" else doubts).append(_of_weights(tensors))
@@ -95,12 +97,14 @@ def _verdict(failures: list[str], doubts: list[str], *, judged: bool) -> str:
     return "warn" if doubts else "pass" if judged else ""
 
 
-def _of_pictures(pairs: tuple[PairValues, ...], exact: Drawn) -> tuple[list[str], list[str]]:
+def _of_pictures(
+    pairs: tuple[PairValues, ...], exact: Drawn, *, finite: bool
+) -> tuple[list[str], list[str]]:
     """Broken pictures; those that the reference draws no better are doubts."""
     failures: list[str] = []
     doubts: list[str] = []
     for pair, one in zip(pairs, exact.pictures, strict=True):
-        if not pair.defects:
+        if not pair.defects or (finite and "not finite" not in pair.defects):
             continue
         told = f"{pair.prompt!r} seed {pair.seed}: {', '.join(pair.defects)}"
         if set(pair.defects) <= set(defects(one)):

@@ -40,6 +40,7 @@ class Run:
     metrics: tuple[str, ...]
     reference_peak_mib: float | None
     engine: str
+    synthetic: str
 
     def __init__(self, reference: Path, settings: CompareSettings, progress: Progress) -> None:
         self.reference, self.settings, self.progress = reference, settings, progress
@@ -51,12 +52,11 @@ class Run:
     def draw_reference(self) -> None:
         """Draw with the reference, then with its denoiser in bfloat16."""
         settings = self.settings
-        files = EngineFiles(
-            self.reference, settings.base, settings.vae, (), settings.dtype, settings.device
-        )
+        files = replace(self._common(self.reference), base=settings.base)
         with watched(settings.device) as memory:
             side = open_side(settings.engine, files)
             self.engine = side.engine
+            self.synthetic = side.how if settings.synthetic else ""
             self.shots = Shots(
                 settings.prompts,
                 settings.seeds,
@@ -126,16 +126,26 @@ class Run:
             control=self.control,
             judges=self.judges,
             limits=settings.limits,
+            synthetic=settings.synthetic,
         )
         return replace(row, problems=(*row.problems, *side.warnings))
 
+    def _common(self, model: Path) -> EngineFiles:
+        settings = self.settings
+        return EngineFiles(
+            model,
+            vae=settings.vae,
+            dtype=settings.dtype,
+            device=settings.device,
+            synthetic=settings.synthetic,
+        )
+
     def _files(self, path: Path) -> EngineFiles:
         settings = self.settings
-        common = (settings.vae, (), settings.dtype, settings.device)
         if settings.only is not None:
-            swapped = ((settings.only, path),)
-            return EngineFiles(self.reference, settings.base, *common, swapped)
-        return EngineFiles(path, settings.base or self.reference, *common)
+            alone = replace(self._common(self.reference), swapped=((settings.only, path),))
+            return replace(alone, base=settings.base)
+        return replace(self._common(path), base=settings.base or self.reference)
 
     def _damaged(self, side: Side, whole: Row) -> Row:
         """Row of the control: scales of one block shuffled, or its rows where that does little."""

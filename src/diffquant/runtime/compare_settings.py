@@ -34,6 +34,7 @@ class CompareSettings:
         base, vae: as for EngineFiles; base None: candidates take what they lack from the reference.
         engine: key of ENGINES.
         lpips_weights, clip_model: as MetricNeeds has them.
+        synthetic: compare denoisers alone, as runtime/synthetic.py draws with them.
     """
 
     prompts: tuple[str, ...]
@@ -51,6 +52,7 @@ class CompareSettings:
     dtype: str = "float32"
     lpips_weights: Path | None = None
     clip_model: str | None = None
+    synthetic: bool = False
 
 
 def default_metrics(prompts: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ cache remembers the source of a file we wrote; what is still missing is listed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,12 @@ from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.packing import stored_weights
 from diffquant.runtime.pipeline import Pipeline
 from diffquant.runtime.schedules import SchedulerFacts
+from diffquant.runtime.synthetic import synthetic_pipeline
 from diffquant.runtime.titles import titles_of
 from diffquant.runtime.tokenizer_sources import Place, find_tokenizer
 from diffquant.runtime.tokenizers import Tokenizer
 
-__all__ = ["Opened", "PartOrigin", "open_pipeline"]
+__all__ = ["Opened", "PartOrigin", "missing_parts", "open_pipeline", "stand_ins_warning"]
 
 _LARGEST = 4096  # pixels; a config that says more is not followed
 
@@ -198,6 +199,7 @@ def open_pipeline(
     denoiser_dtype: torch.dtype | None = None,
     files: contextlib.ExitStack | None = None,
     swapped: Mapping[str, Path] | None = None,
+    synthetic: bool = False,
 ) -> Opened:
     """Open a model and everything it needs to make pictures.
 
@@ -213,6 +215,7 @@ def open_pipeline(
         files: keeps the files open, and large weights stay in them until `Opened.placement` brings
             them; None: everything is read now, to the device.
         swapped: part name -> checkpoint that this part alone is taken from, the denoiser too.
+        synthetic: open the denoiser alone, and let synthetic.py stand for the other parts.
 
     Raises:
         UsageError: parts that are nowhere to be found, all of them listed.
@@ -226,7 +229,8 @@ def open_pipeline(
         architecture, match = first.architecture, first.match
         assert match is not None
         family = FAMILIES[architecture]
-        chosen = _choose(providers, extra, architecture)
+        needs = ("denoiser",) if synthetic else family.needs
+        chosen = _choose(providers, extra, needs)
         modules: dict[str, torch.nn.Module] = {}
         origins, warnings = [], []
         for name, provider in chosen.items():
@@ -251,30 +255,19 @@ def open_pipeline(
             outlines = {key: weight.outline for key, weight in stored.items()}
             origins.append(_origin(name, provider, outlines))
             warnings.extend(_decoded(name, outlines, provider, part, row.layout))
-        vae_module = modules["vae"]
-        assert isinstance(vae_module, Autoencoder)
-        encoders = [name for name in family.needs if name.startswith("text_encoder")]
-        _check_given(given, encoders, architecture)
-        parts = PipelineParts(
-            architecture=architecture,
-            denoiser=modules["denoiser"],
-            vae=vae_module,
-            text_encoders=tuple(modules[name] for name in encoders),
-            tokenizers=tuple(
-                _tokenizer([*providers, *extra.values()], chosen[name], name, given, modules[name])
-                for name in encoders
-            ),
-            scheduler=SchedulerFacts.from_config(_scheduler(providers)),
-            zeros_for_empty=_index_says(providers, "force_zeros_for_empty_prompt", default=True),
-            distilled=_index_says(providers, "is_distilled", default=False),
-        )
+        scheduler = SchedulerFacts.from_config(_scheduler(providers))
         placement = None if files is None else Placement(modules, torch.device(device))
+        if synthetic:
+            pipeline = synthetic_pipeline(architecture, modules["denoiser"], scheduler)
+        else:
+            parts = _parts(architecture, modules, chosen, providers, extra, given, scheduler)
+            pipeline = Pipeline(parts, placement)
         return Opened(
-            pipeline=Pipeline(parts, placement),
+            pipeline=pipeline,
             architecture=architecture,
             variant=match.variant,
             origins=tuple(origins),
-            size=_native_size(providers, architecture, vae_module),
+            size=_native_size(providers, architecture, pipeline.parts.vae),
             warnings=tuple(warnings),
             sources={name: (one.logical, one.parts[name]) for name, one in chosen.items()},
             modules=modules,
@@ -283,27 +276,86 @@ def open_pipeline(
         )
 
 
+def _parts(
+    architecture: str,
+    modules: Mapping[str, torch.nn.Module],
+    chosen: Mapping[str, _Provider],
+    providers: list[_Provider],
+    extra: Mapping[str, _Provider],
+    given: Mapping[str, Path],
+    scheduler: SchedulerFacts,
+) -> PipelineParts:
+    """Put built modules and their tokenizers together."""
+    vae = modules["vae"]
+    assert isinstance(vae, Autoencoder)
+    encoders = [name for name in FAMILIES[architecture].needs if name.startswith("text_encoder")]
+    _check_given(given, encoders, architecture)
+    sources = [*providers, *extra.values()]
+    return PipelineParts(
+        architecture=architecture,
+        denoiser=modules["denoiser"],
+        vae=vae,
+        text_encoders=tuple(modules[name] for name in encoders),
+        tokenizers=tuple(
+            _tokenizer(sources, chosen[name], name, given, modules[name]) for name in encoders
+        ),
+        scheduler=scheduler,
+        zeros_for_empty=_index_says(providers, "force_zeros_for_empty_prompt", default=True),
+        distilled=_index_says(providers, "is_distilled", default=False),
+    )
+
+
+def missing_parts(
+    model: Path, *, base: Path | None = None, vae: Path | None = None
+) -> tuple[str, ...]:
+    """Names of parts that a picture takes and that neither the files nor the user's cache have.
+
+    Raises:
+        ArchitectureError: no runtime for this architecture yet.
+    """
+    added = {"vae": vae} if vae is not None else {}
+    with contextlib.ExitStack() as stack:
+        providers, extra = _providers(stack, model, base, added, {})
+        needs = FAMILIES[providers[0].architecture].needs
+        return tuple(name for name in needs if not _usable(providers, extra, name))
+
+
+def stand_ins_warning(sides: Iterable[tuple[Path, Path | None]], vae: Path | None) -> str:
+    """Say which side, of (model, base) each, lacks parts, so that all go without; "" for none."""
+    for model, base in sides:
+        missing = missing_parts(model, base=base, vae=vae)
+        if missing and "denoiser" not in missing:
+            return (
+                f"{model} has no {', '.join(missing)}: denoisers are compared alone, on synthetic "
+                "text, by colours of their latents; with --base MODEL they are judged by pictures"
+            )
+    return ""
+
+
+def _usable(
+    providers: list[_Provider], extra: Mapping[str, _Provider], name: str
+) -> list[_Provider]:
+    """Who has a part, in order of precedence; the denoiser is the model's own or nobody's."""
+    architecture = providers[0].architecture
+    if name in extra:
+        return [extra[name]]
+    if name == "denoiser":
+        return providers[:1] if name in providers[0].parts else []
+    return [one for one in providers if name in one.parts and one.architecture == architecture]
+
+
 def _choose(
-    providers: list[_Provider], extra: Mapping[str, _Provider], architecture: str
+    providers: list[_Provider], extra: Mapping[str, _Provider], needs: tuple[str, ...]
 ) -> dict[str, _Provider]:
     """Pick the provider of every needed part; an added file outranks the model's own part."""
-    chosen: dict[str, _Provider] = {}
-    missing = []
-    for name in FAMILIES[architecture].needs:
-        usable = [extra[name]] if name in extra else []
-        usable += [p for p in providers if name in p.parts and p.architecture == architecture]
-        if name == "denoiser" and name not in extra:
-            usable = providers[:1] if name in providers[0].parts else []
-        if usable:
-            chosen[name] = usable[0]
-        else:
-            missing.append(name)
+    usable = {name: _usable(providers, extra, name) for name in needs}
+    missing = [name for name, found in usable.items() if not found]
     if missing:
         raise UsageError(
             f"{providers[0].path} has no {', '.join(missing)}: give a folder or checkpoint of the "
             f"same family with --base, or each part's file with --add {missing[0]}=FILE"
         )
-    return chosen
+    return {name: found[0] for name, found in usable.items()}
 
 
 def _decoded(

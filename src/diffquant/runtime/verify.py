@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffquant.core.errors import UsageError
@@ -16,6 +16,7 @@ from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.runtime.compare import ImageReport, ImageSettings, Pictures, compare_pictures
 from diffquant.runtime.comparison import Value
 from diffquant.runtime.gates import GateResult, judge_gate
+from diffquant.runtime.opening import stand_ins_warning
 from diffquant.runtime.weight_errors import (
     LoadReport,
     TensorError,
@@ -97,11 +98,23 @@ def verify(
         verdicts.append(gates[0].verdict)
     if level != "image" or load.verdict == "fail":
         return VerifyReport(level, worst_of(verdicts), load, tensors, gates=gates)
+    settings, told = _with_stand_ins(candidate, against, settings or ImageSettings(), base, vae)
     image, pictures, warnings = compare_pictures(
-        candidate, against, settings or ImageSettings(), base=base, vae=vae, progress=progress
+        candidate, against, settings, base=base, vae=vae, progress=progress
     )
     verdicts.append(image.verdict)
+    warnings = (*told, *warnings)
     return VerifyReport(level, worst_of(verdicts), load, tensors, image, warnings, pictures, gates)
+
+
+def _with_stand_ins(
+    candidate: Path, against: Path, settings: ImageSettings, base: Path | None, vae: Path | None
+) -> tuple[ImageSettings, tuple[str, ...]]:
+    """Settings for denoisers alone, where parts are nowhere to be found; and a warning of it."""
+    if settings.synthetic or settings.engine != "bundled":
+        return settings, ()
+    told = stand_ins_warning(((against, base), (candidate, base or against)), vae)
+    return (replace(settings, synthetic=True), (told,)) if told else (settings, ())
 
 
 def _error_gate(limit: float, tensors: TensorsReport) -> GateResult:

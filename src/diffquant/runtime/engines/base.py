@@ -49,6 +49,7 @@ class EngineFiles:
         swapped: (part, checkpoint): that part alone comes from there, all others as they would.
         rough: the denoiser computes in bfloat16 from the start, where the engine can be told so;
             `Side.rough` does it to a model that is open, and may hold it twice.
+        synthetic: the denoiser alone, as runtime/synthetic.py draws with it.
     """
 
     model: Path
@@ -59,6 +60,7 @@ class EngineFiles:
     device: str = "cpu"
     swapped: tuple[tuple[str, Path], ...] = ()
     rough: bool = False
+    synthetic: bool = False
 
 
 class Side(Protocol):
@@ -103,11 +105,13 @@ class Side(Protocol):
 
 
 def refuse_swapped(engine: str, files: EngineFiles) -> None:
-    """Refuse a part from another checkpoint, for engines that load files as they are.
+    """Refuse parts from elsewhere and stand-ins, for engines that load files as they are.
 
     Raises:
         UsageError: there is one.
     """
+    if files.synthetic:
+        raise UsageError(f"--engine {engine} draws no synthetic pictures: use --engine bundled")
     if files.swapped:
         raise UsageError(
             f"--engine {engine} cannot take the {files.swapped[0][0]} alone from another file: "

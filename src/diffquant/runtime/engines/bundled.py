@@ -15,6 +15,7 @@ from diffquant.runtime.engines.base import EngineFiles, OnLatents, OnStep, Pictu
 from diffquant.runtime.lora import attach
 from diffquant.runtime.opening import Opened, open_pipeline
 from diffquant.runtime.request import PictureRequest
+from diffquant.runtime.synthetic import describe
 
 __all__ = ["BundledSide", "open_side"]
 
@@ -72,6 +73,7 @@ def _opened(files: EngineFiles, denoiser: torch.dtype | None) -> Opened:
         device=files.device,
         denoiser_dtype=denoiser,
         swapped=dict(files.swapped),
+        synthetic=files.synthetic,
     )
 
 
@@ -80,4 +82,7 @@ def open_side(files: EngineFiles) -> BundledSide:
     opened = _opened(files, torch.bfloat16 if files.rough else None)
     uses = attach(opened, files.loras)
     warnings = (*opened.warnings, *(text for use in uses for text in use.warnings))
-    return BundledSide(files, opened, warnings)
+    side = BundledSide(files, opened, warnings)
+    if files.synthetic:
+        return replace(side, how=f"{side.how}; {describe(opened.pipeline)}")
+    return side
