@@ -91,6 +91,8 @@ def command(
     def work() -> Outcome:
         if loras and level != "image":
             raise UsageError("--lora counts in pictures alone: use --level image")
+        if synthetic and level != "image":
+            raise UsageError("--synthetic draws pictures: use --level image")
         if engine != "bundled" and level != "image":
             raise UsageError("--engine draws pictures: use --level image")
         check_limits({"min_psnr": min_psnr, **limits})

@@ -140,9 +140,11 @@ def _check_parts(path: Path, reference: Path, subject: _Subject, settings: Compa
     if load.problems and settings.only is not None and settings.only not in weighed.parts:
         raise UsageError(f"{path}: --only {settings.only}: {load.problems[0]}")
     if load.problems:
+        whole = settings.only is None and "denoiser" in weighed.parts
+        more = "; --only denoiser compares that alone" if whole else ""
         raise MappingError(
             f"{path}: not the weights of {reference}: {shorten(load.problems, 3)} "
-            "(diffquant diff shows all)"
+            f"(diffquant diff shows all{more})"
         )
 
 
