@@ -195,7 +195,9 @@ def test_one_model_is_in_memory_at_a_time(files, monkeypatch):
 
     monkeypatch.setattr(bundled, "open_side", open_side)
     one = replace(SETTINGS, prompts=SETTINGS.prompts[:1], metrics=("psnr",))
-    compare_files(FLUX, [files["q8_0"], files["q4_0"]], one)
+    settings = replace(one, keep_pictures=False)
+    _, pictures = compare_files(FLUX, [files["q8_0"], files["q4_0"]], settings)
+    assert (len(pictures.reference), pictures.rows) == (1, {})
     assert len(alive) == 4  # reference, floor, two candidates
 
 
