@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "imatrix": ("diffquant.cli.imatrix", "Show, merge and convert importance matrices."),
     "generate": ("diffquant.cli.generate", "Generate pictures with the bundled runtime."),
     "verify": ("diffquant.cli.verify", "Compare a file with its source: tensors, pictures."),
+    "compare": ("diffquant.cli.compare", "Compare several files with one, by their pictures."),
     "diff": ("diffquant.cli.diff", "Say what differs between two checkpoints."),
     "download": ("diffquant.cli.download", "Download files of a repository, checked."),
     "doctor": ("diffquant.cli.doctor", "Say what this machine has, runs, and is limited by."),

@@ -107,15 +107,23 @@ def bytes_from(text: str, option: str) -> int:
 
 
 def seeds_from(text: str, option: str = "--seeds") -> tuple[int, ...]:
-    """Read seeds: 0,1,7.
+    """Read seeds: 0,1,7, or a file of them, with commas or one per line.
 
     Raises:
-        UsageError: not integers.
+        UsageError: not integers, or none.
     """
+    file = Path(text)
+    listed = text.split(",")
+    if not text[:1].isdigit() and file.is_file():
+        listed = [one for line in _lines_of(file) for one in line.split(",")]
     try:
-        seeds = tuple(int(part) for part in text.split(","))
+        seeds = tuple(int(part) for part in listed)
     except ValueError:
-        raise UsageError(f"{option} {text}: expected numbers with commas, such as 0,1") from None
+        raise UsageError(
+            f"{option} {text}: expected numbers with commas, such as 0,1, or a file of them"
+        ) from None
+    if not seeds:
+        raise UsageError(f"{option} {text}: no seeds in it")
     if any(not 0 <= seed < 2**63 for seed in seeds):
         raise UsageError(f"{option} {text}: a seed is at least 0 and below 2**63")
     return seeds
@@ -125,13 +133,28 @@ def prompts_from(path: Path) -> tuple[str, ...]:
     """Read one prompt per line; empty lines and lines that start with # are skipped.
 
     Raises:
-        UsageError: no prompt in it.
+        UsageError: no prompt in it, or no text.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    prompts = _lines_of(path)
     if not prompts:
         raise UsageError(f"{path}: no prompts in it, expected one per line")
     return prompts
+
+
+_LARGEST_LIST = 1 << 20  # bytes of a file of prompts or seeds
+
+
+def _lines_of(path: Path) -> tuple[str, ...]:
+    """Lines of a small text file; empty ones and those that start with # are skipped."""
+    with path.open("rb") as file:
+        raw = file.read(_LARGEST_LIST + 1)
+    if len(raw) > _LARGEST_LIST:
+        raise UsageError(f"{path}: over {_LARGEST_LIST} bytes, no list of prompts or seeds")
+    try:
+        lines = raw.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8: {error}") from None
+    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 
 def lora_pairs(values: tuple[str, ...]) -> tuple[tuple[Path, float], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffquant.cli.ask_gates import render_gates
 from diffquant.cli.frame import echo, table
 
 __all__ = ["decibel", "render_image", "render_verify", "strip_pictures"]
@@ -20,6 +21,7 @@ def strip_pictures(report: Any) -> dict[str, Any]:  # noqa: ANN401 - runtime.ver
         "load": to_json(report.load),
         "tensors": to_json(report.tensors),
         "image": image,
+        "gates": to_json(report.gates),
     }
 
 
@@ -47,6 +49,10 @@ def render_verify(result: dict[str, Any]) -> None:
             echo(
                 f"         {row['verdict']}: {row['key']} {row['stored']} error {row['error']:.4f}"
             )
+    render_gates(result["gates"], "         ")
+    for gate in result["gates"]:
+        if gate["why"]:
+            echo(f"         {gate['why']}")
     image = result["image"]
     if image:
         render_image(image)
@@ -80,5 +86,6 @@ def render_image(image: dict[str, Any]) -> None:
         ],
         right=(1, 2, 3),
     )
+    render_gates(image["gates"], "         ")
     for text in image["problems"]:
         echo(f"         {text}")

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from diffquant.cli.ask_gates import gate_options
 from diffquant.cli.frame import Options, Outcome, common, run
 from diffquant.cli.values import check_device, lora_pairs, prompts_from, seeds_from, size_from
 from diffquant.cli.verdict import render_verify, strip_pictures
 from diffquant.core.errors import UsageError
+from diffquant.runtime.gates import check_limits
 
 __all__ = ["command"]
 
@@ -23,11 +25,19 @@ __all__ = ["command"]
     "--level", type=click.Choice(["load", "tensors", "image"]), default="image", show_default=True
 )
 @click.option("--prompts", type=click.Path(path_type=Path), help="File with a prompt per line.")
-@click.option("--seeds", default="0,1", show_default=True, help="Seeds, with commas.")
+@click.option(
+    "--seeds", default="0,1", show_default=True, help="Seeds, with commas, or a file of them."
+)
 @click.option("--steps", type=click.IntRange(1, 1000), default=12, show_default=True)
 @click.option("--cfg", type=float, help="Guidance strength (default: the family's).")
 @click.option("--size", metavar="WxH", help="Picture size (default: the model's own).")
 @click.option("--min-psnr", type=float, default=25.0, show_default=True, metavar="DB")
+@gate_options("min_psnr")
+@click.option(
+    "--lpips-weights",
+    type=click.Path(path_type=Path),
+    help="File of LPIPS with AlexNet (default: where torchvision and lpips keep theirs).",
+)
 @click.option("--base", type=click.Path(path_type=Path), help="Where missing parts come from.")
 @click.option("--vae", type=click.Path(path_type=Path), help="VAE file to use on both sides.")
 @click.option(
@@ -44,6 +54,12 @@ __all__ = ["command"]
     show_default=True,
     help="Program that draws both sides: the one that will load the file, if it is installed.",
 )
+@click.option(
+    "--synthetic",
+    is_flag=True,
+    help="Compare denoisers alone: random text, latents as colours (done by itself, with a "
+    "warning, where text encoder or VAE are nowhere).",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
 @common
 def command(
@@ -56,23 +72,34 @@ def command(
     cfg: float | None,
     size: str | None,
     min_psnr: float,
+    limits: dict[str, float],
+    lpips_weights: Path | None,
     base: Path | None,
     vae: Path | None,
     loras: tuple[str, ...],
     engine: str,
+    synthetic: bool,
     device: str,
     options: Options,
 ) -> None:
     """Judge CANDIDATE against its source: it loads, its weights agree, its pictures agree.
 
-    Exit code 3 when a gate fails. The image level also runs a damaged copy that must fail.
+    Exit code 3 when a gate fails. Every gate must also refuse a damaged copy: one that does not
+    fails as a gate that cannot fail, and one whose metric cannot be computed fails too.
     """
 
     def work() -> Outcome:
         if loras and level != "image":
             raise UsageError("--lora counts in pictures alone: use --level image")
+        if synthetic and level != "image":
+            raise UsageError("--synthetic draws pictures: use --level image")
         if engine != "bundled" and level != "image":
             raise UsageError("--engine draws pictures: use --level image")
+        check_limits({"min_psnr": min_psnr, **limits})
+        max_rel_error = limits.pop("max_rel_error", None)
+        if limits and level != "image":
+            flag = f"--{next(iter(limits)).replace('_', '-')}"
+            raise UsageError(f"{flag} judges pictures: use --level image")
         picked = seeds_from(seeds)
         lines = prompts_from(prompts) if prompts else None
         wanted = size_from(size)
@@ -91,6 +118,9 @@ def command(
             device=device,
             loras=lora_pairs(loras),
             engine=engine,
+            limits=limits,
+            lpips_weights=lpips_weights,
+            synthetic=synthetic,
         )
         report = verify(
             candidate,
@@ -100,6 +130,7 @@ def command(
             base=base,
             vae=vae,
             progress=options.bar(),
+            max_rel_error=max_rel_error,
         )
         failed = report.verdict == "fail"
         return Outcome(strip_pictures(report), report.warnings, 3 if failed else 0, ok=not failed)

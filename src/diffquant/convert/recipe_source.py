@@ -25,7 +25,7 @@ from diffquant.io import open_source
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.types import TYPES
 
-__all__ = ["load_recipe"]
+__all__ = ["load_recipe", "type_label"]
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -49,7 +49,7 @@ def load_recipe(path: Path) -> Recipe:
                 f"no recipe from {path}: {error}", candidates=error.candidates
             ) from None
         formats, notes = _formats_of(logical, match)
-        label = _label(source.metadata, match, logical)
+        label = type_label(source.metadata, match, logical)
         return Recipe(match.architecture, label, formats, path.name, notes)
 
 
@@ -93,7 +93,7 @@ def _bits(name: str) -> float:
     return row.block_nbytes * 8 / row.block_size
 
 
-def _label(metadata: Mapping[str, Any], match: Match, logical: LogicalSource) -> str:
+def type_label(metadata: Mapping[str, Any], match: Match, logical: LogicalSource) -> str:
     """The type a file calls itself, else the plainest type whose base most packed weights have."""
     ours = metadata.get("diffquant.type")
     if isinstance(ours, str) and ours in TYPES:

@@ -10,16 +10,20 @@ verdict is a warning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffquant.core.progress import NO_PROGRESS, Progress
+from diffquant.runtime.comparison import Value
 from diffquant.runtime.engines import EngineFiles, Side, open_side
+from diffquant.runtime.gates import GATES, GateResult, judge_gate
 from diffquant.runtime.judges import Pair, Pooled, defects, ssim
+from diffquant.runtime.metrics import MetricNeeds, Opened, open_judges
+from diffquant.runtime.metrics.values import value_of
 from diffquant.runtime.request import PictureRequest
 
 __all__ = [
@@ -45,6 +49,9 @@ class ImageSettings:
         min_psnr: gate in dB; also what the control must stay below.
         loras: (file, weight) attached to the candidate, and not to its source.
         engine: program that draws both sides, a key of ENGINES.
+        limits: further gates on pictures: key of GATES -> limit.
+        lpips_weights: as metrics/lpips.py takes it, None: where torchvision keeps its own.
+        synthetic: judge the denoisers alone, as runtime/synthetic.py draws with them.
     """
 
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
@@ -59,6 +66,14 @@ class ImageSettings:
     dtype: str = "float32"
     loras: tuple[tuple[Path, float], ...] = ()
     engine: str = "bundled"
+    limits: Mapping[str, float] = field(default_factory=dict)
+    lpips_weights: Path | None = None
+    synthetic: bool = False
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics that the further gates need, each once."""
+        return tuple(dict.fromkeys(GATES[name].metric for name in self.limits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +84,9 @@ class ImageReport:
         control_block: what the control damaged, or why there was none.
         engine: the program that drew, with its version.
         how: who read the candidate, the program or diffquant for it.
+        gates: the further gates, each with its value and its control's.
+        metrics: METRICS key -> value, of those that gates need.
+        synthetic: pictures are previews of latents drawn from random text; `how` says of which.
     """
 
     verdict: str
@@ -89,6 +107,9 @@ class ImageReport:
     problems: tuple[str, ...]
     engine: str = ""
     how: str = ""
+    gates: tuple[GateResult, ...] = ()
+    metrics: Mapping[str, Value] = field(default_factory=dict)
+    synthetic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +132,32 @@ def compare_pictures(
 ) -> tuple[ImageReport, Pictures, tuple[str, ...]]:
     """Generate with both sides and judge; `reference` reuses what `make_reference` returned."""
     if reference is None:
-        reference = make_reference(against, settings, vae=vae, progress=progress)
+        reference = make_reference(against, settings, base=base, vae=vae, progress=progress)
     settings = replace(settings, size=reference.size)
     files = EngineFiles(
-        candidate, base or against, vae, settings.loras, settings.dtype, settings.device
+        candidate,
+        base or against,
+        vae,
+        settings.loras,
+        settings.dtype,
+        settings.device,
+        synthetic=settings.synthetic,
     )
+    needs = MetricNeeds(
+        settings.prompts,
+        reference.size,
+        lpips_weights=settings.lpips_weights,
+        device=settings.device,
+    )
+    judges = open_judges(settings.metrics, needs)
     mine = open_side(settings.engine, files)
     pictures = _generate(mine, settings, "candidate", progress)
     one = replace(settings, prompts=settings.prompts[:2], seeds=settings.seeds[:1])
-    control = _control(reference, mine, one, len(settings.seeds), progress, rows=False)
-    if control.psnr_db is None or control.psnr_db >= settings.min_psnr:
-        control = _control(reference, mine, one, len(settings.seeds), progress, rows=True)
-    report = _judge(reference, pictures, control, settings, str(candidate), str(against))
+    stride = len(settings.seeds)
+    control = _control(reference, mine, one, stride, judges, progress, rows=False)
+    if control.escapes(settings):
+        control = _control(reference, mine, one, stride, judges, progress, rows=True)
+    report = _judge(reference, pictures, control, settings, judges, str(candidate), str(against))
     report = replace(report, engine=mine.engine, how=mine.how)
     return report, Pictures(reference.pictures, pictures), mine.warnings
 
@@ -134,6 +169,18 @@ class _Control:
     psnr_db: float | None
     block: str
     ran: bool = True
+    values: Mapping[str, Value] = field(default_factory=dict)
+
+    def escapes(self, settings: ImageSettings) -> bool:
+        """Whether some gate lets the damage pass."""
+        if not self.ran:
+            return False
+        kept = [self.psnr_db is None or self.psnr_db >= settings.min_psnr]
+        for name, limit in settings.limits.items():
+            value = self.values.get(GATES[name].metric)
+            if value is not None:
+                kept.append(value.mean is None or GATES[name].keeps(value.mean, limit))
+        return any(kept)
 
 
 def _control(
@@ -141,6 +188,7 @@ def _control(
     mine: Side,
     settings: ImageSettings,
     stride: int,
+    judges: Opened,
     progress: Progress,
     *,
     rows: bool,
@@ -150,9 +198,26 @@ def _control(
     with mine.damaged(rows=rows) as said:
         if said is None:
             return _Control(None, f"{mine.engine} gives no access to weights", ran=False)
-        for index, other in enumerate(_generate(mine, settings, "control", progress)):
-            pooled.add(reference.pictures[index * stride], other)
-    return _Control(pooled.psnr_db, said)
+        pictures = _generate(mine, settings, "control", progress)
+    exact = reference.pictures[::stride][: len(pictures)]
+    for one, other in zip(exact, pictures, strict=True):
+        pooled.add(one, other)
+    values = _values(judges, [(prompt, 0) for prompt in settings.prompts], exact, pictures)
+    return _Control(pooled.psnr_db, said, values=values)
+
+
+def _values(
+    judges: Opened,
+    named: Sequence[tuple[str, int]],
+    exact: Sequence[NDArray[np.float32]],
+    pictures: Sequence[NDArray[np.float32]],
+) -> dict[str, Value]:
+    """Every opened metric over all pairs; `named` has the prompt and seed of each."""
+    each = [
+        judges.judge(one, other, prompt)
+        for (prompt, _), one, other in zip(named, exact, pictures, strict=True)
+    ]
+    return {name: value_of(name, [pair[name] for pair in each]) for name in judges.judges}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +238,9 @@ def make_reference(
     progress: Progress = NO_PROGRESS,
 ) -> Reference:
     """Generate with the source in float32, and again with its denoiser in bfloat16."""
-    files = EngineFiles(against, base, vae, (), settings.dtype, settings.device)
+    files = EngineFiles(
+        against, base, vae, (), settings.dtype, settings.device, synthetic=settings.synthetic
+    )
     source = open_side(settings.engine, files)
     settings = replace(settings, size=settings.size or source.size)
     assert settings.size is not None
@@ -219,6 +286,7 @@ def _judge(
     pictures: Sequence[NDArray[np.float32]],
     control: _Control,
     settings: ImageSettings,
+    judges: Opened,
     candidate: str,
     against: str,
 ) -> ImageReport:
@@ -232,6 +300,8 @@ def _judge(
         one.add(exact, other)
         pooled.add(exact, other)
         found = defects(other)
+        if settings.synthetic:  # a preview of random text may well be flat or noise
+            found = tuple(one for one in found if one == "not finite")
         pairs.append(Pair(prompt, seed, one.psnr_db, ssim(exact, other), found))
         if found:
             told = f"{prompt!r} seed {seed}: {', '.join(found)}"
@@ -248,6 +318,20 @@ def _judge(
     elif control.psnr_db is None or not control.psnr_db < gate:
         reached = "identity" if control.psnr_db is None else f"{control.psnr_db:.2f} dB"
         failures.append(f"the control ({control.block}) reached {reached}: this gate cannot fail")
+    values = _values(judges, named, reference.pictures, pictures)
+    gates = tuple(
+        judge_gate(
+            name,
+            limit,
+            values.get(GATES[name].metric),
+            control=control.values.get(GATES[name].metric) if control.ran else None,
+            damage=control.block,
+            missing=judges.missing.get(GATES[name].metric, ""),
+        )
+        for name, limit in settings.limits.items()
+    )
+    failures += [one.why for one in gates if one.verdict == "fail"]
+    doubts += [one.why for one in gates if one.verdict == "warn"]
     return ImageReport(
         verdict="fail" if failures else "warn" if doubts else "pass",
         psnr_db=value,
@@ -265,4 +349,7 @@ def _judge(
         size=reference.size,
         steps=settings.steps,
         problems=(*failures, *doubts),
+        gates=gates,
+        metrics=values,
+        synthetic=settings.synthetic,
     )

@@ -113,7 +113,8 @@ class Row:
         layers: per weight, file order; empty where not compared.
         peak_mib: anonymous memory at its highest while this row was drawn (device memory on a GPU).
         seconds: per picture, median.
-        verdict: pass, warn, fail, or "" for rows that are not judged.
+        verdict: pass, warn, fail, or "" for rows that are not judged: floor and control, and
+            candidates without gates that are not broken.
         problems: what made it not pass, and notes.
         stored: what the weights are stored as, in words.
     """
@@ -148,6 +149,10 @@ class Comparison:
         gates: what had to be reached, such as {"psnr": 25.0}.
         engine, device, dtype: what drew.
         reference_score: prompt score of the reference's own pictures.
+        reference_values: of its own pictures, metrics that need no reference (clip, prompt).
+        reference_seconds, reference_peak_mib: as in Row.
+        warnings: what is odd about the comparison as a whole.
+        synthetic: what stood for a text encoder and a VAE where there was none, else "".
     """
 
     reference: str
@@ -169,6 +174,11 @@ class Comparison:
     dtype: str = "float32"
     reference_score: float | None = None
     tool: str = ""
+    reference_values: Mapping[str, Value] = field(default_factory=dict)
+    reference_seconds: float | None = None
+    reference_peak_mib: float | None = None
+    warnings: tuple[str, ...] = ()
+    synthetic: str = ""
 
     @property
     def candidates(self) -> tuple[Row, ...]:
@@ -178,7 +188,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonPictures:
-    """(H, W, 3) floats in [0, 1], prompts outermost, then seeds; Row.name -> its pictures."""
+    """(H, W, 3) floats in [0, 1], prompts outermost, then seeds; Row.name -> its pictures.
+
+    A picture that could not be drawn is NaN all over. `rows` is empty where pictures were not kept.
+    """
 
     reference: tuple[NDArray[np.float32], ...]
     rows: Mapping[str, tuple[NDArray[np.float32], ...]]

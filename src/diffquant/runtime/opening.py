@@ -8,7 +8,7 @@ cache remembers the source of a file we wrote; what is still missing is listed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,12 @@ from diffquant.runtime.models.autoencoder import Autoencoder
 from diffquant.runtime.packing import stored_weights
 from diffquant.runtime.pipeline import Pipeline
 from diffquant.runtime.schedules import SchedulerFacts
+from diffquant.runtime.synthetic import synthetic_pipeline
 from diffquant.runtime.titles import titles_of
 from diffquant.runtime.tokenizer_sources import Place, find_tokenizer
 from diffquant.runtime.tokenizers import Tokenizer
 
-__all__ = ["Opened", "PartOrigin", "open_pipeline"]
+__all__ = ["Opened", "PartOrigin", "missing_parts", "open_pipeline", "stand_ins_warning"]
 
 _LARGEST = 4096  # pixels; a config that says more is not followed
 
@@ -97,7 +98,11 @@ class _Provider:
 
 
 def _providers(
-    stack: contextlib.ExitStack, model: Path, base: Path | None, added: Mapping[str, Path]
+    stack: contextlib.ExitStack,
+    model: Path,
+    base: Path | None,
+    added: Mapping[str, Path],
+    swapped: Mapping[str, Path],
 ) -> tuple[list[_Provider], dict[str, _Provider]]:
     """Open the model and whatever may fill its gaps, in order of precedence; and added parts."""
     first = _provide(stack, model)
@@ -108,6 +113,10 @@ def _providers(
     extra = {
         name: _provide_component(stack, path, name, first.architecture, family)
         for name, path in added.items()
+    }
+    extra |= {
+        name: _provide_part(stack, path, name, first.architecture, family)
+        for name, path in swapped.items()
     }
     if base is not None:
         found.append(_provide(stack, base))
@@ -156,6 +165,29 @@ def _provide_component(
     return _Provider(path, source, logical, {name: part}, architecture, None)
 
 
+def _provide_part(
+    stack: contextlib.ExitStack, path: Path, name: str, architecture: str, family: Family
+) -> _Provider:
+    """Open a checkpoint of which one part counts; it may hold others, or that part alone."""
+    if name not in family.needs:
+        known = ", ".join(family.needs)
+        raise UsageError(f"{architecture} has no part {name!r} (parts: {known})")
+    source = stack.enter_context(open_source(path))
+    logical = bind(source)
+    alone = None if name == "denoiser" else detect_component(logical.specs())
+    if alone is not None:
+        source.close()
+        return _provide_component(stack, path, name, architecture, family)
+    match = detect(logical.specs(), source.metadata, source.configs)
+    if match.architecture != architecture:
+        raise ArchitectureError(f"{path}: expected {architecture}, found {match.architecture}")
+    part = match.part(name)
+    if part is None:
+        have = ", ".join(one.name for one in match.parts)
+        raise UsageError(f"{path} has no {name} (it has {have})")
+    return _Provider(path, source, logical, {name: part}, architecture, match)
+
+
 def open_pipeline(
     model: Path,
     *,
@@ -166,6 +198,8 @@ def open_pipeline(
     device: str = "cpu",
     denoiser_dtype: torch.dtype | None = None,
     files: contextlib.ExitStack | None = None,
+    swapped: Mapping[str, Path] | None = None,
+    synthetic: bool = False,
 ) -> Opened:
     """Open a model and everything it needs to make pictures.
 
@@ -180,6 +214,8 @@ def open_pipeline(
         denoiser_dtype: compute dtype of the denoiser alone, where it differs.
         files: keeps the files open, and large weights stay in them until `Opened.placement` brings
             them; None: everything is read now, to the device.
+        swapped: part name -> checkpoint that this part alone is taken from, the denoiser too.
+        synthetic: open the denoiser alone, and let synthetic.py stand for the other parts.
 
     Raises:
         UsageError: parts that are nowhere to be found, all of them listed.
@@ -188,12 +224,13 @@ def open_pipeline(
     wanted = {**(added or {}), **({"vae": vae} if vae is not None else {})}
     given = {name: wanted.pop(name) for name in list(wanted) if name.startswith("tokenizer")}
     with contextlib.ExitStack() as opened_here:
-        providers, extra = _providers(files or opened_here, model, base, wanted)
+        providers, extra = _providers(files or opened_here, model, base, wanted, swapped or {})
         first = providers[0]
         architecture, match = first.architecture, first.match
         assert match is not None
         family = FAMILIES[architecture]
-        chosen = _choose(providers, extra, architecture)
+        needs = ("denoiser",) if synthetic else family.needs
+        chosen = _choose(providers, extra, needs)
         modules: dict[str, torch.nn.Module] = {}
         origins, warnings = [], []
         for name, provider in chosen.items():
@@ -210,7 +247,7 @@ def open_pipeline(
                 weights = {key: weight.load() for key, weight in stored.items()}
             own = provider.source.metadata
             hyper = {
-                **_hyper([*extra.values(), *providers], architecture, name, part),
+                **_hyper([provider, *extra.values(), *providers], architecture, name, part),
                 **stated_fields(own, part.kind),
             }
             compute = denoiser_dtype if name == "denoiser" and denoiser_dtype else dtype
@@ -218,30 +255,19 @@ def open_pipeline(
             outlines = {key: weight.outline for key, weight in stored.items()}
             origins.append(_origin(name, provider, outlines))
             warnings.extend(_decoded(name, outlines, provider, part, row.layout))
-        vae_module = modules["vae"]
-        assert isinstance(vae_module, Autoencoder)
-        encoders = [name for name in family.needs if name.startswith("text_encoder")]
-        _check_given(given, encoders, architecture)
-        parts = PipelineParts(
-            architecture=architecture,
-            denoiser=modules["denoiser"],
-            vae=vae_module,
-            text_encoders=tuple(modules[name] for name in encoders),
-            tokenizers=tuple(
-                _tokenizer([*providers, *extra.values()], chosen[name], name, given, modules[name])
-                for name in encoders
-            ),
-            scheduler=SchedulerFacts.from_config(_scheduler(providers)),
-            zeros_for_empty=_index_says(providers, "force_zeros_for_empty_prompt", default=True),
-            distilled=_index_says(providers, "is_distilled", default=False),
-        )
+        scheduler = SchedulerFacts.from_config(_scheduler(providers))
         placement = None if files is None else Placement(modules, torch.device(device))
+        if synthetic:
+            pipeline = synthetic_pipeline(architecture, modules["denoiser"], scheduler)
+        else:
+            parts = _parts(architecture, modules, chosen, providers, extra, given, scheduler)
+            pipeline = Pipeline(parts, placement)
         return Opened(
-            pipeline=Pipeline(parts, placement),
+            pipeline=pipeline,
             architecture=architecture,
             variant=match.variant,
             origins=tuple(origins),
-            size=_native_size(providers, architecture, vae_module),
+            size=_native_size(providers, architecture, pipeline.parts.vae),
             warnings=tuple(warnings),
             sources={name: (one.logical, one.parts[name]) for name, one in chosen.items()},
             modules=modules,
@@ -250,27 +276,86 @@ def open_pipeline(
         )
 
 
+def _parts(
+    architecture: str,
+    modules: Mapping[str, torch.nn.Module],
+    chosen: Mapping[str, _Provider],
+    providers: list[_Provider],
+    extra: Mapping[str, _Provider],
+    given: Mapping[str, Path],
+    scheduler: SchedulerFacts,
+) -> PipelineParts:
+    """Put built modules and their tokenizers together."""
+    vae = modules["vae"]
+    assert isinstance(vae, Autoencoder)
+    encoders = [name for name in FAMILIES[architecture].needs if name.startswith("text_encoder")]
+    _check_given(given, encoders, architecture)
+    sources = [*providers, *extra.values()]
+    return PipelineParts(
+        architecture=architecture,
+        denoiser=modules["denoiser"],
+        vae=vae,
+        text_encoders=tuple(modules[name] for name in encoders),
+        tokenizers=tuple(
+            _tokenizer(sources, chosen[name], name, given, modules[name]) for name in encoders
+        ),
+        scheduler=scheduler,
+        zeros_for_empty=_index_says(providers, "force_zeros_for_empty_prompt", default=True),
+        distilled=_index_says(providers, "is_distilled", default=False),
+    )
+
+
+def missing_parts(
+    model: Path, *, base: Path | None = None, vae: Path | None = None
+) -> tuple[str, ...]:
+    """Names of parts that a picture takes and that neither the files nor the user's cache have.
+
+    Raises:
+        ArchitectureError: no runtime for this architecture yet.
+    """
+    added = {"vae": vae} if vae is not None else {}
+    with contextlib.ExitStack() as stack:
+        providers, extra = _providers(stack, model, base, added, {})
+        needs = FAMILIES[providers[0].architecture].needs
+        return tuple(name for name in needs if not _usable(providers, extra, name))
+
+
+def stand_ins_warning(sides: Iterable[tuple[Path, Path | None]], vae: Path | None) -> str:
+    """Say which side, of (model, base) each, lacks parts, so that all go without; "" for none."""
+    for model, base in sides:
+        missing = missing_parts(model, base=base, vae=vae)
+        if missing and "denoiser" not in missing:
+            return (
+                f"{model} has no {', '.join(missing)}: denoisers are compared alone, on synthetic "
+                "text, by colours of their latents; with --base MODEL they are judged by pictures"
+            )
+    return ""
+
+
+def _usable(
+    providers: list[_Provider], extra: Mapping[str, _Provider], name: str
+) -> list[_Provider]:
+    """Who has a part, in order of precedence; the denoiser is the model's own or nobody's."""
+    architecture = providers[0].architecture
+    if name in extra:
+        return [extra[name]]
+    if name == "denoiser":
+        return providers[:1] if name in providers[0].parts else []
+    return [one for one in providers if name in one.parts and one.architecture == architecture]
+
+
 def _choose(
-    providers: list[_Provider], extra: Mapping[str, _Provider], architecture: str
+    providers: list[_Provider], extra: Mapping[str, _Provider], needs: tuple[str, ...]
 ) -> dict[str, _Provider]:
     """Pick the provider of every needed part; an added file outranks the model's own part."""
-    chosen: dict[str, _Provider] = {}
-    missing = []
-    for name in FAMILIES[architecture].needs:
-        usable = [extra[name]] if name in extra else []
-        usable += [p for p in providers if name in p.parts and p.architecture == architecture]
-        if name == "denoiser":
-            usable = providers[:1] if name in providers[0].parts else []
-        if usable:
-            chosen[name] = usable[0]
-        else:
-            missing.append(name)
+    usable = {name: _usable(providers, extra, name) for name in needs}
+    missing = [name for name, found in usable.items() if not found]
     if missing:
         raise UsageError(
             f"{providers[0].path} has no {', '.join(missing)}: give a folder or checkpoint of the "
             f"same family with --base, or each part's file with --add {missing[0]}=FILE"
         )
-    return chosen
+    return {name: found[0] for name, found in usable.items()}
 
 
 def _decoded(

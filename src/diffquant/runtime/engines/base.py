@@ -19,10 +19,20 @@ from diffquant.core.errors import UsageError
 from diffquant.runtime.prompts import parse
 from diffquant.runtime.request import PictureRequest
 
-__all__ = ["EngineFiles", "OnStep", "Pictures", "Side", "refuse_unserved", "refuse_weights"]
+__all__ = [
+    "EngineFiles",
+    "OnLatents",
+    "OnStep",
+    "Pictures",
+    "Side",
+    "refuse_swapped",
+    "refuse_unserved",
+    "refuse_weights",
+]
 
 OnStep: TypeAlias = Callable[[int, int], None]
 Pictures: TypeAlias = NDArray[np.float32]
+OnLatents: TypeAlias = Callable[[NDArray[np.float32]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,10 @@ class EngineFiles:
         loras: (file, weight).
         dtype: compute dtype by torch's name.
         device: torch device.
+        swapped: (part, checkpoint): that part alone comes from there, all others as they would.
+        rough: the denoiser computes in bfloat16 from the start, where the engine can be told so;
+            `Side.rough` does it to a model that is open, and may hold it twice.
+        synthetic: the denoiser alone, as runtime/synthetic.py draws with it.
     """
 
     model: Path
@@ -44,6 +58,9 @@ class EngineFiles:
     loras: tuple[tuple[Path, float], ...] = ()
     dtype: str = "float32"
     device: str = "cpu"
+    swapped: tuple[tuple[str, Path], ...] = ()
+    rough: bool = False
+    synthetic: bool = False
 
 
 class Side(Protocol):
@@ -69,8 +86,13 @@ class Side(Protocol):
         """What was guessed or odd."""
         ...
 
-    def draw(self, request: PictureRequest, on_step: OnStep | None = None) -> Pictures:
-        """Pictures (B, H, W, 3) in [0, 1]."""
+    def draw(
+        self,
+        request: PictureRequest,
+        on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
+    ) -> Pictures:
+        """Pictures (B, H, W, 3) in [0, 1]; `on_latents` is told the last latents, if it can be."""
         ...
 
     def damaged(self, *, rows: bool) -> AbstractContextManager[str | None]:
@@ -80,6 +102,21 @@ class Side(Protocol):
     def rough(self) -> AbstractContextManager[Side | None]:
         """The same model with its denoiser in bfloat16, None where that cannot be asked for."""
         ...
+
+
+def refuse_swapped(engine: str, files: EngineFiles) -> None:
+    """Refuse parts from elsewhere and stand-ins, for engines that load files as they are.
+
+    Raises:
+        UsageError: there is one.
+    """
+    if files.synthetic:
+        raise UsageError(f"--engine {engine} draws no synthetic pictures: use --engine bundled")
+    if files.swapped:
+        raise UsageError(
+            f"--engine {engine} cannot take the {files.swapped[0][0]} alone from another file: "
+            "use --engine bundled"
+        )
 
 
 def refuse_unserved(engine: str, request: PictureRequest, served: frozenset[str]) -> None:

@@ -11,10 +11,11 @@ import torch
 
 from diffquant import __version__
 from diffquant.runtime.control import damaged
-from diffquant.runtime.engines.base import EngineFiles, OnStep, Pictures
+from diffquant.runtime.engines.base import EngineFiles, OnLatents, OnStep, Pictures
 from diffquant.runtime.lora import attach
 from diffquant.runtime.opening import Opened, open_pipeline
 from diffquant.runtime.request import PictureRequest
+from diffquant.runtime.synthetic import describe
 
 __all__ = ["BundledSide", "open_side"]
 
@@ -34,17 +35,26 @@ class BundledSide:
         """Native (width, height)."""
         return self.opened.size
 
-    def draw(self, request: PictureRequest, on_step: OnStep | None = None) -> Pictures:
+    def draw(
+        self,
+        request: PictureRequest,
+        on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
+    ) -> Pictures:
         """Pictures (B, H, W, 3) in [0, 1]."""
         made = self.opened.pipeline.run(request, on_step=on_step)
+        if on_latents is not None:
+            on_latents(made.latents.numpy())
         pictures: Pictures = made.images.numpy()
         return pictures
 
     @contextlib.contextmanager
     def damaged(self, *, rows: bool) -> Iterator[str | None]:
-        """Shuffle the scales, or the rows, of one block."""
-        with damaged(self.opened.pipeline.parts.denoiser, rows=rows) as block:
-            yield f"{'rows' if rows else 'scales'} of {block} shuffled"
+        """Shuffle the scales, or the rows, of one block of the part that is compared."""
+        part = self.files.swapped[0][0] if self.files.swapped else "denoiser"
+        with damaged(self.opened.modules[part], rows=rows) as block:
+            where = {"denoiser": part}.get(block, block)  # the whole of it, where nothing repeats
+            yield f"{'rows' if rows else 'scales'} of {where} shuffled"
 
     @contextlib.contextmanager
     def rough(self) -> Iterator[Self | None]:
@@ -62,12 +72,17 @@ def _opened(files: EngineFiles, denoiser: torch.dtype | None) -> Opened:
         dtype=getattr(torch, files.dtype),
         device=files.device,
         denoiser_dtype=denoiser,
+        swapped=dict(files.swapped),
+        synthetic=files.synthetic,
     )
 
 
 def open_side(files: EngineFiles) -> BundledSide:
     """Open a model in the bundled runtime; weights stay packed, LoRAs are side branches."""
-    opened = _opened(files, None)
+    opened = _opened(files, torch.bfloat16 if files.rough else None)
     uses = attach(opened, files.loras)
     warnings = (*opened.warnings, *(text for use in uses for text in use.warnings))
-    return BundledSide(files, opened, warnings)
+    side = BundledSide(files, opened, warnings)
+    if files.synthetic:
+        return replace(side, how=f"{side.how}; {describe(opened.pipeline)}")
+    return side

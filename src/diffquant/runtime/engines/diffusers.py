@@ -25,8 +25,10 @@ from diffquant.convert.match import Match, PartMatch
 from diffquant.core.errors import ArchitectureError, UsageError
 from diffquant.runtime.engines.base import (
     EngineFiles,
+    OnLatents,
     OnStep,
     Pictures,
+    refuse_swapped,
     refuse_unserved,
     refuse_weights,
 )
@@ -93,7 +95,12 @@ class DiffusersSide:
         """The module that is called at every step."""
         return getattr(self.pipeline, "transformer", None) or self.pipeline.unet
 
-    def draw(self, request: PictureRequest, on_step: OnStep | None = None) -> Pictures:
+    def draw(
+        self,
+        request: PictureRequest,
+        on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
+    ) -> Pictures:
         """Pictures (B, H, W, 3) in [0, 1], from noise of torch's CPU generator.
 
         Raises:
@@ -128,8 +135,8 @@ class DiffusersSide:
             if name not in taken:
                 raise UsageError(f"{type(pipeline).__name__} of diffusers takes no {name}")
             arguments[name] = [value] * len(prompts) if name == "negative_prompt" else value
-        if on_step is not None and "callback_on_step_end" in taken:
-            arguments["callback_on_step_end"] = _stepping(on_step, request.steps)
+        if (on_step or on_latents) is not None and "callback_on_step_end" in taken:
+            arguments["callback_on_step_end"] = _stepping(on_step, on_latents, request.steps)
         found = pipeline(prompts, **arguments).images
         pictures: Pictures = np.clip(np.asarray(found, dtype=np.float32), 0, 1)
         return pictures
@@ -224,9 +231,12 @@ def _guided_inside(pipeline: Any) -> bool:  # noqa: ANN401 - the library's
     return unet is not None and unet.config.get("time_cond_proj_dim") is not None
 
 
-def _stepping(on_step: OnStep, steps: int) -> Any:  # noqa: ANN401 - the library's callback
+def _stepping(on_step: OnStep | None, on_latents: OnLatents | None, steps: int) -> Any:  # noqa: ANN401 - the library's callback
     def told(_pipeline: object, index: int, _t: object, values: dict[str, Any]) -> dict[str, Any]:
-        on_step(index + 1, steps)
+        if on_step is not None:
+            on_step(index + 1, steps)
+        if on_latents is not None and "latents" in values:
+            on_latents(values["latents"].detach().float().cpu().numpy())
         return values
 
     return told
@@ -239,6 +249,7 @@ def open_side(files: EngineFiles) -> DiffusersSide:
         UsageError: no Diffusers folder that configs and tokenizers could come from, or a vae file.
         ArchitectureError: diffusers has no part for what the file holds.
     """
+    refuse_swapped("diffusers", files)
     if files.vae is not None:
         raise UsageError("--engine diffusers takes no --vae; put the VAE into the --base folder")
     library = _library()

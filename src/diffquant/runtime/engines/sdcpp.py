@@ -29,8 +29,10 @@ from diffquant.convert.plan import Request
 from diffquant.core.errors import UsageError, VerificationError
 from diffquant.runtime.engines.base import (
     EngineFiles,
+    OnLatents,
     OnStep,
     Pictures,
+    refuse_swapped,
     refuse_unserved,
     refuse_weights,
 )
@@ -87,8 +89,13 @@ class SdcppSide:
     warnings: tuple[str, ...] = ()
     _closed: list[object] = field(default_factory=list)
 
-    def draw(self, request: PictureRequest, on_step: OnStep | None = None) -> Pictures:
-        """Pictures (B, H, W, 3) in [0, 1], read back from 8 bits.
+    def draw(
+        self,
+        request: PictureRequest,
+        on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
+    ) -> Pictures:
+        """Pictures (B, H, W, 3) in [0, 1], read back from 8 bits; latents are not told.
 
         Raises:
             UsageError: a field the program has no option for.
@@ -149,6 +156,7 @@ def open_side(files: EngineFiles) -> SdcppSide:
     Raises:
         UsageError: LoRAs, another device or dtype, or parts that are nowhere to be found.
     """
+    refuse_swapped("sdcpp", files)
     if files.loras:
         raise UsageError("--engine sdcpp takes no LoRA here; merge it first: diffquant lora merge")
     if files.device != "cpu":

@@ -1,0 +1,83 @@
+"""What a comparison of files is asked for, and how its rows are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffquant.runtime.scorers import parse
+
+__all__ = [
+    "CONTROL",
+    "DEFAULT_METRICS",
+    "FLOOR",
+    "CompareSettings",
+    "default_metrics",
+    "row_names",
+]
+
+DEFAULT_METRICS = ("psnr", "ssim", "flip", "ssimulacra2", "lpips")
+FLOOR, CONTROL = "noise floor", "control"
+
+
+@dataclass(frozen=True, slots=True)
+class CompareSettings:
+    """What is drawn and judged.
+
+    Attributes:
+        prompts, seeds: every prompt with every seed.
+        steps, cfg, size: cfg and size None take the model's defaults.
+        metrics: keys of METRICS, columns in this order; those of gates are added.
+        limits: gates: key of GATES -> limit; none: nothing is judged but broken files.
+        only: name of the part that is taken from candidates alone; None: all they have.
+        base, vae: as for EngineFiles; base None: candidates take what they lack from the reference.
+        engine: key of ENGINES.
+        lpips_weights, clip_model: as MetricNeeds has them.
+        synthetic: compare denoisers alone, as runtime/synthetic.py draws with them.
+        keep_pictures: return every row's pictures; else the reference's alone, and no more than
+            two rows' are in memory at a time.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1)
+    steps: int = 12
+    cfg: float | None = None
+    size: tuple[int, int] | None = None
+    metrics: tuple[str, ...] = DEFAULT_METRICS
+    limits: Mapping[str, float] = field(default_factory=dict)
+    only: str | None = None
+    base: Path | None = None
+    vae: Path | None = None
+    engine: str = "bundled"
+    device: str = "cpu"
+    dtype: str = "float32"
+    lpips_weights: Path | None = None
+    clip_model: str | None = None
+    synthetic: bool = False
+    keep_pictures: bool = True
+
+
+def default_metrics(prompts: Sequence[str]) -> tuple[str, ...]:
+    """DEFAULT_METRICS, and the prompt score where every prompt is of the demo grammar."""
+    try:
+        for prompt in prompts:
+            parse(prompt)
+    except ValueError:
+        return DEFAULT_METRICS
+    return (*DEFAULT_METRICS, "prompt")
+
+
+def row_names(paths: Sequence[Path]) -> tuple[str, ...]:
+    """A name for each file: its base name, with as many folders as tell it from the others."""
+    taken = {FLOOR, CONTROL}
+    names = []
+    for path in paths:
+        parts = path.resolve().parts
+        for count in range(1, len(parts) + 1):
+            name = "/".join(parts[-count:])
+            alike = [one for one in paths if one.resolve().parts[-count:] == parts[-count:]]
+            if len(alike) == 1 and name not in taken:
+                break
+        names.append(name)
+    return tuple(names)
