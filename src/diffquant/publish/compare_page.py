@@ -270,7 +270,7 @@ def _pairs(
 
 
 def _pair_facts(comparison: Comparison, pair: PairValues | None) -> str:
-    """This picture's own values: "PSNR 42.3 dB, FLIP 0.0123, flat"."""
+    """This picture's own values: "PSNR 42.3 dB; FLIP 0.0123; flat"."""
     if pair is None:
         return ""
     parts = []
@@ -279,7 +279,7 @@ def _pair_facts(comparison: Comparison, pair: PairValues | None) -> str:
             what, value = METRICS[metric], pair.values[metric]
             text = "identical" if value is None else number_text(value, what.digits)
             parts.append(f"{what.title} {text} {what.unit if value is not None else ''}".rstrip())
-    return ", ".join((*parts, *pair.defects))
+    return "; ".join((*parts, *pair.defects))
 
 
 def _furthest(rows: Sequence[Row]) -> int:
@@ -297,11 +297,7 @@ def _furthest(rows: Sequence[Row]) -> int:
 
 def _made(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     """How the pictures were made, as (what, text)."""
-    gates = [
-        f"{METRICS[name].title if name in METRICS else name.replace('_', ' ')} "
-        f"{'at least' if name in METRICS and METRICS[name].better == 'up' else 'at most'} {limit:g}"
-        for name, limit in comparison.gates.items()
-    ]
+    gates = [_gate_text(name, limit) for name, limit in comparison.gates.items()]
     width, height = comparison.size
     rows = (
         ("Reference", f"{comparison.reference}, {size_text(comparison.reference_nbytes)}"),
@@ -319,6 +315,15 @@ def _made(comparison: Comparison) -> tuple[tuple[str, str], ...]:
         ("Measured by", comparison.tool),
     )
     return tuple((what, text) for what, text in rows if text)
+
+
+def _gate_text(name: str, limit: float) -> str:
+    """A gate in words: "PSNR at least 25 dB"."""
+    if name not in METRICS:
+        return f"{name.replace('_', ' ')} at most {limit:g}"
+    what = METRICS[name]
+    side = "least" if what.better == "up" else "most"
+    return f"{what.title} at {side} {limit:g} {what.unit}".rstrip()
 
 
 def _verdict(verdict: str) -> tuple[str, str, str]:

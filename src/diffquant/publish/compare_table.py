@@ -22,15 +22,16 @@ VERDICTS = {
     "warn": ("fair", "!", "warn"),
     "fail": ("bad", "✗", "fail"),
 }
-_KINDS = {"floor": "noise floor", "control": "control, must fail"}
+# Kind of a row that is no file -> what it is, and what is expected of it.
+_KINDS = {"floor": ("noise floor", "limit"), "control": ("control", "must fail")}
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Text, a smaller second line, and a number to sort by ("" sorts last)."""
+    """Text, smaller lines below it, and a number to sort by ("" sorts last)."""
 
     text: str
-    small: str = ""
+    small: tuple[str, ...] = ()
     key: str = ""
 
 
@@ -45,10 +46,11 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A row: `tag` is what it is when it is no file."""
+    """A row: `tag` is what it is when it is no file, `expected` what that must show."""
 
     row: Row
     tag: str
+    expected: str
     cells: tuple[Cell, ...]
 
 
@@ -106,7 +108,7 @@ def table_of(comparison: Comparison) -> Table:
     lines = tuple(
         Line(
             row,
-            _KINDS.get(row.kind, ""),
+            *_KINDS.get(row.kind, ("", "")),
             (
                 *(_plain(column, row, comparison) for column in before),
                 *(_metric_cell(comparison, row, metric) for metric in metrics),
@@ -147,9 +149,9 @@ def _plain(column: _Column, row: Row, comparison: Comparison) -> Cell:
     value = column.read(row)
     if value is None:
         return Cell("–")
-    small = ""
+    small: tuple[str, ...] = ()
     if column.title == "Size" and comparison.reference_nbytes > 0:
-        small = f"{number_text(100 * value / comparison.reference_nbytes, 0)}% of the reference"
+        small = (f"{number_text(100 * value / comparison.reference_nbytes, 0)}%",)
     return Cell(column.text(value), small, _key(value))
 
 
@@ -184,4 +186,4 @@ def _metric_cell(comparison: Comparison, row: Row, metric: str) -> Cell:
         parts.append(f"{number_text(value.low, digits)} to {number_text(value.high, digits)}")
     if value.worst is not None:
         parts.append(f"worst {number_text(value.worst, digits)}")
-    return Cell("–" if text == "-" else text, " · ".join(parts), key)
+    return Cell("–" if text == "-" else text, tuple(parts), key)

@@ -39,9 +39,9 @@ _INK, _GREY, _PAPER = "#161616", "#5c5c5c", "#ffffff"
 def column_label(row: Row) -> str:
     """Name, and on a second line size and PSNR, as `sample_grid` draws them."""
     parts = [] if row.nbytes is None else [size_text(row.nbytes)]
-    psnr = row.values.get("psnr")
-    if row.identical or (psnr is not None and psnr.mean is not None):
-        parts.append(decibel_text(psnr and psnr.mean, identical=row.identical))
+    psnr = row.values["psnr"].mean if "psnr" in row.values else None
+    if row.identical or psnr is not None:
+        parts.append(decibel_text(psnr, identical=row.identical))
     return f"{row.type or row.name}\n{', '.join(parts)}"
 
 

@@ -20,7 +20,7 @@ from diffquant.runtime.comparison import Comparison, LayerError, Row
 
 __all__ = ["Band", "Dot", "LayerChart", "layer_chart", "stored_formats"]
 
-HEIGHT = 220
+HEIGHT = 228
 _TOP, _BOTTOM, _RAIL = 26.0, 200.0, 10.0
 _WORST = 3
 _BANDS = 12  # more runs of a leading name than this are not worth bands

@@ -164,17 +164,20 @@ def plot_of(
         (_LEFT, line.text_y - _LINE, _LEFT + 4 + _CHAR * len(line.text), line.text_y + 3)
         for line in lines
     ]
+    front = pareto_front(comparison, metric, axis)
+    names = {row.name for row in front}
     marks = []
     for row, size, value in points:
         x, y = places[row.name]
         label = _short(row.type or row.name)
-        box = _place(label, x, y, taken, (_LEFT, 0.0, float(width), bottom))
+        box = _place(
+            label, x, y, taken, (_LEFT, 0.0, float(width), bottom), ahead=row.name in names
+        )
         if box is not None:
             taken.append(box)
         reached = "identical" if math.isinf(value) else f"{what.title} {_text(value, what)}"
         title = f"{row.name}: {across_what.text(size)}, {reached}, {row.verdict or 'not judged'}"
         marks.append(Mark(x, y, row.verdict, title, label, box and (box[0], box[3] - 3)))
-    front = pareto_front(comparison, metric, axis)
     return Plot(
         width=width,
         height=height,
@@ -252,7 +255,7 @@ def _size_axis(axis: str, sizes: Sequence[float], right: float) -> tuple[Axis, t
 
     room = max(3, int((right - _LEFT) // 70))
     best: list[float] = []
-    for step in (4.0, 2.0, 1.0, 0.5, 0.25, 0.125):
+    for step in (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125):
         fits = [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
         if len(fits) > room:
             break
@@ -266,6 +269,9 @@ def _value_axis(
 ) -> tuple[Axis, tuple[Tick, ...]]:
     """Steps of 1, 2 or 5 times a power of ten around every value, five or six of them."""
     least, most = min(values, default=20.0), max(values, default=60.0)
+    turned = what.better == "down"
+    pad = 0.04 * (most - least)  # the furthest file does not sit on the axis
+    least, most = (least, most + pad) if turned else (least - pad, most)
     rough = max((most - least) / 5, 10.0**-what.digits)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
@@ -273,7 +279,6 @@ def _value_axis(
     last = max(last, first + 1)
     low, high = first * step, last * step
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    turned = what.better == "down"
 
     def down(value: float) -> float:
         share = (value - low) / (high - low)
@@ -287,11 +292,24 @@ def _around(x: float, y: float) -> Box:
     return (x - _RADIUS, y - _RADIUS, x + _RADIUS, y + _RADIUS)
 
 
-def _place(text: str, x: float, y: float, taken: Sequence[Box], frame: Box) -> Box | None:
-    """Find room for a label right of, left of, above or below its mark."""
+def _place(
+    text: str, x: float, y: float, taken: Sequence[Box], frame: Box, *, ahead: bool
+) -> Box | None:
+    """Find room for a label around its mark.
+
+    Args:
+        text: the label.
+        x: of the mark.
+        y: of the mark.
+        taken: where something stands already.
+        frame: what it has to stay in.
+        ahead: the mark is on the front, so up and left of it is free; others have room below.
+    """
     wide, half, away = _CHAR * len(text), _LINE / 2, _RADIUS + 3
     above, below = y - away - half, y + away + half
+    first = (x - wide - 2, above) if ahead else (x + 2, below)
     for left, middle in (
+        first,
         (x + away, y),
         (x - away - wide, y),
         (x - wide / 2, above),
@@ -302,7 +320,6 @@ def _place(text: str, x: float, y: float, taken: Sequence[Box], frame: Box) -> B
         (x - away - wide, y + half),
         (x + 2, above),
         (x + 2, below),
-        (x - wide - 2, above),
         (x - wide - 2, below),
     ):
         box = (round(left, 1), round(middle - half, 1), left + wide, round(middle + half, 1))

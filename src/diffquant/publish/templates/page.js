@@ -60,7 +60,7 @@ function viewer(root) {
     root.classList.toggle("heated", heat.checked);
     part("[data-name]").textContent = heat.checked ? "difference" : name;
     const facts = other.dataset.facts;
-    part("[data-facts]").textContent = name + (shot ? "" : " (not embedded)") + (facts ? ": " + facts : "");
+    part("[data-facts]").textContent = [name + (shot ? "" : " (not embedded)"), ...facts.split("; ")].join("\n");
     for (const one of section.querySelectorAll("figure.shown")) one.classList.remove("shown");
     other.classList.add("shown");
     split();

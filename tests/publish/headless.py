@@ -35,12 +35,17 @@ class Browser:
     def __init__(self, profile):
         read, theirs_out = os.pipe()
         theirs_in, write = os.pipe()
-        # The shell puts both ends where the browser looks for them.
-        line = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
-        command = ["sh", "-c", line, CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
+
+        def ends():
+            """In the child: both ends where the browser looks for them."""
+            first, second = os.dup(theirs_in), os.dup(theirs_out)
+            os.dup2(first, 3)
+            os.dup2(second, 4)
+
         self.process = subprocess.Popen(
-            command,
-            pass_fds=(theirs_in, theirs_out),
+            [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            preexec_fn=ends,
+            pass_fds=(3, 4),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -161,9 +166,7 @@ class Browser:
     def touch(self, points):
         """Put a finger down, move it along the points, and lift it."""
         for kind, at in zip(["touchStart"] + ["touchMove"] * len(points), points, strict=False):
-            self.call(
-                "Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": at[0], "y": at[1]}]
-            )
+            self.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": at[0], "y": at[1]}])
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def screenshot(self, path, *, full=True):
