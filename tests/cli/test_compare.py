@@ -136,6 +136,7 @@ def test_options_reach_the_comparison(command, drawn, tmp_path):
     assert (settings.size, settings.only, settings.steps) == ((64, 64), "vae", 4)
     assert settings.limits == {"max_flip": 0.1, "min_psnr": 20.0}
     assert settings.metrics == ("psnr", "lpips")
+    assert not settings.keep_pictures  # they are for the page
     result = found.json["result"]
     assert result["missing"].keys() == {"lpips"}
     assert result["rows"][0]["values"]["psnr"]["low"] == 41.0
@@ -163,6 +164,7 @@ def test_files_are_written_whole_and_not_over_others(command, drawn, tmp_path, m
     assert again.code == 2
     assert "exists; use --force" in again.err
     assert len(drawn) == 1  # said before anything was drawn
+    assert drawn[0][2].keep_pictures
     assert command("compare", "ref", "a.gguf", *flags, "--force").code == 0
 
     def interrupted(comparison, pictures, path):

@@ -1,6 +1,8 @@
 """Comparisons: rows, floor and control, what is refused, and what broken files come to."""
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +178,27 @@ def test_a_file_that_draws_nothing_has_a_row_that_says_so(files, tmp_path):
     assert "not finite" in row.problems[0]
     assert "latents are not finite after step 1 of 2" in row.pairs[0].defects[1]
     assert np.isnan(pictures.rows["nan.gguf"][0]).all()
+
+
+def test_one_model_is_in_memory_at_a_time(files, monkeypatch):
+    from diffquant.runtime.engines import bundled
+
+    alive = []
+    own = bundled.open_side
+
+    def open_side(given):
+        gc.collect()
+        assert [one for one in alive if one() is not None] == []
+        side = own(given)
+        alive.append(weakref.ref(side.opened.pipeline.parts.denoiser))
+        return side
+
+    monkeypatch.setattr(bundled, "open_side", open_side)
+    one = replace(SETTINGS, prompts=SETTINGS.prompts[:1], metrics=("psnr",))
+    settings = replace(one, keep_pictures=False)
+    _, pictures = compare_files(FLUX, [files["q8_0"], files["q4_0"]], settings)
+    assert (len(pictures.reference), pictures.rows) == (1, {})
+    assert len(alive) == 4  # reference, floor, two candidates
 
 
 def test_gates_pass_fail_and_prove_themselves(files):

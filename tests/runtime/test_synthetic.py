@@ -116,11 +116,12 @@ def test_comparisons_say_what_stood_for_text_and_pictures(alone):
         compare_files(source, [packed], replace(settings, synthetic=True, only="vae"))
 
 
-def test_a_part_is_not_compared_where_the_reference_draws_no_pictures(tmp_path):
+def test_a_part_is_not_compared_where_the_reference_draws_no_pictures(tmp_path, monkeypatch):
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for path in paths:
         request = Request("safetensors", dtype="f16", parts=("denoiser", "vae"))
         run_job(EXAMPLES / "sd15-shapes", path, request)
+    monkeypatch.setenv("DIFFQUANT_CACHE", str(tmp_path / "forgotten"))  # where the source was
     settings = CompareSettings(("a",), (0,), 2, size=(64, 64), metrics=("psnr",), only="vae")
     with pytest.raises(UsageError, match="takes a reference that draws pictures"):
         compare_files(paths[0], paths[1:], settings)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 from diffquant.cli.frame import echo, human, plain_text, table
-from diffquant.cli.screen import clip, count, width, wrap
+from diffquant.cli.screen import clip, count, wrap
 from diffquant.publish.compare_tables import cell, spread
 from diffquant.runtime.comparison import METRICS, Comparison, Row
 
 __all__ = ["render_comparison_tables"]
 
-_WIDEST = 100
+_WIDEST, _LEAST = 100, 80
 _SHORTEST_NAME = 12
 _WORST = 5
 _SHORT = {"prompt": "prompt", "clip": "CLIP", "psnr": "PSNR dB"}
@@ -72,7 +74,8 @@ def _render_quality(comparison: Comparison) -> None:
         max(len(head), *(len(line[index]) for line in lines)) + 2
         for index, head in enumerate(rest, 1)
     )
-    name = max(min(max(width(), 80), _WIDEST) - taken, _SHORTEST_NAME)
+    columns = shutil.get_terminal_size((_WIDEST, 24)).columns
+    name = max(min(max(columns, _LEAST), _WIDEST) - taken, _SHORTEST_NAME)
     table(
         ("file", *rest),
         [(clip(plain_text(line[0]), name), *line[1:]) for line in lines],

@@ -81,7 +81,7 @@ class Run:
         row = drawn_row(FLOOR, "floor", self.exact, floor, self.shots, self.judges)
         said = ("the reference with its denoiser in bfloat16",)
         self.beside.append(replace(row, peak_mib=memory.mib, problems=said))
-        self.pictures[FLOOR] = floor.pictures
+        self._keep(FLOOR, floor)
 
     def _open_judges(self) -> None:
         settings = self.settings
@@ -114,7 +114,7 @@ class Run:
         with watched(settings.device) as memory:
             side = open_side(settings.engine, self._files(path))
             drawn = draw_all(side, self.shots, name, self.progress)
-        self.pictures[name] = drawn.pictures
+        self._keep(name, drawn)
         row = drawn_row(name, "candidate", self.exact, drawn, self.shots, self.judges)
         if self.control is None:
             self.control = self._damaged(side, row)
@@ -129,6 +129,10 @@ class Run:
             synthetic=settings.synthetic,
         )
         return replace(row, problems=(*row.problems, *side.warnings))
+
+    def _keep(self, name: str, drawn: Drawn) -> None:
+        if self.settings.keep_pictures:
+            self.pictures[name] = drawn.pictures
 
     def _common(self, model: Path) -> EngineFiles:
         settings = self.settings
@@ -163,7 +167,7 @@ class Run:
             if not kept_by_control(row, self.settings.limits) and not unseen(row, whole):
                 break
         self.beside.append(row)
-        self.pictures[CONTROL] = drawn.pictures
+        self._keep(CONTROL, drawn)
         return row
 
     def warnings(self, rows: Sequence[Row]) -> tuple[str, ...]:

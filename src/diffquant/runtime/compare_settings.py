@@ -35,6 +35,8 @@ class CompareSettings:
         engine: key of ENGINES.
         lpips_weights, clip_model: as MetricNeeds has them.
         synthetic: compare denoisers alone, as runtime/synthetic.py draws with them.
+        keep_pictures: return every row's pictures; else the reference's alone, and no more than
+            two rows' are in memory at a time.
     """
 
     prompts: tuple[str, ...]
@@ -53,6 +55,7 @@ class CompareSettings:
     lpips_weights: Path | None = None
     clip_model: str | None = None
     synthetic: bool = False
+    keep_pictures: bool = True
 
 
 def default_metrics(prompts: Sequence[str]) -> tuple[str, ...]:

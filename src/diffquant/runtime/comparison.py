@@ -188,7 +188,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonPictures:
-    """(H, W, 3) floats in [0, 1], prompts outermost, then seeds; Row.name -> its pictures."""
+    """(H, W, 3) floats in [0, 1], prompts outermost, then seeds; Row.name -> its pictures.
+
+    A picture that could not be drawn is NaN all over. `rows` is empty where pictures were not kept.
+    """
 
     reference: tuple[NDArray[np.float32], ...]
     rows: Mapping[str, tuple[NDArray[np.float32], ...]]
