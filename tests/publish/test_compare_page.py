@@ -225,8 +225,9 @@ def test_bare_comparisons_are_shown(tmp_path):
         reference_nbytes=0,
         missing={},
     )
-    text = page(tmp_path, bare, ComparisonPictures((), {}))
+    text = page(tmp_path, bare, ComparisonPictures(drawn().reference, {}))
     Tree(text)
+    assert "Pictures were not kept." in text
     assert "not finite" in text
     for head in ("Pictures", "Size against quality", "Error of every weight"):
         assert f">{head}</h3>" not in text
@@ -253,7 +254,7 @@ def test_an_unknown_metric_and_a_missing_folder_are_refused(tmp_path):
 
 def test_a_page_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
     (tmp_path / "page.html").write_text("old")
-    short = ComparisonPictures(drawn().reference[:1], {})
+    short = ComparisonPictures(drawn().reference[:1], drawn().rows)
     with pytest.raises(ValueError, match="1 pictures for 2"):
         page(tmp_path, MADE, short)
     assert [one.name for one in tmp_path.iterdir()] == ["page.html"]

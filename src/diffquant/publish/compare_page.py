@@ -107,7 +107,7 @@ def render_comparison(
 
     Args:
         comparison: rows as they are shown.
-        pictures: of the reference and of any of the rows.
+        pictures: of the reference and of any of the rows; without rows none are shown.
         path: target, replaced when it is whole.
         title: heading; default: what the reference is called.
         picture_limit: characters of data URIs that are embedded at most.
@@ -170,7 +170,7 @@ def _section(comparison: Comparison, pictures: ComparisonPictures, limit: int) -
     unknown = [name for name in comparison.metrics if name not in METRICS]
     if unknown:
         raise ValueError(f"unknown metric {unknown[0]!r} (known: {', '.join(METRICS)})")
-    embedded = embed(comparison, pictures, limit=limit) if pictures.reference else None
+    embedded = embed(comparison, pictures, limit=limit) if pictures.rows else None
     drawn = tuple((at, row) for at, row in enumerate(comparison.rows) if row.name in pictures.rows)
     formats = stored_formats(comparison)
     layers = tuple(
