@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,32 +16,25 @@ import torch
 from diffquant.cli.frame import human, table
 from diffquant.convert.jobs import JobReport, container_for, run_job
 from diffquant.convert.plan import Request
+from diffquant.core.report import to_json
 from diffquant.inspect.describe import describe
-from diffquant.publish import (
-    DemoModel,
-    DemoRow,
-    ModelPictures,
-    column_label,
-    render_page,
-    sample_grid,
-)
-from diffquant.publish.rows import decibel_text, number_text, size_text
+from diffquant.publish import column_label, render_comparisons, sample_grid
+from diffquant.publish.compare_tables import cell
+from diffquant.publish.rows import number_text, size_text
 from diffquant.quant.types import type_named
 from diffquant.runtime import scorers
-from diffquant.runtime.compare import ImageSettings, Reference, compare_pictures, make_reference
+from diffquant.runtime.compare_files import compare_files
+from diffquant.runtime.compare_settings import CompareSettings, default_metrics
+from diffquant.runtime.comparison import METRICS, Comparison, ComparisonPictures, Row
 from diffquant.runtime.families import FAMILIES
 from diffquant.runtime.verify import worst_of
 
 ROOT = Path(__file__).resolve().parents[1]
-# What each checkpoint's own card was judged with.
-SETTINGS = {
-    "sd15": ImageSettings(steps=20, cfg=3.0, sampler="ddim", size=(128, 128)),
-    "sdxl": ImageSettings(steps=20, cfg=3.0, size=(128, 128)),
-    "flux1": ImageSettings(steps=20, size=(128, 128)),
-    "qwen_image": ImageSettings(steps=20, size=(128, 128)),
-}
-SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
 PROMPTS = scorers.DEMO_PROMPTS[:4]
+# Guidance that each checkpoint's own card was judged with.
+CFG = {"sd15": 3.0, "sdxl": 3.0}
+SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
+MIN_PSNR = 25.0
 
 # What a reader compares first; every type would take a quarter of an hour, and some need a matrix.
 DEFAULT_TYPES = (
@@ -59,7 +52,7 @@ def main() -> int:
     # Pictures of 128 pixels: on a busy machine torch's threads only wait for each other (five times
     # slower with two of them), on an idle one a second thread gains little.
     torch.set_num_threads(options.threads or 1)
-    models, pictures = [], {}
+    models = []
     started = time.monotonic()
     for folder in sorted((ROOT / "examples").glob("*-shapes")):
         if options.only and folder.name not in options.only.split(","):
@@ -70,149 +63,90 @@ def main() -> int:
         if report.architecture not in FAMILIES:
             say(f"{folder.name}: no runtime yet, so no pictures; it converts and quantizes")
             continue
-        model, kept = _run_model(folder, report.architecture, options)
-        models.append(model)
-        pictures[model.name] = kept
-        _print_table(model)
+        comparison, pictures = _run_model(folder, report.architecture, options)
+        models.append((comparison, pictures))
+        _print_table(comparison)
+        drawn = [row for row in comparison.rows if row.name in pictures.rows]
         sample_grid(
-            [(f"original\n{size_text(model.nbytes)}", kept.reference)]
-            + [(column_label(row), kept.candidates[row.type]) for row in model.rows],
-            model.prompts,
+            [(f"reference\n{size_text(comparison.reference_nbytes)}", pictures.reference)]
+            + [(column_label(row), pictures.rows[row.name]) for row in drawn],
+            [f"{text}, seed {seed}" for text in comparison.prompts for seed in comparison.seeds],
             out / f"{folder.name}.png",
         )
-    render_page(models, pictures, out / "index.html")
-    (out / "results.json").write_text(json.dumps([asdict(one) for one in models], indent=1) + "\n")
+    render_comparisons(models, out / "index.html", title="diffquant demo")
+    results = json.dumps([to_json(one) for one, _ in models], indent=1)
+    (out / "results.json").write_text(results + "\n")
     say(f"done in {time.monotonic() - started:.0f} s: {out}/index.html, {out}/*.png")
-    failed = [row for model in models for row in model.rows if row.verdict == "fail"]
+    failed = [row for one, _ in models for row in one.candidates if row.verdict == "fail"]
     return 3 if failed else 0
 
 
 def _run_model(
     folder: Path, architecture: str, options: argparse.Namespace
-) -> tuple[DemoModel, ModelPictures]:
-    settings = ImageSettings(
-        **{
-            **{name: getattr(SETTINGS[architecture], name) for name in ("steps", "cfg", "sampler")},
-            "size": SETTINGS[architecture].size,
-            "prompts": PROMPTS,
-            "seeds": tuple(int(seed) for seed in options.seeds.split(",")),
-        }
-    )
-    reference = make_reference(folder, settings)
+) -> tuple[Comparison, ComparisonPictures]:
+    """Quantize to every type, then draw with the checkpoint and each file."""
     names = options.types.split(",") if options.types else list(DEFAULT_TYPES)
-    rows, candidates = [], {}
+    jobs, files = [], []
     for index, name in enumerate(names):
-        say(f"{folder.name} [{index + 1}/{len(names)}] {name}: quantize, verify")
-        row, made = _run_type(folder, name, settings, reference, options)
-        rows.append(row)
-        candidates[name] = made
-    prompts = [prompt for prompt in settings.prompts for _ in settings.seeds]
-    model = DemoModel(
-        name=folder.name,
-        architecture=architecture,
-        source=f"examples/{folder.name}",
-        nbytes=sum(file.stat().st_size for file in folder.rglob("*.safetensors")),
-        prompts=tuple(_labels(settings)),
-        rows=tuple(rows),
-        reference_score=_score(reference.pictures, prompts),
-        noise_floor_psnr_db=reference.noise_floor_psnr_db,
+        say(f"{folder.name} [{index + 1}/{len(names)}] {name}: quantize")
+        path, job = _quantize(folder, name, options)
+        files.append(path)
+        jobs.append(job)
+    say(f"{folder.name}: draw with {len(files)} files, the noise floor and the control")
+    settings = CompareSettings(
+        prompts=PROMPTS,
+        seeds=tuple(int(seed) for seed in options.seeds.split(",")),
+        steps=20,
+        cfg=CFG.get(architecture),
+        size=(128, 128),
+        metrics=default_metrics(PROMPTS),
+        limits={"min_psnr": MIN_PSNR},
     )
-    return model, ModelPictures(reference.pictures, candidates)
+    comparison, pictures = compare_files(folder, files, settings)
+    told = dict(zip((path.name for path in files), jobs, strict=True))
+    rows = tuple(_with_job(row, told[row.name]) if row.name in told else row
+                 for row in comparison.rows)  # fmt: skip
+    return replace(comparison, rows=rows), pictures
 
 
-def _run_type(
-    folder: Path,
-    name: str,
-    settings: ImageSettings,
-    reference: Reference,
-    options: argparse.Namespace,
-) -> tuple[DemoRow, tuple]:
-    started = time.monotonic()
+def _quantize(folder: Path, name: str, options: argparse.Namespace) -> tuple[Path, JobReport]:
     kind = type_named(name)
     container = next(iter(kind.dialects))
     out = options.out / "files" / f"{folder.name}-{name.upper()}{SUFFIX[container]}"
-    job = run_job(
-        folder, out, Request(container=container_for(out), type=kind), workers=options.threads
-    )
-    image, pictures, _ = compare_pictures(out, folder, settings, reference=reference)
-    prompts = [prompt for prompt in settings.prompts for _ in settings.seeds]
-    row = DemoRow(
-        type=name,
-        path=str(out.relative_to(options.out)),
-        nbytes=out.stat().st_size,
-        bits_per_weight=job.bits_per_weight,
-        weight_error=job.error,
-        psnr_db=image.psnr_db,
-        identical=image.identical,
-        ssim=image.ssim,
-        prompt_score=_score(pictures.candidate, prompts),
-        control_psnr_db=image.control_psnr_db,
-        noise_floor_psnr_db=image.noise_floor_psnr_db,
-        seconds=time.monotonic() - started,
-        verdict=worst_of([job.verdict or "pass", image.verdict]),
-        stored=_stored(job),
-        note="; ".join(
-            [
-                *(["the file holds the denoiser only"] if container == "gguf" else []),
-                *job.warnings,
-                *image.problems,
-            ]
-        ),
-    )
-    return row, pictures.candidate
+    request = Request(container=container_for(out), type=kind)
+    return out, run_job(folder, out, request, workers=options.threads)
 
 
-def _labels(settings: ImageSettings) -> list[str]:
-    if len(settings.seeds) == 1:
-        return list(settings.prompts)
-    return [f"{prompt}, seed {seed}" for prompt in settings.prompts for seed in settings.seeds]
+def _with_job(row: Row, job: JobReport) -> Row:
+    """Add what the quantizing itself had to say."""
+    notes = [] if job.container != "gguf" else ["the file holds the denoiser only"]
+    verdict = worst_of([job.verdict or "pass", row.verdict or "pass"])
+    problems = (*row.problems, *notes, *job.warnings)
+    return replace(row, type=job.type, verdict=verdict, problems=problems)
 
 
-def _score(pictures: tuple, prompts: list[str]) -> float:
-    found = [scorers.score(one, text).total for one, text in zip(pictures, prompts, strict=True)]
-    return sum(found) / len(found)
-
-
-def _stored(job: JobReport) -> str:
-    denoiser = next(part for part in job.parts if part.name == "denoiser")
-    rows = sorted(denoiser.formats.items(), key=lambda row: -row[1])
-    return ", ".join(f"{fmt} {count / denoiser.parameters:.0%}" for fmt, count in rows[:3])
-
-
-def _print_table(model: DemoModel) -> None:
+def _print_table(it: Comparison) -> None:
     print()
-    print(f"{model.name}: the original scores {number_text(model.reference_score, 3)}; "
-          f"noise floor {decibel_text(model.noise_floor_psnr_db)}")  # fmt: skip
+    print(f"{it.reference}: the reference scores {number_text(it.reference_score, 3)}")
+    titles = [METRICS[name].title for name in it.metrics]
     table(
-        (
-            "type",
-            "size",
-            "bits",
-            "weight error",
-            "PSNR",
-            "SSIM",
-            "score",
-            "control",
-            "verdict",
-            "stored",
-        ),
+        ("type", "size", "bits", "weight error", *titles, "verdict", "stored"),
         [
             (
-                row.type,
-                size_text(row.nbytes),
-                f"{row.bits_per_weight:.2f}",
+                row.type or row.name,
+                "-" if row.nbytes is None else size_text(row.nbytes),
+                number_text(row.bits_per_weight, 2),
                 number_text(row.weight_error, 4),
-                decibel_text(row.psnr_db, identical=row.identical),
-                number_text(row.ssim, 4),
-                number_text(row.prompt_score, 3),
-                decibel_text(row.control_psnr_db),
-                row.verdict,
+                *(cell(it, row, name) for name in it.metrics),
+                row.verdict or "-",
                 row.stored,
             )
-            for row in model.rows
+            for row in it.rows
         ],
-        right=(1, 2, 3, 4, 5, 6, 7),
+        right=tuple(range(1, 4 + len(titles))),
     )
+    for name, why in it.missing.items():
+        print(f"{METRICS[name].title} is missing: {why}")
     print(flush=True)
 
 

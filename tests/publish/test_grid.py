@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from diffquant.publish.grid import column_label, sample_grid, to_image
-from diffquant.publish.rows import DemoRow, decibel_text, number_text, size_text
+from diffquant.publish.rows import decibel_text, number_text, size_text
+from diffquant.runtime.comparison import Row, Value
 
 RED, GREEN, BLUE = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 
@@ -19,24 +20,10 @@ def draw(tmp_path, columns, labels, name="grid.png"):
         return np.asarray(image.convert("RGB"))
 
 
-def row(**changes):
-    values = {
-        "type": "q8_0",
-        "path": "out.gguf",
-        "nbytes": 4_300_000,
-        "bits_per_weight": 8.5,
-        "weight_error": 0.006,
-        "psnr_db": 47.31,
-        "identical": False,
-        "ssim": 0.99,
-        "prompt_score": 1.0,
-        "control_psnr_db": 12.0,
-        "noise_floor_psnr_db": 50.0,
-        "seconds": 1.5,
-        "verdict": "pass",
-        "stored": "",
-    }
-    return DemoRow(**{**values, **changes})
+def row(psnr=47.31, **changes):
+    values = {"psnr": Value(psnr)}
+    fields = {"name": "out.gguf", "kind": "candidate", "type": "q8_0", "nbytes": 4_300_000}
+    return Row(**{**fields, "values": values, **changes})
 
 
 def extent(pixels, colour):
@@ -115,8 +102,9 @@ def test_values_outside_the_range_are_clipped_and_not_finite_ones_black():
 
 def test_column_labels_state_size_and_psnr():
     assert column_label(row()) == "q8_0\n4.10 MiB, 47.3 dB"
-    assert column_label(row(psnr_db=None, identical=True)) == "q8_0\n4.10 MiB, identical"
-    assert column_label(row(psnr_db=None)) == "q8_0\n4.10 MiB"
+    assert column_label(row(None, identical=True)) == "q8_0\n4.10 MiB, identical"
+    assert column_label(row(None)) == "q8_0\n4.10 MiB"
+    assert column_label(row(type="", nbytes=None, name="noise floor")) == "noise floor\n47.3 dB"
 
 
 def test_numbers_tell_not_measured_from_not_finite():

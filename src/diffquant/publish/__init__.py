@@ -1,7 +1,6 @@
-"""What is shown to others: the demo's sample grid and HTML page. Loads no torch."""
+"""What is shown to others: cards, the page of a comparison, the sample grid. Loads no torch."""
 
+from diffquant.publish.compare_page import render_comparison, render_comparisons
 from diffquant.publish.grid import column_label, sample_grid
-from diffquant.publish.page import ModelPictures, render_page
-from diffquant.publish.rows import DemoModel, DemoRow
 
-__all__ = ["DemoModel", "DemoRow", "ModelPictures", "column_label", "render_page", "sample_grid"]
+__all__ = ["column_label", "render_comparison", "render_comparisons", "sample_grid"]

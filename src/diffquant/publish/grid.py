@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from diffquant.publish.rows import DemoRow, decibel_text, size_text
+from diffquant.publish.rows import decibel_text, size_text
+from diffquant.runtime.comparison import Row
 
 __all__ = ["column_label", "sample_grid", "to_image"]
 
@@ -35,12 +36,13 @@ _GAP, _MARGIN, _LABELS = 10, 16, 168
 _INK, _GREY, _PAPER = "#161616", "#5c5c5c", "#ffffff"
 
 
-def column_label(row: DemoRow) -> str:
-    """Type, and on a second line size and PSNR, as `sample_grid` draws them."""
-    parts = [size_text(row.nbytes)]
-    if row.identical or row.psnr_db is not None:
-        parts.append(decibel_text(row.psnr_db, identical=row.identical))
-    return f"{row.type}\n{', '.join(parts)}"
+def column_label(row: Row) -> str:
+    """Name, and on a second line size and PSNR, as `sample_grid` draws them."""
+    parts = [] if row.nbytes is None else [size_text(row.nbytes)]
+    psnr = row.values["psnr"].mean if "psnr" in row.values else None
+    if row.identical or psnr is not None:
+        parts.append(decibel_text(psnr, identical=row.identical))
+    return f"{row.type or row.name}\n{', '.join(parts)}"
 
 
 def to_image(picture: NDArray[np.float32]) -> Image.Image:

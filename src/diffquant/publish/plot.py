@@ -1,27 +1,47 @@
-"""Layout of the size-against-PSNR plot; the template turns it into inline SVG.
+"""Layout of size-against-quality plots; the template turns them into inline SVG.
 
-Coordinates are SVG user units with y down. Size has a logarithmic axis, because types halve it;
-identical pictures have no PSNR and sit on a rail above the scale. Labels take the first of a few
-places around their mark where they hide nothing, and are left out when there is none.
+Coordinates are SVG user units with y down. Up is always nearer to the reference: where a smaller
+value is better the axis is turned round. File sizes have a logarithmic axis, because types halve
+them. Pictures that are identical have no PSNR and sit on a rail above the scale. Floor and control
+are lines; one that lies far outside of what the files reach is said at the edge instead of
+squeezing them. Labels take the first of a few places around their mark where they hide nothing, and
+are left out when there is none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
-from diffquant.publish.rows import DemoModel, DemoRow, decibel_text, size_text
+from diffquant.publish.rows import number_text, size_text
+from diffquant.runtime.comparison import METRICS, Comparison, Metric, Row
 
-__all__ = ["Mark", "Plot", "Tick", "plot_of"]
+__all__ = ["AXES", "Line", "Mark", "Plot", "Tick", "pareto_front", "plot_of"]
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 14.0, 30.0, 34.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 14.0, 34.0, 34.0
 _CHAR, _LINE = 6.7, 13.0  # width and height of a label's letter at 12 units
 _RADIUS = 5.0
+_LONGEST = 22  # letters of a label
+_FAR = 1.5  # a line further than this many spreads of the files' values is not drawn to scale
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 Axis = Callable[[float], float]
+
+
+@dataclass(frozen=True, slots=True)
+class SizeAxis:
+    """What the horizontal axis shows of a row."""
+
+    title: str
+    read: Callable[[Row], float | None]
+    text: Callable[[float], str]
+
+
+AXES: Mapping[str, SizeAxis] = {
+    "size": SizeAxis("file size", lambda row: row.nbytes, size_text),
+    "bits": SizeAxis("bits per weight", lambda row: row.bits_per_weight, lambda v: f"{v:.3g}"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +54,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A type's point, the start of its label's base line, and the height of its control."""
+    """A file's point, its label, and where that label's base line starts."""
 
     x: float
     y: float
@@ -42,12 +62,22 @@ class Mark:
     title: str
     label: str
     label_at: tuple[float, float] | None
-    control_y: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The floor's or the control's value; `beyond` is "above" or "below" off the scale, else ""."""
+
+    kind: str
+    y: float
+    text: str
+    text_y: float
+    beyond: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """Everything the template draws; `floor_y` is the noise floor, `rail_y` identical pictures."""
+    """Everything the template draws; `rail_y` is where identical pictures sit."""
 
     width: int
     height: int
@@ -55,44 +85,99 @@ class Plot:
     right: float
     top: float
     bottom: float
+    x_title: str
+    y_title: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     marks: tuple[Mark, ...]
-    floor_y: float | None
-    floor_text: str
+    lines: tuple[Line, ...]
+    front: tuple[str, ...]  # names, smallest first
+    front_path: str
     rail_y: float | None
 
 
-def plot_of(model: DemoModel, width: int, height: int) -> Plot | None:
-    """Lay the plot out for a drawing of `width` by `height` units; None when no row has a PSNR."""
-    rows = [row for row in model.rows if row.nbytes > 0 and (row.identical or _known(row.psnr_db))]
-    if not rows:
+def value_of(row: Row, metric: str) -> float | None:
+    """The row's mean, infinity where its pictures are identical and have none, else None."""
+    value = row.values.get(metric)
+    if value is None:
+        return None
+    if value.mean is None:
+        return math.inf if row.identical else None
+    return value.mean if math.isfinite(value.mean) else None
+
+
+def pareto_front(comparison: Comparison, metric: str, axis: str) -> tuple[Row, ...]:
+    """Files that no other beats: none is as small and nearer, or smaller and as near."""
+    sign = 1.0 if METRICS[metric].better == "up" else -1.0
+    points = [
+        (size, sign * value if math.isfinite(value) else value, row)
+        for row in comparison.candidates
+        if (size := AXES[axis].read(row)) and (value := value_of(row, metric)) is not None
+    ]
+    return tuple(
+        row
+        for size, value, row in sorted(points, key=lambda point: (point[0], -point[1]))
+        if not any((s <= size and v > value) or (s < size and v >= value) for s, v, _ in points)
+    )
+
+
+def plot_of(
+    comparison: Comparison, metric: str, axis: str, *, width: int, height: int
+) -> Plot | None:
+    """Lay a plot out for a drawing of `width` by `height` units; None when there is no point.
+
+    Args:
+        comparison: its candidates are the points.
+        metric: key of METRICS, for the vertical axis.
+        axis: key of AXES, for the horizontal one.
+        width: units.
+        height: units.
+    """
+    what, across_what = METRICS[metric], AXES[axis]
+    points = [
+        (row, float(size), value)
+        for row in comparison.candidates
+        if (size := across_what.read(row)) and (value := value_of(row, metric)) is not None
+    ]
+    if not points:
         return None
     bottom = height - _BOTTOM
-    across, x_ticks = _size_axis([row.nbytes for row in rows], width - _RIGHT)
-    floor = model.noise_floor_psnr_db
-    measured = [value for row in rows for value in (row.psnr_db, row.control_psnr_db)]
-    down, y_ticks = _decibel_axis([v for v in (*measured, floor) if _known(v)], bottom)
-    rail = _TOP - 14
-    points = [
-        (across(row.nbytes), rail if row.identical or row.psnr_db is None else down(row.psnr_db))
-        for row in rows
+    across, x_ticks = _size_axis(axis, [size for _, size, _ in points], width - _RIGHT)
+    finite = [value for *_, value in points if math.isfinite(value)]
+    beside = [
+        (row, value)
+        for row in comparison.rows
+        if row.kind in ("floor", "control")
+        and (value := value_of(row, metric)) is not None
+        and math.isfinite(value)
     ]
-    controls = [down(row.control_psnr_db) if _known(row.control_psnr_db) else None for row in rows]
+    shown = _near(finite, [value for _, value in beside])
+    down, y_ticks = _value_axis(what, [*finite, *shown], bottom)
+    rail = _TOP - 14
+    places = {
+        row.name: (across(size), down(value) if math.isfinite(value) else rail)
+        for row, size, value in points
+    }
+    lines = _lines(beside, what, down, bottom)
+    taken = [_around(x, y) for x, y in places.values()]
+    taken += [
+        (_LEFT, line.text_y - _LINE, _LEFT + 4 + _CHAR * len(line.text), line.text_y + 3)
+        for line in lines
+    ]
+    front = pareto_front(comparison, metric, axis)
+    names = {row.name for row in front}
     marks = []
-    taken = [_around(x, y) for x, y in points]
-    taken += [_around(x, y) for (x, _), y in zip(points, controls, strict=True) if y is not None]
-    floor_text = f"noise floor {decibel_text(floor)}"
-    if _known(floor):
-        wide = _LEFT + 4 + _CHAR * len(floor_text)
-        taken.append((_LEFT, down(floor) - 5 - _LINE, wide, down(floor)))
-    for row, (x, y), control in zip(rows, points, controls, strict=True):
-        box = _place(row.type, x, y, taken, (_LEFT, 0.0, float(width), bottom))
+    for row, size, value in points:
+        x, y = places[row.name]
+        label = _short(row.type or row.name)
+        box = _place(
+            label, x, y, taken, (_LEFT, 0.0, float(width), bottom), ahead=row.name in names
+        )
         if box is not None:
             taken.append(box)
-        marks.append(
-            Mark(x, y, row.verdict, _title(row), row.type, box and (box[0], box[3] - 3), control)
-        )
+        reached = "identical" if math.isinf(value) else f"{what.title} {_text(value, what)}"
+        title = f"{row.name}: {across_what.text(size)}, {reached}, {row.verdict or 'not judged'}"
+        marks.append(Mark(x, y, row.verdict, title, label, box and (box[0], box[3] - 3)))
     return Plot(
         width=width,
         height=height,
@@ -100,65 +185,131 @@ def plot_of(model: DemoModel, width: int, height: int) -> Plot | None:
         right=width - _RIGHT,
         top=_TOP,
         bottom=bottom,
+        x_title=across_what.title,
+        y_title=f"{what.title}{f', {what.unit}' if what.unit else ''}",
         x_ticks=x_ticks,
         y_ticks=y_ticks,
         marks=tuple(marks),
-        floor_y=down(floor) if _known(floor) else None,
-        floor_text=floor_text,
-        rail_y=rail if any(row.identical for row in rows) else None,
+        lines=lines,
+        front=tuple(row.name for row in front),
+        front_path=_steps([places[row.name] for row in front]),
+        rail_y=rail if any(math.isinf(value) for *_, value in points) else None,
     )
 
 
-def _known(value: float | None) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)
+def _text(value: float, what: Metric) -> str:
+    text = number_text(value, what.digits)
+    return f"{text} {what.unit}" if what.unit and text[-1].isdigit() else text
 
 
-def _title(row: DemoRow) -> str:
-    value = decibel_text(row.psnr_db, identical=row.identical)
-    return f"{row.type}: {size_text(row.nbytes)}, {value}, {row.verdict}"
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
-def _size_axis(sizes: Sequence[int], right: float) -> tuple[Axis, tuple[Tick, ...]]:
-    """Powers of two, or of their roots where fewer than three would fit."""
-    low, high = math.log2(min(sizes)), math.log2(max(sizes))
+def _near(values: Sequence[float], beside: Sequence[float]) -> list[float]:
+    """Those of `beside` that can share an axis with `values`."""
+    if not values:
+        return list(beside)
+    low, high = min(values), max(values)
+    room = _FAR * ((high - low) or abs(high) or 1.0)
+    return [value for value in beside if low - room <= value <= high + room]
+
+
+def _lines(
+    beside: Sequence[tuple[Row, float]], what: Metric, down: Axis, bottom: float
+) -> tuple[Line, ...]:
+    """Lines of floor and control; labels that would lie on one another move apart."""
+    lines: list[Line] = []
+    for row, value in beside:
+        name = "noise floor" if row.kind == "floor" else "control"
+        text = f"{name} {_text(value, what)}"
+        y = down(value)
+        beyond = "above" if y < _TOP - 1 else "below" if y > bottom + 1 else ""
+        at = {"above": _TOP + 8, "below": bottom - 2}.get(beyond, y)
+        text_y = at - 5 if at - 5 - _LINE > 0 else at + _LINE
+        text = f"{text}, {beyond} the scale" if beyond else text
+        while any(abs(text_y - line.text_y) < _LINE for line in lines):
+            text_y += _LINE if text_y < (bottom + _TOP) / 2 else -_LINE
+        lines.append(Line(row.kind, at, text, round(text_y, 1), beyond))
+    return tuple(lines)
+
+
+def _steps(points: Sequence[tuple[float, float]]) -> str:
+    """A staircase: up to the next file's size nothing is nearer than the one before."""
+    if len(points) < 2:
+        return ""
+    path = f"M{points[0][0]} {points[0][1]}"
+    return path + "".join(f"H{x}V{y}" for x, y in points[1:])
+
+
+def _size_axis(axis: str, sizes: Sequence[float], right: float) -> tuple[Axis, tuple[Tick, ...]]:
+    """Powers of two, or of their roots where fewer than three would fit; bits in whole steps."""
+    logarithmic = axis == "size"
+    scale: Callable[[float], float] = math.log2 if logarithmic else float
+    low, high = scale(min(sizes)), scale(max(sizes))
     pad = max(0.15 * (high - low), 0.2)  # room for labels beside the outermost marks
     low, high = low - pad, high + pad
 
-    def across(nbytes: float) -> float:
-        return round(_LEFT + (math.log2(nbytes) - low) / (high - low) * (right - _LEFT), 1)
+    def across(value: float) -> float:
+        return round(_LEFT + (scale(value) - low) / (high - low) * (right - _LEFT), 1)
 
     room = max(3, int((right - _LEFT) // 70))
     best: list[float] = []
-    for step in (4.0, 2.0, 1.0, 0.5, 0.25, 0.125):
+    for step in (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125):
         fits = [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
         if len(fits) > room:
             break
         best = fits
-    return across, tuple(Tick(across(2**power), size_text(2**power)) for power in best)
+    values = [2**at if logarithmic else at for at in best]
+    return across, tuple(Tick(across(v), AXES[axis].text(v)) for v in values if v > 0)
 
 
-def _decibel_axis(values: Sequence[float], bottom: float) -> tuple[Axis, tuple[Tick, ...]]:
-    """Whole steps of 5, 10 or 20 dB around every value."""
+def _value_axis(
+    what: Metric, values: Sequence[float], bottom: float
+) -> tuple[Axis, tuple[Tick, ...]]:
+    """Steps of 1, 2 or 5 times a power of ten around every value, five or six of them."""
     least, most = min(values, default=20.0), max(values, default=60.0)
-    step = next((s for s in (5, 10, 20) if (most - least) / s <= 7), 50)
-    low, high = math.floor(least / step) * step, math.ceil(most / step) * step
-    high = max(high, low + step)
+    turned = what.better == "down"
+    pad = 0.04 * (most - least)  # the furthest file does not sit on the axis
+    least, most = (least, most + pad) if turned else (least - pad, most)
+    rough = max((most - least) / 5, 10.0**-what.digits)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
+    first, last = math.floor(least / step), math.ceil(most / step)
+    last = max(last, first + 1)
+    low, high = first * step, last * step
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
 
     def down(value: float) -> float:
-        return round(bottom - (value - low) / (high - low) * (bottom - _TOP), 1)
+        share = (value - low) / (high - low)
+        return round(bottom - (1 - share if turned else share) * (bottom - _TOP), 1)
 
-    return down, tuple(Tick(down(value), str(value)) for value in range(low, high + 1, step))
+    ticks = (n * step for n in range(first, last + 1))
+    return down, tuple(Tick(down(value), f"{value:.{digits}f}") for value in ticks)
 
 
 def _around(x: float, y: float) -> Box:
     return (x - _RADIUS, y - _RADIUS, x + _RADIUS, y + _RADIUS)
 
 
-def _place(text: str, x: float, y: float, taken: Sequence[Box], frame: Box) -> Box | None:
-    """Find room for a label right of, left of, above or below its mark."""
+def _place(
+    text: str, x: float, y: float, taken: Sequence[Box], frame: Box, *, ahead: bool
+) -> Box | None:
+    """Find room for a label around its mark.
+
+    Args:
+        text: the label.
+        x: of the mark.
+        y: of the mark.
+        taken: where something stands already.
+        frame: what it has to stay in.
+        ahead: the mark is on the front, so up and left of it is free; others have room below.
+    """
     wide, half, away = _CHAR * len(text), _LINE / 2, _RADIUS + 3
     above, below = y - away - half, y + away + half
+    first = (x - wide - 2, above) if ahead else (x + 2, below)
     for left, middle in (
+        first,
         (x + away, y),
         (x - away - wide, y),
         (x - wide / 2, above),
@@ -169,7 +320,6 @@ def _place(text: str, x: float, y: float, taken: Sequence[Box], frame: Box) -> B
         (x - away - wide, y + half),
         (x + 2, above),
         (x + 2, below),
-        (x - wide - 2, above),
         (x - wide - 2, below),
     ):
         box = (round(left, 1), round(middle - half, 1), left + wide, round(middle + half, 1))
