@@ -150,6 +150,7 @@ def test_the_sheet_shows_differences_even_without_script(browser, made):
 def test_zoom_shows_pixels_inside_its_own_box(browser, made):
     browser.open(made, width=360, touch=True)
     wide = "document.querySelector('.stage').offsetWidth"
+    assert browser.js(wide) == 328  # the whole width of the text
     choose(browser, "[data-zoom]", 1)
     assert browser.js(wide) == 32
     choose(browser, "[data-zoom]", 8)
