@@ -187,6 +187,7 @@ def test_files_are_written_whole_and_not_over_others(command, drawn, tmp_path, m
         (["ref", "a", "--csv", "nowhere/x.csv"], 2, "nowhere"),
         (["ref", "a", "--seeds", "x"], 2, "expected numbers with commas"),
         (["ref", "a", "--only", "unet"], 2, "'unet' is not one of"),
+        (["ref", "a", "--metrics", ""], 4, "unknown metric ''"),
         (["nothing-here", "neither"], 1, "nothing-here"),
     ],
 )

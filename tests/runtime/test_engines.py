@@ -24,6 +24,8 @@ from diffquant.core.errors import (
 from diffquant.quant.types import type_named
 from diffquant.runtime import scorers
 from diffquant.runtime.compare import ImageSettings, compare_pictures
+from diffquant.runtime.compare_files import compare_files
+from diffquant.runtime.compare_settings import CompareSettings
 from diffquant.runtime.engines import ENGINES, EngineFiles, open_side
 from diffquant.runtime.engines import diffusers as diffusers_engine
 from diffquant.runtime.engines.base import refuse_weights
@@ -57,6 +59,21 @@ def packed(tmp_path, source, name, suffix, **request):
     out = tmp_path / f"{source.name}-{name}{suffix}"
     run_job(source, out, Request(container_for(out), type=type_named(name), **request))
     return out
+
+
+def test_files_are_compared_in_diffusers_and_who_read_them_is_said(tmp_path):
+    out = packed(tmp_path, SD15, "q8_0", ".gguf")
+    settings = CompareSettings(
+        (PROMPT,), (0,), 3, 3.0, (64, 64), metrics=("psnr",), engine="diffusers"
+    )
+    comparison, _ = compare_files(SD15, [out], settings)
+    row, floor, control = comparison.rows
+    assert row.problems[0].startswith("unet read and run by diffusers")
+    assert row.latent_error < control.latent_error
+    assert control.values["psnr"].mean < row.values["psnr"].mean
+    assert floor.kind == "floor"
+    with pytest.raises(UsageError, match="the vae alone from another file"):
+        open_side("diffusers", EngineFiles(SD15, swapped=(("vae", out),)))
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux1", "qwen-image"])

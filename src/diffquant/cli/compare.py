@@ -138,7 +138,7 @@ def command(
         from diffquant.runtime.compare_settings import CompareSettings, default_metrics
 
         asked = lines or DEFAULT_PROMPTS
-        columns = tuple(one.strip() for one in metrics.split(",")) if metrics else None
+        columns = tuple(one.strip() for one in metrics.split(",")) if metrics is not None else None
         settings = CompareSettings(
             prompts=asked,
             seeds=picked,
@@ -154,6 +154,7 @@ def command(
             device=device,
             lpips_weights=lpips_weights,
             synthetic=synthetic,
+            keep_pictures=html_path is not None,
             clip_model=clip_model,
         )
         comparison, pictures = compare_files(

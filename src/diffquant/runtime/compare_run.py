@@ -128,7 +128,9 @@ class Run:
             limits=settings.limits,
             synthetic=settings.synthetic,
         )
-        return replace(row, problems=(*row.problems, *side.warnings))
+        # Other programs read some files themselves, and are handed others decoded: that is told.
+        how = () if settings.engine == "bundled" else (side.how,)
+        return replace(row, problems=(*row.problems, *how, *side.warnings))
 
     def _keep(self, name: str, drawn: Drawn) -> None:
         if self.settings.keep_pictures:
