@@ -7,6 +7,7 @@ in a zero byte, read by the browser from descriptor 3 and written by it to descr
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 
@@ -26,6 +27,7 @@ _FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
+_PATIENCE_S = 60.0
 _KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowUp": 38, "ArrowDown": 40, "Tab": 9, "Enter": 13}
 
 
@@ -54,12 +56,13 @@ class Browser:
         os.close(theirs_out)
         self.to, self.back = os.fdopen(write, "wb"), os.fdopen(read, "rb")
         self.count, self.rest, self.session = 0, b"", None
-        self.events, self.complaints = [], []
+        self.loaded, self.complaints = set(), []
         target = self.call("Target.getTargets")["targetInfos"][0]["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self.session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def close(self):
         self.session = None
@@ -70,9 +73,10 @@ class Browser:
 
     def _message(self):
         while b"\0" not in self.rest:
-            more = os.read(self.back.fileno(), 1 << 16)
+            ready, _, _ = select.select([self.back], [], [], _PATIENCE_S)
+            more = os.read(self.back.fileno(), 1 << 16) if ready else b""
             if not more:
-                raise RuntimeError("the browser went away")
+                raise RuntimeError("the browser went away" if ready else "the browser is silent")
             self.rest += more
         raw, _, self.rest = self.rest.partition(b"\0")
         message = json.loads(raw)
@@ -87,7 +91,8 @@ class Browser:
             url = params["request"]["url"]
             if not url.startswith(("file:", "data:")):
                 self.complaints.append(f"request: {url}")
-        self.events.append(method)
+        elif method == "Page.lifecycleEvent" and params["name"] == "load":
+            self.loaded.add(params["loaderId"])
         return message
 
     def call(self, method, **params):
@@ -118,10 +123,9 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setScriptExecutionDisabled", value=not script)
-        self.events.clear()
         self.complaints.clear()
-        self.call("Page.navigate", url=path.as_uri())
-        while "Page.loadEventFired" not in self.events:
+        loader = self.call("Page.navigate", url=path.as_uri())["loaderId"]
+        while loader not in self.loaded:
             self._message()
         return self
 

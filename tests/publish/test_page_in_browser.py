@@ -150,6 +150,7 @@ def test_the_sheet_shows_differences_even_without_script(browser, made):
 def test_zoom_shows_pixels_inside_its_own_box(browser, made):
     browser.open(made, width=360, touch=True)
     wide = "document.querySelector('.stage').offsetWidth"
+    assert browser.js(wide) == 328  # the whole width of the text
     choose(browser, "[data-zoom]", 1)
     assert browser.js(wide) == 32
     choose(browser, "[data-zoom]", 8)
@@ -233,3 +234,13 @@ def test_text_is_readable_in_light_and_dark(browser, made, dark):
         least = Math.min(least, (a + 0.05) / (b + 0.05));
       } return least; })()"""
     assert browser.js(contrast) >= 4.5
+
+
+def test_print_has_the_whole_table_and_no_controls(browser, made):
+    browser.open(made, width=1047)  # A4 landscape between its margins, at 96 dots an inch
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    wide = "document.querySelector('[data-sortable]').getBoundingClientRect().right"
+    assert browser.js(wide) <= 1047
+    assert browser.js("document.querySelector('.viewer').offsetHeight") == 0
+    assert browser.js("document.querySelector('figure img').offsetHeight") > 0
+    browser.call("Emulation.setEmulatedMedia", media="")

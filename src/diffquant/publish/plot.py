@@ -11,13 +11,14 @@ are left out when there is none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffquant.publish.rows import number_text, size_text
+from diffquant.publish.plot_axes import AXES, Axis, Tick, size_axis, value_axis, value_of
+from diffquant.publish.rows import number_text
 from diffquant.runtime.comparison import METRICS, Comparison, Metric, Row
 
-__all__ = ["AXES", "Line", "Mark", "Plot", "Tick", "pareto_front", "plot_of"]
+__all__ = ["Line", "Mark", "Plot", "pareto_front", "plot_of"]
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 14.0, 34.0, 34.0
 _CHAR, _LINE = 6.7, 13.0  # width and height of a label's letter at 12 units
@@ -26,30 +27,6 @@ _LONGEST = 22  # letters of a label
 _FAR = 1.5  # a line further than this many spreads of the files' values is not drawn to scale
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
-Axis = Callable[[float], float]
-
-
-@dataclass(frozen=True, slots=True)
-class SizeAxis:
-    """What the horizontal axis shows of a row."""
-
-    title: str
-    read: Callable[[Row], float | None]
-    text: Callable[[float], str]
-
-
-AXES: Mapping[str, SizeAxis] = {
-    "size": SizeAxis("file size", lambda row: row.nbytes, size_text),
-    "bits": SizeAxis("bits per weight", lambda row: row.bits_per_weight, lambda v: f"{v:.3g}"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """A value on an axis."""
-
-    at: float
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +73,6 @@ class Plot:
     rail_y: float | None
 
 
-def value_of(row: Row, metric: str) -> float | None:
-    """The row's mean, infinity where its pictures are identical and have none, else None."""
-    value = row.values.get(metric)
-    if value is None:
-        return None
-    if value.mean is None:
-        return math.inf if row.identical else None
-    return value.mean if math.isfinite(value.mean) else None
-
-
 def pareto_front(comparison: Comparison, metric: str, axis: str) -> tuple[Row, ...]:
     """Files that no other beats: none is as small and nearer, or smaller and as near."""
     sign = 1.0 if METRICS[metric].better == "up" else -1.0
@@ -142,7 +109,7 @@ def plot_of(
     if not points:
         return None
     bottom = height - _BOTTOM
-    across, x_ticks = _size_axis(axis, [size for _, size, _ in points], width - _RIGHT)
+    across, x_ticks = size_axis(axis, [size for _, size, _ in points], (_LEFT, width - _RIGHT))
     finite = [value for *_, value in points if math.isfinite(value)]
     beside = [
         (row, value)
@@ -152,7 +119,7 @@ def plot_of(
         and math.isfinite(value)
     ]
     shown = _near(finite, [value for _, value in beside])
-    down, y_ticks = _value_axis(what, [*finite, *shown], bottom)
+    down, y_ticks = value_axis(what, [*finite, *shown], (_TOP, bottom))
     rail = _TOP - 14
     places = {
         row.name: (across(size), down(value) if math.isfinite(value) else rail)
@@ -240,52 +207,6 @@ def _steps(points: Sequence[tuple[float, float]]) -> str:
         return ""
     path = f"M{points[0][0]} {points[0][1]}"
     return path + "".join(f"H{x}V{y}" for x, y in points[1:])
-
-
-def _size_axis(axis: str, sizes: Sequence[float], right: float) -> tuple[Axis, tuple[Tick, ...]]:
-    """Powers of two, or of their roots where fewer than three would fit; bits in whole steps."""
-    logarithmic = axis == "size"
-    scale: Callable[[float], float] = math.log2 if logarithmic else float
-    low, high = scale(min(sizes)), scale(max(sizes))
-    pad = max(0.15 * (high - low), 0.2)  # room for labels beside the outermost marks
-    low, high = low - pad, high + pad
-
-    def across(value: float) -> float:
-        return round(_LEFT + (scale(value) - low) / (high - low) * (right - _LEFT), 1)
-
-    room = max(3, int((right - _LEFT) // 70))
-    best: list[float] = []
-    for step in (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125):
-        fits = [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
-        if len(fits) > room:
-            break
-        best = fits
-    values = [2**at if logarithmic else at for at in best]
-    return across, tuple(Tick(across(v), AXES[axis].text(v)) for v in values if v > 0)
-
-
-def _value_axis(
-    what: Metric, values: Sequence[float], bottom: float
-) -> tuple[Axis, tuple[Tick, ...]]:
-    """Steps of 1, 2 or 5 times a power of ten around every value, five or six of them."""
-    least, most = min(values, default=20.0), max(values, default=60.0)
-    turned = what.better == "down"
-    pad = 0.04 * (most - least)  # the furthest file does not sit on the axis
-    least, most = (least, most + pad) if turned else (least - pad, most)
-    rough = max((most - least) / 5, 10.0**-what.digits)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
-    first, last = math.floor(least / step), math.ceil(most / step)
-    last = max(last, first + 1)
-    low, high = first * step, last * step
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-
-    def down(value: float) -> float:
-        share = (value - low) / (high - low)
-        return round(bottom - (1 - share if turned else share) * (bottom - _TOP), 1)
-
-    ticks = (n * step for n in range(first, last + 1))
-    return down, tuple(Tick(down(value), f"{value:.{digits}f}") for value in ticks)
 
 
 def _around(x: float, y: float) -> Box:
