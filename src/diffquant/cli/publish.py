@@ -9,6 +9,7 @@ import click
 from diffquant.cli.frame import Options, Outcome, common, echo, human, run, table
 from diffquant.cli.values import check_free, write_text
 from diffquant.core.errors import UsageError
+from diffquant.core.progress import NO_PROGRESS
 from diffquant.publish.licences import License
 from diffquant.publish.publishing import (
     PublishReport,
@@ -134,11 +135,10 @@ def command(
             force=force,
             dry_run=dry_run or card_only,
         )
-        bars = options.progress and not options.quiet
+        bar = options.bar()
+        bars = bar is not NO_PROGRESS
         report = publish(
-            request,
-            lambda where: open_client(where, token_file, bars=bars),
-            progress=options.bar(),
+            request, lambda where: open_client(where, token_file, bars=bars), progress=bar
         )
         if output is not None:
             write_text(output, report.card)

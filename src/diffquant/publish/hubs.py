@@ -120,7 +120,13 @@ _MEANINGS: Mapping[int, str] = MappingProxyType(
 
 
 def refusal(
-    error: BaseException, *, doing: str, target: object, status: int | None, redactor: Redactor
+    error: BaseException,
+    *,
+    doing: str,
+    target: object,
+    status: int | None,
+    redactor: Redactor,
+    cut: bool = True,
 ) -> Exception:
     """The error to raise for what a client's library raised.
 
@@ -130,6 +136,7 @@ def refusal(
         target: the repository.
         status: of the HTTP answer, None where there was none.
         redactor: takes the token out.
+        cut: whether an error without a status is one of the network.
     """
     full = _full_disk(error)
     if full is not None:
@@ -137,22 +144,35 @@ def refusal(
         return ResourceError(f"{target}: no space left on the disk of {where} while: {doing}")
     said = redactor.clean(str(getattr(error, "server_message", "") or "")).strip()
     said = f" (it says: {' '.join(said.split())[:200]})" if said else ""
-    if status is None:
-        kind = type(error).__name__
-        raised: Exception = RemoteError(
+    kind = type(error).__name__
+    raised: Exception
+    if status is None and not cut:
+        what = " ".join(redactor.clean(str(error)).split())[:200]
+        raised = RemoteError(f"{target}: {doing} failed ({kind}: {what}); -v -v tells more")
+    elif status is None:
+        raised = RemoteError(
             f"{target}: {doing} was cut off ({kind}); check the network and {_AGAIN}"
         )
     else:
         usual = f"the server fails: wait and {_AGAIN}" if status >= 500 else "the server refuses"
         meaning = _MEANINGS.get(status, usual)
         raised = RemoteError(f"{target}: {doing}: {status}, {meaning}{said}", status=status)
-    raised.__cause__ = _SaidError(f"{type(error).__name__}: {redactor.clean(str(error))}")
+    raised.__cause__ = _SaidError(redactor.clean(" <- ".join(_chain(error))))
     raised.__suppress_context__ = True
     return raised
 
 
 class _SaidError(Exception):
     """What a library said, cleaned: shown with -v -v."""
+
+
+def _chain(error: BaseException | None) -> list[str]:
+    """An error and what it came from, outermost first."""
+    told: list[str] = []
+    while error is not None and len(told) < 10:
+        told.append(f"{type(error).__name__}: {error}")
+        error = error.__cause__ or error.__context__
+    return told
 
 
 def _full_disk(error: BaseException | None) -> OSError | None:

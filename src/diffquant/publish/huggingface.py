@@ -177,7 +177,14 @@ class HuggingFace:
             inner = _first(error, (HfHubHTTPError, network)) or error
             response = getattr(inner, "response", None)
             status = response.status_code if response is not None else None
-            told = refusal(inner, doing=doing, target=repo, status=status, redactor=self.redactor)
+            told = refusal(
+                inner,
+                doing=doing,
+                target=repo,
+                status=status,
+                redactor=self.redactor,
+                cut=isinstance(inner, (network, ConnectionError, TimeoutError)),
+            )
             raise told from told.__cause__
 
 

@@ -147,7 +147,14 @@ class ModelScope:
             if not _is_clients(error):
                 raise
             status = getattr(error, "status_code", None)
-            told = refusal(error, doing=doing, target=repo, status=status, redactor=self.redactor)
+            told = refusal(
+                error,
+                doing=doing,
+                target=repo,
+                status=status,
+                redactor=self.redactor,
+                cut=isinstance(error, ConnectionError | TimeoutError),
+            )
             raise told from told.__cause__
 
 

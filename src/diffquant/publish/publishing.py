@@ -148,11 +148,27 @@ def publish(
         return _planned(request, release, plan_staging(release))
     client = connect(target)
     with redacted_logs(client.redactor):
-        client.check(target.repo)  # before hours of hashing
+        # What the hub refuses, it refuses before hours of hashing.
+        client.check(target.repo)
+        found = client.state(target, write=not request.create_pr)
+        told = _check_there(request, target, found) if found is not None else []
+        if found is None and request.create_pr:
+            raise UsageError(f"{target}: --create-pr needs a repository that exists")
         release = make_release(
             request.release, lookup=getattr(client, "card_of", None), progress=progress
         )
-        return _sent(request, target, client, release, plan_staging(release))
+        notes = [*release.notes, *told]
+        return _sent(request, client, _Job(target, found, release, plan_staging(release)), notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A release beside the repository it goes to, None where that is yet to be made."""
+
+    target: Target
+    found: RepoState | None
+    release: Release
+    plan: StagingPlan
 
 
 def _planned(request: PublishRequest, release: Release, plan: StagingPlan) -> PublishReport:
@@ -173,20 +189,10 @@ def _planned(request: PublishRequest, release: Release, plan: StagingPlan) -> Pu
     )
 
 
-def _sent(
-    request: PublishRequest,
-    target: Target,
-    client: HubClient,
-    release: Release,
-    plan: StagingPlan,
-) -> PublishReport:
-    notes = list(release.notes)
-    found = client.state(target, write=not request.create_pr)
+def _sent(request: PublishRequest, client: HubClient, job: _Job, notes: list[str]) -> PublishReport:
+    target, found, release, plan = job.target, job.found, job.release, job.plan
     if found is not None:
-        _check_there(request, target, found, notes)
         _check_card(request, target, client, plan, found)
-    elif request.create_pr:
-        raise UsageError(f"{target}: --create-pr needs a repository that exists")
     states = {one.place: _state(one, found) for one in plan.files}
     changed = [one for one in plan.files if states[one.place] != "there"]
     created = found is None
@@ -231,20 +237,17 @@ def _sent(
     )
 
 
-def _check_there(
-    request: PublishRequest, target: Target, found: RepoState, notes: list[str]
-) -> None:
+def _check_there(request: PublishRequest, target: Target, found: RepoState) -> list[str]:
     """What holds for a repository that exists: its visibility stays, a tag is set once."""
     if found.private is False and not request.public and not request.create_pr:
         raise UsageError(
             f"{target} is public, and everybody would see the files: give --public if they may"
         )
-    if found.private and request.public:
-        notes.append(
-            f"{target} is private and stays so: its visibility is changed in its settings alone"
-        )
-    if request.tag in found.tags and request.tag:
+    if request.tag and request.tag in found.tags:
         raise UsageError(f"{target} has a tag {request.tag} already; choose another --tag")
+    if found.private and request.public:
+        return [f"{target} is private and stays so: change that in its settings"]
+    return []
 
 
 def _check_card(
