@@ -2,7 +2,7 @@
 
 The client keeps what it has uploaded in a tracker file, which makes a second call go on; it lies in
 our cache, since the staging folder does not outlive a run. There are no pull requests here.
-Source: modelscope-hub 0.5.1 api.py (HubApi), types.py (FileInfo, RepoInfo), errors.py.
+Source: modelscope-hub 0.5.1 api.py (HubApi), types.py (FileInfo, RepoInfo), errors.py (HubError).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from diffquant.convert.remember import cache_folder
-from diffquant.core.errors import UsageError
+from diffquant.core.errors import RemoteError, UsageError
+from diffquant.io.transport import is_offline
 from diffquant.publish.hubs import Commit, RemoteFile, RepoState, Target, refusal
 from diffquant.publish.tokens import Redactor, token_from
 
@@ -30,28 +31,39 @@ _MAX_TEXT_NBYTES = 1 << 20
 class ModelScope:
     """See HubClient."""
 
-    def __init__(
-        self,
-        token_file: Path | None = None,
-        *,
-        bars: bool = False,
-        api: Any = None,  # noqa: ANN401
-    ) -> None:
+    def __init__(self, token_file: Path | None = None, *, bars: bool = False) -> None:
         """Find the client and the token.
 
         Args:
             token_file: holds it; else MODELSCOPE_API_TOKEN, else what `ms-hub login` stored.
             bars: draw the client's progress bars.
-            api: a client to use instead of the library's.
 
         Raises:
             UsageError: the client is not installed, or there is no token.
+            RemoteError: HF_HUB_OFFLINE is set; it stands for every hub here.
         """
-        token = token_from(token_file) if token_file is not None else None
-        self._api = api if api is not None else _client(token)
+        if is_offline():
+            raise RemoteError(
+                "HF_HUB_OFFLINE is set, nothing can be published: unset it, or use --dry-run"
+            )
+        try:
+            from modelscope_hub import HubApi
+            from modelscope_hub.config import get_default_config
+        except ImportError:
+            raise UsageError(
+                "publishing to ModelScope needs its client: pip install diffquant[modelscope]"
+            ) from None
+        config = get_default_config()
+        token = token_from(token_file) if token_file is not None else config.token
+        if not token:
+            raise UsageError(
+                "no access token of ModelScope: run `ms-hub login`, set MODELSCOPE_API_TOKEN, or "
+                "give --token-file FILE"
+            )
+        self.redactor = Redactor(token)
         self._bars = bars
-        known = token or str(getattr(getattr(self._api, "config", None), "token", "") or "")
-        self.redactor = Redactor(known)
+        self._site = str(config.endpoint or "https://modelscope.cn").rstrip("/")
+        self._api: Any = HubApi(token=token, endpoint=self._site)
 
     def check(self, repo: str) -> None:
         """Ask who the token belongs to."""
@@ -133,8 +145,7 @@ class ModelScope:
 
     def url(self, repo: str) -> str:
         """Where people look at it."""
-        site = getattr(getattr(self._api, "config", None), "endpoint", "")
-        return f"{site or 'https://modelscope.cn'}/models/{repo}"
+        return f"{self._site}/models/{repo}"
 
     @contextlib.contextmanager
     def _errors(self, doing: str, repo: str) -> Iterator[None]:
@@ -156,22 +167,6 @@ class ModelScope:
                 cut=isinstance(error, ConnectionError | TimeoutError),
             )
             raise told from told.__cause__
-
-
-def _client(token: str | None) -> Any:  # noqa: ANN401 - an optional library's class
-    try:
-        from modelscope_hub import HubApi
-    except ImportError:
-        raise UsageError(
-            "publishing to ModelScope needs its client: pip install diffquant[modelscope]"
-        ) from None
-    api = HubApi(token=token) if token else HubApi()
-    if not getattr(getattr(api, "config", None), "token", None):
-        raise UsageError(
-            "no access token of ModelScope: run `ms-hub login`, set MODELSCOPE_API_TOKEN, or give "
-            "--token-file FILE"
-        )
-    return api
 
 
 def _is_clients(error: Exception) -> bool:

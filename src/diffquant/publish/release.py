@@ -239,5 +239,5 @@ def _title(bases: Sequence[str], files: Sequence[Published]) -> str:
     else:
         name = files[0].facts.mark("source.name") or files[0].facts.path.stem
         name = re.sub(r"\.(safetensors|gguf|ckpt|pt|bin)$", "", name)
-    containers = dict.fromkeys(one.facts.report.container for one in files)
-    return f"{name} {' and '.join('GGUF' if one == 'gguf' else one for one in containers)}"
+    containers = {one.facts.report.container for one in files}
+    return f"{name} {'GGUF' if containers == {'gguf'} else 'quantized'}"
