@@ -355,6 +355,9 @@ def test_what_is_no_model_is_not_published(tmp_path):
         release_of(tmp_path)
     with pytest.raises(UsageError, match="hf upload"):
         release_of(ROOT / "examples" / "flux1-shapes")
+    (tmp_path / "x-00001-of-00002.gguf").touch()
+    with pytest.raises(UsageError, match="shards"):
+        release_of(tmp_path)
     (tmp_path / "x.bin").touch()
     with pytest.raises(UsageError, match=r"expected \.gguf"):
         release_of(tmp_path / "x.bin")

@@ -321,3 +321,25 @@ def test_the_token_is_nowhere_whatever_is_printed(out, tmp_path):
         assert SIGNATURE not in text
     for place in tmp_path.rglob("*"):
         assert not place.is_file() or TOKEN.encode() not in place.read_bytes(), place
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--to", "me/x"), "expected hf:OWNER/NAME"),
+        (("--to", "hf:a/../b"), "expected hf:OWNER/NAME"),
+        (("--to", "hf:a/b", "--tag", "-x"), "no name of a tag"),
+        (("--to", "hf:a/b", "--revision", "a..b"), "no name of a branch"),
+        (("--to", "hf:a/b", "--create-pr", "--revision", "b"), "refs/pr/N"),
+        (("--to", "hf:a/b", "--license", "other"), "--license-link"),
+        (("--to", "hf:a/b", "--license-name", "x"), "go with --license other"),
+        (("--to", "hf:a/b", "-o", "x.md"), "--card-only writes"),
+        (("--card-only", "-o", "x.gguf", "--force"), "a card is a .md file"),
+        ((), "give --to"),
+    ],
+)
+def test_what_makes_no_sense_is_a_usage_error(upload_hub, out, words, said):
+    found = run(out, *words, *(() if "--license-name" in words else ("--dry-run",)))
+    assert found.exit_code == 2, found.stderr
+    assert said in found.stderr
+    assert upload_hub.asked == []

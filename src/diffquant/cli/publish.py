@@ -107,6 +107,8 @@ def command(
             raise UsageError("give --to HUB:OWNER/NAME, or --card-only")
         if output is not None and not card_only:
             raise UsageError("-o is where --card-only writes the card")
+        if output is not None and output.suffix.lower() != ".md":
+            raise UsageError(f"-o {output}: a card is a .md file, such as README.md")
         if output is not None:
             check_free(output, paths, force=force)
         target = target_from(to, revision) if to else None

@@ -25,7 +25,7 @@ from diffquant.convert.remember import recall
 from diffquant.core.errors import MalformedFile, UsageError
 from diffquant.publish.facts import FileFacts
 
-__all__ = ["License", "front_matter", "license_of"]
+__all__ = ["License", "check_license", "front_matter", "license_of"]
 
 _HEADER_KEYS = (
     ("general.license", "general.license.name", "general.license.link"),
@@ -86,7 +86,7 @@ def license_of(
             "guess; give --license ID (such as apache-2.0, or other with --license-name and "
             "--license-link), or --base-card README.md of the original"
         )
-    return _checked(found)
+    return check_license(found)
 
 
 def front_matter(path: Path) -> dict[str, Any]:
@@ -160,7 +160,12 @@ def _from_pairs(pairs: Mapping[str, Any], source: str) -> License | None:
     return License(identifier, name, link, source)
 
 
-def _checked(found: License) -> License:
+def check_license(found: License) -> License:
+    """Return a license that the Hub takes.
+
+    Raises:
+        UsageError: no identifier, or `other` without a name and a text.
+    """
     if not _IDENTIFIER.fullmatch(found.id):
         raise UsageError(
             f"--license {found.id!r:.80}: expected an identifier of the Hub, such as apache-2.0, "

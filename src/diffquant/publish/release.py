@@ -18,7 +18,7 @@ from diffquant.io import open_source
 from diffquant.io.imatrix import is_gguf_imatrix
 from diffquant.publish.comfy_folders import COMFY_FOLDERS
 from diffquant.publish.facts import FileFacts, facts_of
-from diffquant.publish.licences import License, license_of
+from diffquant.publish.licences import License, check_license, license_of
 from diffquant.publish.measured import Measured, read_comparison
 from diffquant.publish.names import PublishedName, published_name
 from diffquant.publish.samples import Sample, read_samples
@@ -29,6 +29,7 @@ __all__ = ["LAYOUTS", "Published", "Release", "ReleaseRequest", "make_release"]
 LAYOUTS = ("flat", "comfy")
 _WEIGHTS = (".gguf", ".safetensors")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.", re.ASCII)
 _STEM = re.compile(r"[A-Za-z0-9][\w.+-]{0,120}", re.ASCII)
 
 
@@ -153,6 +154,8 @@ def _check(request: ReleaseRequest) -> None:
     for repo in request.base_models:
         if not _REPO.fullmatch(repo):
             raise UsageError(f"--base-model {repo!r:.120}: expected owner/name, as on the Hub")
+    if request.license is not None:
+        check_license(request.license)  # before anything is hashed
     if request.stem and not _STEM.fullmatch(request.stem):
         raise UsageError(
             f"--name {request.stem!r:.120}: expected letters, digits, and . _ + - between them"
@@ -182,6 +185,12 @@ def _found(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         else:
             found.append(path)
     found = list(dict.fromkeys(found))
+    shards = [one.name for one in found if _SHARD.search(one.name)]
+    if shards:
+        raise UsageError(
+            f"{shorten(shards, 2)}: shards of a checkpoint, which loaders of single files "
+            "do not read; `diffquant convert` it to one file"
+        )
     matrices = [one for one in found if _is_imatrix(one)]
     notes += [f"{one.name} is left out: an importance matrix, no model" for one in matrices]
     found = [one for one in found if one not in matrices]
