@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from diffquant.cli.frame import Options, Outcome, common, echo, human, run, table
-from diffquant.cli.values import check_free, write_text
+from diffquant.cli.values import check_free, prompts_from, write_text
 from diffquant.core.errors import UsageError
-from diffquant.core.progress import NO_PROGRESS
+from diffquant.core.progress import NO_PROGRESS, Progress
+from diffquant.publish.draw import draw_release
 from diffquant.publish.licences import License
 from diffquant.publish.publishing import (
     PublishReport,
@@ -47,6 +48,14 @@ _PATH = click.Path(path_type=Path)
     "--samples", multiple=True, type=_PATH, metavar="PATH", help="Picture, or folder of pictures."
 )
 @click.option("--grid", type=_PATH, metavar="FILE", help="PNG that is shown large, at the top.")
+@click.option(
+    "--draw",
+    type=_PATH,
+    metavar="ORIGINAL",
+    help="Draw --grid first, unless it exists: the original and every file, the same prompts.",
+)
+@click.option("--prompts", type=_PATH, metavar="FILE", help="Prompts for --draw, one per line.")
+@click.option("--steps", type=click.IntRange(1, 1000), default=20, help="Steps for --draw.")
 @click.option("--title", default="", help="Heading of the card.")
 @click.option("--name", "stem", default="", metavar="STEM", help="What file names begin with.")
 @click.option(
@@ -76,6 +85,9 @@ def command(
     comparison: Path | None,
     samples: tuple[Path, ...],
     grid: Path | None,
+    draw: Path | None,
+    prompts: Path | None,
+    steps: int,
     title: str,
     stem: str,
     layout: str,
@@ -112,6 +124,8 @@ def command(
         if output is not None:
             check_free(output, paths, force=force)
         target = target_from(to, revision) if to else None
+        bar = options.bar()
+        drawn = _drawn(paths, grid, draw, prompts, steps, bar)
         by = quantized_by if quantized_by is not None else to and to.split(":")[-1].split("/")[0]
         release = ReleaseRequest(
             paths=paths,
@@ -137,14 +151,13 @@ def command(
             force=force,
             dry_run=dry_run or card_only,
         )
-        bar = options.bar()
         bars = bar is not NO_PROGRESS
         report = publish(
             request, lambda where: open_client(where, token_file, bars=bars), progress=bar
         )
         if output is not None:
             write_text(output, report.card)
-        return Outcome(report, report.notes)
+        return Outcome(report, (*drawn, *report.notes))
 
     def render(report: PublishReport) -> None:
         if card_only:
@@ -156,6 +169,31 @@ def command(
             echo(report.card.rstrip("\n"))
 
     run("publish", options, work, render)
+
+
+def _drawn(
+    paths: tuple[Path, ...],
+    grid: Path | None,
+    original: Path | None,
+    prompts: Path | None,
+    steps: int,
+    progress: Progress,
+) -> tuple[str, ...]:
+    """Draw the grid where that was asked for; what is worth saying of it.
+
+    Raises:
+        UsageError: no name for the grid, or no prompts.
+    """
+    if original is None:
+        return ()
+    if grid is None or prompts is None:
+        raise UsageError("--draw needs --grid FILE, which it writes, and --prompts FILE")
+    if grid.exists():
+        return (f"{grid} exists and is used as it is: remove it to have it drawn again",)
+    check_free(grid, paths, force=False)
+    return draw_release(
+        paths, original, grid, prompts=prompts_from(prompts), steps=steps, progress=progress
+    )
 
 
 def _license(identifier: str | None, name: str, link: str) -> License | None:

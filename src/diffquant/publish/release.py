@@ -24,7 +24,7 @@ from diffquant.publish.names import PublishedName, published_name
 from diffquant.publish.samples import Sample, read_samples
 from diffquant.publish.selection import local_name
 
-__all__ = ["LAYOUTS", "Published", "Release", "ReleaseRequest", "make_release"]
+__all__ = ["LAYOUTS", "Published", "Release", "ReleaseRequest", "make_release", "published_files"]
 
 LAYOUTS = ("flat", "comfy")
 _WEIGHTS = (".gguf", ".safetensors")
@@ -117,7 +117,7 @@ def make_release(
         CheckpointError: a file that cannot be read.
     """
     _check(request)
-    paths, notes = _found(request.paths)
+    paths, notes = published_files(request.paths)
     facts = sorted(facts_of(paths, progress=progress), key=lambda one: (-one.nbytes, one.path.name))
     files = tuple(_placed(one, request) for one in facts)
     _refuse_twice(files)
@@ -164,8 +164,12 @@ def _check(request: ReleaseRequest) -> None:
         raise UsageError(f"--base-card {request.base_card}: no such file")
 
 
-def _found(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Files to publish, and what was left out."""
+def published_files(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Files to publish, and what was left out.
+
+    Raises:
+        UsageError: nothing that can be published, or what this command does not take.
+    """
     found: list[Path] = []
     notes: list[str] = []
     for path in paths:
