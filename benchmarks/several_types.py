@@ -8,8 +8,9 @@ Builds a bfloat16 checkpoint with the names and widths of Flux.1-dev and fewer b
 temporary folder by default), or one with the names and shapes of a manifest of tests/data. Each run
 is a process of its own: wall time, processor time (all threads, without the start; what counts on a
 busy machine), bytes that reads of the source asked for (counted where files are read, so a second
-read counts though the page cache serves it), and anonymous memory, sampled 50 times a second. A first run warms page cache and compiled kernels and is not reported; the order of
-the two ways alternates.
+read counts though the page cache serves it), and anonymous memory, sampled 50 times a second. A
+first run warms page cache and compiled kernels and is not reported; the order of the two ways
+alternates.
 """
 
 from __future__ import annotations
