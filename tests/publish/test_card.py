@@ -12,6 +12,7 @@ import yaml
 from markdown_it import MarkdownIt
 from PIL import Image, PngImagePlugin
 
+from diffquant.convert.jobs import run_job
 from diffquant.convert.request import Request
 from diffquant.convert.several import Wanted, run_jobs
 from diffquant.core.errors import MalformedFile, UsageError
@@ -118,6 +119,20 @@ def test_a_safetensors_release_says_nothing_of_ollama(made):
     card = render_card(release_of(made / "s_fp8_scaled.safetensors"))
     assert "Ollama" not in card
     assert "library_name" not in front(card)
+
+
+def test_a_text_encoder_may_well_be_for_llama_cpp(tmp_path):
+    run_job(
+        ROOT / "examples" / "flux1-shapes",
+        tmp_path / "t5-Q8_0.gguf",
+        Request("gguf", type_named("q8_0"), parts=("text_encoder_2",)),
+        verify="none",
+    )
+    card = render_card(release_of(tmp_path))
+    assert "Ollama" not in card
+    assert "pipeline_tag" not in front(card)
+    assert "T5" in card
+    assert "-t q8_0 --target comfyui-gguf --part text_encoder_2\n" in card
 
 
 def test_a_card_is_the_same_every_time_and_knows_its_own_hand(made):

@@ -105,7 +105,10 @@ def render_card(release: Release, license_link: str = "") -> str:
         commands=[_command(one) for one in release.files],
         hashes=[(one.place, one.facts.sha256) for one in release.files],
         unmeasured=_unmeasured(release),
-        gguf=any(one.report.container == "gguf" for one in facts),
+        gguf=any(
+            one.report.container == "gguf" and one.report.kind in ("checkpoint", "diffusion_model")
+            for one in facts
+        ),
         grid=next((one for one in release.samples if one.name == GRID_NAME), None),
         samples=[one for one in release.samples if one.name != GRID_NAME],
         version=__version__,
@@ -177,10 +180,11 @@ def _relation(facts: Sequence[FileFacts]) -> str | None:
 def _what(facts: Sequence[FileFacts]) -> str:
     """What the files are, by name: Flux.1 dev."""
     names = dict.fromkeys(
-        " ".join(filter(None, (one.report.title or one.report.architecture, one.report.variant)))
+        " ".join((one.report.title, one.report.variant)).strip()
         for one in facts
+        if one.report.title
     )
-    return " and ".join(names)
+    return " and ".join(names) or "A model that is not recognised here"
 
 
 def _metric_columns(release: Release) -> tuple[str, ...]:
