@@ -6,10 +6,11 @@ python benchmarks/several_types.py [--json FILE] [--workdir DIR] [--gigabytes 2]
 
 Builds a bfloat16 checkpoint with the names and widths of Flux.1-dev and fewer blocks, in DIR (a
 temporary folder by default), or one with the names and shapes of a manifest of tests/data. Each run
-is a process of its own: wall time, bytes that reads of the source asked for (counted where files
-are read, so a second read counts though the page cache serves it), and anonymous memory, sampled 50
-times a second. A first run warms page cache and compiled kernels and is not reported; the order of
-the two ways alternates.
+is a process of its own: wall time, processor time (all threads, without the start; what counts on a
+busy machine), bytes that reads of the source asked for (counted where files are read, so a second
+read counts though the page cache serves it), and anonymous memory, sampled 50 times a second. A
+first run warms page cache and compiled kernels and is not reported; the order of the two ways
+alternates.
 """
 
 from __future__ import annotations
@@ -57,16 +58,17 @@ def child(text: str) -> None:
         path = Path(job["folder"]) / f"{name}{SUFFIX[container]}"
         wanted.append(Wanted(path, Request(container, type=kind)))
     common: Any = {"force": True, "workers": job["threads"], "verify": job["verify"]}
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     if len(wanted) == 1:
         alone = run_job(source, wanted[0].path, wanted[0].request, **common)
         planned, weights = alone.peak_nbytes, alone.read_nbytes
     else:
         several = run_jobs(source, wanted, **common)
         planned, weights = several.peak_nbytes, several.read_nbytes
-    seconds = time.perf_counter() - start
+    seconds, processor = time.perf_counter() - start, time.process_time() - busy
     result = {
         "seconds": seconds,
+        "processor_seconds": processor,
         "source_read_nbytes": asked["source"],
         "planned_read_nbytes": weights,
         "planned_nbytes": planned,
@@ -80,6 +82,7 @@ def child(text: str) -> None:
 def show(label: str, one: dict[str, Any], source: int, base: float) -> None:
     print(
         f"{label:34} {one['seconds']:7.1f} {base / one['seconds']:6.2f} "
+        f"{one['processor_seconds']:7.1f} "
         f"{one['source_read_nbytes'] / 1e9:8.2f} {one['source_read_nbytes'] / source:7.2f} "
         f"{mib(one['anonymous_nbytes']):>6} {mib(one['planned_nbytes']):>6}",
         flush=True,
@@ -124,11 +127,15 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     alone = [middle[name] for name in types]
     apart = {
         "seconds": sum(statistics.median(one["seconds"] for one in runs[name]) for name in types),
+        "processor_seconds": sum(one["processor_seconds"] for one in alone),
         "source_read_nbytes": sum(one["source_read_nbytes"] for one in alone),
         "anonymous_nbytes": max(one["anonymous_nbytes"] or 0 for one in alone) or None,
         "planned_nbytes": max(one["planned_nbytes"] for one in alone),
     }
-    print(f"{'run':34} {'s':>7} {'times':>6} {'read GB':>8} {'x size':>7} {'anon':>6} {'plan':>6}")
+    print(
+        f"{'run':34} {'s':>7} {'times':>6} {'cpu s':>7} {'read GB':>8} {'x size':>7} {'anon':>6} "
+        f"{'plan':>6}"
+    )
     for name in types:
         show(name, middle[name], nbytes, apart["seconds"])
     show(f"{len(types)} runs", apart, nbytes, apart["seconds"])

@@ -225,3 +225,42 @@ def test_warnings_are_said_once_or_with_their_type(flux, tmp_path):
     report = run_jobs(flux, wanted_in(tmp_path, cases), dry_run=True)
     assert len(report.warnings) == len(set(report.warnings))
     assert any(text.startswith("nf4: written for forge") for text in report.warnings)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """How often each format's codec was asked to encode which rows."""
+    found, lock, backend = {}, threading.Lock(), chunk_work.backend
+
+    def counted(codec, operation):
+        made = backend(codec, operation)
+        if operation != "encode":
+            return made
+
+        def encode(weight, *args, fmt, **more):
+            rows = (fmt, weight.shape, weight.tobytes())
+            with lock:
+                found[rows] = found.get(rows, 0) + 1
+            return made(weight, *args, fmt=fmt, **more)
+
+        return encode
+
+    monkeypatch.setattr(chunk_work, "backend", counted)
+    return found
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_each_weight_is_encoded_once_per_format(
+    flux, tmp_path, monkeypatch, encoded, matrix_for, weighted
+):
+    monkeypatch.setattr(cutting, "CHUNK", 1 << 17)
+    matrix = None
+    if weighted:
+        with opened(flux) as (_, logical, match):
+            matrix = matrix_for("q4_k_m", logical, match)
+    names = ("q4_k_m", "q4_k_s", "q8_0", "q5_k_m", "q5_k_s")
+    wanted = wanted_in(tmp_path, [(name, "gguf") for name in names])
+    run_jobs(flux, wanted, workers=2, matrix=matrix, verify="load")
+    wide = {rows: count for rows, count in encoded.items() if rows[0].startswith("q")}
+    assert len({rows[0] for rows in wide}) >= 4  # the mixes differ
+    assert set(wide.values()) == {1}

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("diffquant.cli.compare", "Compare several files with one, by their pictures."),
     "diff": ("diffquant.cli.diff", "Say what differs between two checkpoints."),
     "download": ("diffquant.cli.download", "Download files of a repository, checked."),
+    "publish": ("diffquant.cli.publish", "Publish files with a model card on a hub."),
     "doctor": ("diffquant.cli.doctor", "Say what this machine has, runs, and is limited by."),
     "formats": ("diffquant.cli.formats", "List types, formats and containers."),
     "completion": ("diffquant.cli.completion", "Print a shell completion script."),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from diffquant.convert.dialects import Packed
 from diffquant.convert.gather import raw_range, raw_rows
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.plan import Step
-from diffquant.convert.step_state import ChunkRows, StepState, amax_of
+from diffquant.convert.step_state import ChunkRows, Encoded, StepState, amax_of, encoding_of
 from diffquant.core.errors import QuantError
 from diffquant.core.floats import float32_of
 from diffquant.core.tensors import ByteArray
@@ -80,6 +80,25 @@ def write_chunk(
 def _encoded(
     state: StepState, index: int, chunk: ChunkRows, *, check: bool
 ) -> list[tuple[Packed, ByteArray]]:
+    asked = encoding_of(state)
+    last = chunk.encoded
+    if last is None or asked is None or last.asked != asked:
+        chunk.encoded = last = None  # not two at once
+        last = _made(state, index, chunk, check=check, asked=asked)
+        chunk.encoded = last
+    if last.errors is not None:
+        state.errors[index] = last.errors
+    return [
+        (one, one.data(last.parts[one.part] if one.part else None))
+        for one in state.step.packed
+        if index < len(state.extents[one.spec.key])
+    ]
+
+
+def _made(
+    state: StepState, index: int, chunk: ChunkRows, *, check: bool, asked: Hashable
+) -> Encoded:
+    """Encode a chunk, and look at what came of it."""
     step = state.step
     fmt = format_named(step.decision.format)
     weight, amax = chunk.weight, chunk.amax
@@ -97,23 +116,19 @@ def _encoded(
         parts = backend(fmt.codec, "encode")(weight, state.stats, fmt=fmt.name, **weigh)
     else:
         parts = _rounded(state, weight, fmt)
+    stats = None
     if check or state.mean is not None or (fmt.limited and not amax <= fmt.safe_amax):
         decoded = backend(fmt.codec, "decode")(parts, weight.shape, fmt=fmt.name)
         _refuse_overflow(weight, decoded, step, fmt)
         if check:
             stats = ErrorStats()
             stats.add(weight, decoded)
-            state.errors[index] = stats
             if state.carry is not None:
                 state.costs[index] = state.carry.costs(weight, decoded)
         if state.mean is not None:
             lost = (weight - decoded).reshape(-1, state.mean.size)
             state.shifts[index] = np.einsum("rk,k->r", lost, state.mean, dtype=np.float64)
-    return [
-        (one, one.data(parts[one.part] if one.part else None))
-        for one in step.packed
-        if index < len(state.extents[one.spec.key])
-    ]
+    return Encoded(asked, parts, stats)
 
 
 def _rounded(state: StepState, weight: NDArray[np.float32], fmt: QuantFormat) -> Any:  # noqa: ANN401 - parts

@@ -7,7 +7,8 @@ the same for any thread count. Formats that need a statistic of the whole tensor
 reduce every chunk.
 
 Several outputs of one source are made in one pass: what they share (convert/sharing.py) is read,
-decoded and adapted once per chunk, then encoded for one output after the other.
+decoded and adapted once per chunk, then encoded for one output after the other; those that store
+a weight in the same format are written from the same encoding.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from diffquant.convert.once import reading_once
 from diffquant.convert.peak import peak_nbytes, peak_together
 from diffquant.convert.plan import Plan
 from diffquant.convert.sharing import is_held, shared_steps
-from diffquant.convert.step_state import ChunkRows, Group, Output, StepResult, StepState
+from diffquant.convert.step_state import (
+    ChunkRows,
+    Group,
+    Output,
+    StepResult,
+    StepState,
+    alike_together,
+)
 from diffquant.convert.workers import Task, default_workers, run_tasks
 from diffquant.core.heap import keep_freed_pages
 from diffquant.core.progress import NO_PROGRESS, Progress
@@ -113,7 +121,8 @@ def _groups(logical: LogicalSource, outputs: Sequence[Output], workers: int) -> 
         if not left:
             continue
         states = tuple(StepState.of(index, outputs[plan]) for plan, index in left)
-        group = Group(states, holds=is_held(logical, [one.step for one in states], workers))
+        held = is_held(logical, [one.step for one in states], workers)
+        group = Group(alike_together(states), holds=held)
         by_step.update(dict.fromkeys(left, group))
         groups.append(group)
     for plan, one in enumerate(outputs):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from diffquant import __version__
 from diffquant.convert.bias import BIAS_CORRECTION
 from diffquant.convert.detect import Match
 from diffquant.convert.dialects.bnb import BNB_FORMATS, FOUR_BITS
-from diffquant.convert.plan import Plan
+from diffquant.convert.plan import Plan, Request
 from diffquant.core.tensors import TensorSource
 
 __all__ = ["CONFIG_KEY", "configs_of", "file_metadata", "fingerprint", "folder_configs"]
@@ -85,9 +86,25 @@ def file_metadata(plan: Plan, match: Match, source: TensorSource) -> dict[str, s
         out["diffquant.rounding.inputs.fingerprint"] = fingerprint(plan.inputs.source)
     if plan.bias_fixes:
         out[BIAS_CORRECTION] = f"{len(plan.bias_fixes)} layers, mean inputs of {plan.bias_inputs}"
+    if options := _options(plan.request):
+        out["diffquant.options"] = options
     if plan.mixed:
         out["diffquant.mixed"] = "less than half of the weights are stored as the named type"
     return out
+
+
+def _options(request: Request) -> str:
+    """Options of `quantize` that chose what is stored, as a shell has them; never a path."""
+    words = [word for part in request.parts for word in ("--part", part)]
+    words += ["--all"] if request.all_parts else []
+    words += ["--pure"] if request.pure else []
+    for rule in request.rules:
+        words += (
+            ["--exclude", rule.pattern]
+            if rule.format is None
+            else ["--tensor-type", f"{rule.pattern}={rule.format}"]
+        )
+    return shlex.join(words)
 
 
 def folder_configs(plan: Plan, configs: Mapping[str, Any]) -> dict[str, Any]:

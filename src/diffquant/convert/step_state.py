@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,17 @@ from diffquant.convert.plan import Plan, Step
 from diffquant.core.tensors import TensorSink
 from diffquant.quant.metrics import ErrorStats
 
-__all__ = ["ChunkRows", "Group", "Output", "StepResult", "StepState", "amax_of"]
+__all__ = [
+    "ChunkRows",
+    "Encoded",
+    "Group",
+    "Output",
+    "StepResult",
+    "StepState",
+    "alike_together",
+    "amax_of",
+    "encoding_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +159,33 @@ class Group:
         return tuple(state for state in self.states if state.is_two_pass)
 
 
-class ChunkRows:
-    """The rows of one chunk: read and decoded when first asked for, and only once."""
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What a codec made of a chunk, kept for the next output that asks for the same.
 
-    __slots__ = ("_amax", "_weight", "logical", "rows", "step")
+    Attributes:
+        asked: everything the bytes depend on beside the rows.
+        parts: as the codec returned them; not to be modified.
+        errors: against the rows, None where nobody looked.
+    """
+
+    asked: Hashable
+    parts: Any
+    errors: ErrorStats | None
+
+
+class ChunkRows:
+    """The rows of one chunk: read and decoded when first asked for, and only once.
+
+    `encoded` is the last that was made of them. Outputs that store a weight alike follow each other
+    (`alike_together`), so one is enough, and a worker's memory does not grow with their number.
+    """
+
+    __slots__ = ("_amax", "_weight", "encoded", "logical", "rows", "step")
 
     def __init__(self, logical: LogicalSource, step: Step, rows: tuple[int, int]) -> None:
         self.logical, self.step, self.rows = logical, step, rows
+        self.encoded: Encoded | None = None
         self._weight: NDArray[np.float32] | None = None
         self._amax: float | None = None
 
@@ -172,6 +202,30 @@ class ChunkRows:
         if self._amax is None:
             self._amax = amax_of(self.weight)
         return self._amax
+
+
+def encoding_of(state: StepState) -> Hashable:
+    """What the bytes of a step's chunk depend on beside its rows; None where it stands alone.
+
+    Error feedback has a state of its own per output, and so has a bias that is corrected or that
+    waits for what its weight lost.
+    """
+    step = state.step
+    if not step.decision.format or step.rounding != "nearest":
+        return None
+    if state.shift is not None or state.mean is not None:
+        return None
+    importance = state.output.importance.get(step.key)
+    weights = importance.tobytes() if importance is not None else b""
+    return step.decision.format, step.flat, state.stats, weights
+
+
+def alike_together(states: Sequence[StepState]) -> tuple[StepState, ...]:
+    """States in their order, but that those which store a weight alike follow each other."""
+    places: dict[Hashable, int] = {}
+    for place, state in enumerate(states):
+        places.setdefault((state.step.decision.format, state.step.flat), place)
+    return tuple(sorted(states, key=lambda one: places[(one.step.decision.format, one.step.flat)]))
 
 
 def amax_of(values: NDArray[np.float32]) -> float:

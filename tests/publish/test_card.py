@@ -1,0 +1,378 @@
+"""A card says what the files are, in words that stay words whatever the files are called."""
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+from PIL import Image, PngImagePlugin
+
+from diffquant.convert.jobs import run_job
+from diffquant.convert.request import Request
+from diffquant.convert.several import Wanted, run_jobs
+from diffquant.core.errors import MalformedFile, UsageError
+from diffquant.core.report import envelope
+from diffquant.publish.card import is_own_card, render_card
+from diffquant.publish.licences import License
+from diffquant.publish.markdown import cell_code, code, fenced, prose, text
+from diffquant.publish.release import ReleaseRequest, make_release
+from diffquant.publish.staging import plan_staging, staged
+from diffquant.quant.policy import Rule
+from diffquant.quant.types import type_named
+from diffquant.runtime.comparison import Comparison, Row, Value
+
+ROOT = Path(__file__).parents[2]
+CC0 = License("cc0-1.0", source="the publisher")
+HOSTILE = "a|b`c`<img src=x onerror=alert(1)>[x](javascript:1)\n# H\n---\n| c |\u202ehttps://x.y"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    rules = (Rule("single_blocks.0", None, "--exclude single_blocks.0"),)
+    run_jobs(
+        ROOT / "examples" / "flux1-shapes",
+        [
+            Wanted(folder / "s-Q4_K_S.gguf", Request("gguf", type_named("q4_k_s"), rules=rules)),
+            Wanted(folder / "s-Q8_0.gguf", Request("gguf", type_named("q8_0"))),
+            Wanted(
+                folder / "s_fp8_scaled.safetensors",
+                Request("safetensors", type_named("fp8_scaled")),
+            ),
+        ],
+        workers=2,
+        verify="none",
+    )
+    return folder
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """A machine that remembers no source."""
+    monkeypatch.setenv("DIFFQUANT_CACHE", str(tmp_path / "none"))
+
+
+def rendered(card: str) -> str:
+    """The card as HTML, by a parser that lets raw HTML through."""
+    body = card.split("---\n", 2)[2]
+    return MarkdownIt("commonmark").enable("table").render(body)
+
+
+def foreign(card: str) -> list[str]:
+    """Tags and addresses in the rendered card that no card of ours has."""
+    html = re.sub(r"<!--.*?-->", "", rendered(card))
+    ours = "h1|h2|h3|p|a|strong|em|img|table|thead|tbody|tr|th|td|code|pre|ul|li"
+    tags = re.findall(rf"<(?!(?:{ours})\b)\w+", html)
+    places = re.findall(r'(?:href|src)="([^"]*)"', html)
+    strange = [one for one in places if not re.match(r"\./|https://huggingface\.co/me/", one)]
+    return [*tags, *strange, *re.findall(r"onerror=\S*>", html)]
+
+
+def release_of(*paths: Path, **asked):
+    asked.setdefault("license", CC0)
+    asked.setdefault("base_models", ("me/shapes",))
+    return make_release(ReleaseRequest(paths, **asked))
+
+
+def front(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_front_matter_is_what_the_hub_reads(made):
+    card = render_card(release_of(made, quantized_by="me"))
+    found = front(card)
+    assert found == {
+        "base_model": ["me/shapes"],
+        "base_model_relation": "quantized",
+        "language": ["en"],
+        "library_name": "gguf",
+        "license": "cc0-1.0",
+        "pipeline_tag": "text-to-image",
+        "quantized_by": "me",
+        "tags": [
+            *("gguf", "diffusion-single-file", "comfyui", "forge", "flux1"),
+            *("4-bit", "8-bit", "diffquant"),
+        ],
+    }
+
+
+def test_a_card_tells_what_was_kept_how_it_was_made_and_who_reads_it(made):
+    card = render_card(release_of(made))
+    assert "not for llama.cpp or Ollama" in card
+    assert "--exclude single_blocks.0" in card
+    assert "diffquant quantize flux1-shapes -o s-Q8_0.gguf -t q8_0\n" in card
+    assert re.search(r"\| bf16 \| [\d,]+ \| 2 \| output layer \|", card)
+    assert "### ComfyUI with ComfyUI-GGUF" in card
+    assert re.search(r"- stable-diffusion\.cpp.*pooled", card)  # named among those that refuse it
+    assert "### stable-diffusion.cpp" not in card
+    assert "**Not image-verified**" in card
+    for one in made.iterdir():
+        assert f"[`{one.name}`](./{one.name})" in card
+
+
+def test_a_safetensors_release_says_nothing_of_ollama(made):
+    card = render_card(release_of(made / "s_fp8_scaled.safetensors"))
+    assert "Ollama" not in card
+    assert "library_name" not in front(card)
+
+
+def test_a_text_encoder_may_well_be_for_llama_cpp(tmp_path):
+    run_job(
+        ROOT / "examples" / "flux1-shapes",
+        tmp_path / "t5-Q8_0.gguf",
+        Request("gguf", type_named("q8_0"), parts=("text_encoder_2",)),
+        verify="none",
+    )
+    card = render_card(release_of(tmp_path))
+    assert "Ollama" not in card
+    assert "pipeline_tag" not in front(card)
+    assert "T5" in card
+    assert "-t q8_0 --target comfyui-gguf --part text_encoder_2\n" in card
+
+
+def test_a_card_is_the_same_every_time_and_knows_its_own_hand(made):
+    card = render_card(release_of(made))
+    assert card == render_card(release_of(made))
+    assert is_own_card(card)
+    assert is_own_card(card.replace("\n", "\r\n"))
+    assert not is_own_card(card.replace("## Files", "## My files"))
+    assert not is_own_card("# somebody's\n")
+
+
+def comparison(*rows: Row) -> Comparison:
+    return Comparison(
+        reference="flux1-shapes",
+        reference_nbytes=1,
+        architecture="flux1",
+        variant="dev",
+        part="denoiser",
+        prompts=("a", "b"),
+        seeds=(0,),
+        steps=20,
+        cfg=None,
+        size=(128, 128),
+        metrics=("psnr", "lpips"),
+        missing={"lpips": HOSTILE},
+        gates={},
+        rows=rows,
+    )
+
+
+def written(found: Comparison, path: Path) -> Path:
+    path.write_text(json.dumps(envelope("compare", found)))
+    return path
+
+
+def test_measured_quality_stands_in_the_table(made, tmp_path):
+    rows = (
+        Row("s-Q4_K_S.gguf", "candidate", values={"psnr": Value(42.26)}),
+        Row("s-Q8_0.gguf", "candidate", identical=True, values={"psnr": Value(None)}),
+        Row("floor", "floor", values={"psnr": Value(63.6)}),
+        Row("control", "control", values={"psnr": Value(7.2)}),
+    )
+    path = written(comparison(*rows), tmp_path / "c.json")
+    card = render_card(release_of(made, comparison=path))
+    assert "| PSNR | use when |" in card
+    assert re.search(r"s-Q4_K_S.gguf`.*\| 42\.3 dB \|", card)
+    assert re.search(r"s-Q8_0.gguf`.*\| identical \|", card)
+    assert "63.6 dB" in card
+    assert "**Not image-verified**: `s_fp8_scaled.safetensors`" in card
+    assert "<img" not in card
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["", "[]", "{}", '{"rows": [], "reference": 1}', "[" * 100_000, '{"rows": 1, "reference": ""}'],
+)
+def test_what_is_no_comparison_is_refused(made, tmp_path, body):
+    path = tmp_path / "c.json"
+    path.write_text(body)
+    with pytest.raises(MalformedFile, match="compare --json"):
+        release_of(made, comparison=path)
+
+
+def test_a_comparison_of_other_files_is_refused(made, tmp_path):
+    path = written(comparison(Row("x.gguf", "candidate")), tmp_path / "c.json")
+    with pytest.raises(UsageError, match="none of which"):
+        release_of(made, comparison=path)
+
+
+def sample(path: Path, prompt: str) -> Path:
+    told = PngImagePlugin.PngInfo()
+    told.add_text("parameters", f"{prompt}\nSteps: 20, Sampler: Euler, Seed: 1")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path, pnginfo=told)
+    return path
+
+
+def test_samples_become_a_gallery(made, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    sample(folder / "one.png", "a red fox")
+    sample(folder / "two <b>.png", HOSTILE.replace("\n", " "))
+    release = release_of(made, samples=(folder,), grid=sample(tmp_path / "g.png", ""))
+    card = render_card(release)
+    widget = front(card)["widget"]
+    assert widget[0] == {"text": "a red fox", "output": {"url": "samples/one.png"}}
+    assert widget[1]["output"]["url"] == "samples/two-b.png"
+    assert "![samples: the original and the files" in card
+    assert foreign(card) == []
+    plan = plan_staging(release)
+    assert {one.place for one in plan.files} >= {"samples/grid.png", "samples/two-b.png"}
+
+
+def test_what_is_no_picture_is_refused(made, tmp_path):
+    fake = tmp_path / "x.png"
+    fake.write_bytes(b"<svg onload=alert(1)>")
+    with pytest.raises(MalformedFile, match="no picture"):
+        release_of(made, samples=(fake,))
+
+
+def test_hostile_names_stay_text(made):
+    release = release_of(made / "s-Q8_0.gguf")
+    (one,) = release.files
+    header = {**one.facts.header, "diffquant.source.name": HOSTILE, "diffquant.merged": HOSTILE}
+    facts = replace(one.facts, header=header)
+    files = (replace(one, facts=facts, name=replace(one.name, name="a|`b`](x).gguf")),)
+    card = render_card(replace(release, files=files, title=HOSTILE))
+    assert foreign(card) == []
+    assert "\u202e" not in card
+    assert rendered(card).count("<h1>") == 1
+    assert "<code>a|`b`](x).gguf</code>" in rendered(card)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("a_b*c", r"a\_b\*c"),
+        ("<b>&", "&lt;b&gt;&amp;"),
+        ("- x", "&#45; x"),
+        ("1. x", r"1\. x"),
+        ("9.22", "9.22"),
+        ("---", "&#45;--"),
+        ("http://x", "http&#58;//x"),
+        ("[a](b)", r"\[a\](b)"),
+        ("x\ny", "x y"),
+        ("\u202e\x1b", r"\\u202e\\u001b"),
+    ],
+)
+def test_text_is_escaped(value, shown):
+    assert str(text(value)) == shown
+
+
+def test_code_cannot_be_left():
+    assert str(code("a`b")) == "``a`b``"
+    assert str(code("`")) == "`` ` ``"
+    assert str(cell_code("a|b")) == r"`a\|b`"
+    assert str(fenced("a\n```\nb", "sh")) == "````sh\na\n```\nb\n````"
+    assert str(prose("see `a_b` <x")) == "see `a_b` &lt;x"
+    assert "`" not in str(prose("odd ` one")).replace(r"\`", "")
+
+
+def test_a_license_is_inherited_or_asked_for(made, tmp_path, alone):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    os.link(made / "s-Q8_0.gguf", folder / "s-Q8_0.gguf")
+    with pytest.raises(UsageError, match="give --license"):
+        release_of(folder, license=None)
+    card = tmp_path / "base.md"
+    card.write_text(
+        "---\nlicense: other\nlicense_name: flux-1-dev\nlicense_link: LICENSE.md\n---\n# x\n"
+    )
+    with pytest.raises(UsageError, match="names a file that is not here"):
+        release_of(folder, license=None, base_card=card)
+    (tmp_path / "LICENSE.md").write_text("the text")
+    release = release_of(folder, license=None, base_card=card)
+    plan = plan_staging(release)
+    assert next(one.content for one in plan.files if one.place == "LICENSE.md") == b"the text"
+    found = front(plan.card)
+    assert (found["license"], found["license_name"]) == ("other", "flux-1-dev")
+    assert found["license_link"] == "LICENSE.md"
+
+
+def test_the_source_that_this_machine_remembers_states_the_license(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFQUANT_CACHE", str(tmp_path))
+    mark = make_release(ReleaseRequest((made,), license=CC0)).files[0].facts
+    known = {mark.mark("source.fingerprint"): str(ROOT / "examples" / "flux1-shapes")}
+    (tmp_path / "sources.json").write_text(json.dumps(known))
+    assert release_of(made, license=None).license.id == "cc0-1.0"
+
+
+@pytest.mark.parametrize("bad", ["other", "a b", "<x>", "Ünknown", "x" * 99])
+def test_no_license_that_the_hub_does_not_know(made, bad):
+    with pytest.raises(UsageError, match="license"):
+        release_of(made, license=License(bad, source="the publisher"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "---\n- a\n---\n",
+        "---\n{[\n---\n",
+        "---\na: &x [*x, *x]\n---\n",
+        "---\n!!python/name:os\n---\n",
+    ],
+)
+def test_front_matter_that_is_none_is_no_license(made, tmp_path, alone, body):
+    card = tmp_path / "c.md"
+    card.write_text(body)
+    with pytest.raises((MalformedFile, UsageError)):
+        release_of(made, license=None, base_card=card)
+
+
+def test_comfy_layout_sorts_files(made):
+    release = release_of(made, layout="comfy")
+    assert {one.place for one in release.files} == {
+        "diffusion_models/s-Q4_K_S.gguf",
+        "diffusion_models/s-Q8_0.gguf",
+        "checkpoints/s_fp8_scaled.safetensors",
+    }
+
+
+def test_staging_links_and_cleans_up(made):
+    plan = plan_staging(release_of(made, layout="comfy"))
+    with staged(plan) as (folder, copied):
+        assert copied == 0
+        there = folder / "diffusion_models" / "s-Q8_0.gguf"
+        assert there.samefile(made / "s-Q8_0.gguf")
+        assert (folder / "README.md").read_text() == plan.card
+    assert not folder.exists()
+
+
+def test_two_files_of_one_name_are_refused(made, tmp_path):
+    other = tmp_path / "s-Q8_0.gguf"
+    os.link(made / "s-Q8_0.gguf", other)
+    with pytest.raises(UsageError, match="both be published"):
+        release_of(made, other)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"base_models": ("x",)}, "owner/name"),
+        ({"base_models": ("a/../b",)}, "owner/name"),
+        ({"stem": "../x"}, "--name"),
+        ({"base_card": Path("none.md")}, "no such file"),
+        ({"comparison": Path("none.json")}, "no such file"),
+    ],
+)
+def test_bad_values_are_usage_errors(made, asked, said):
+    with pytest.raises(UsageError, match=said):
+        release_of(made, **asked)
+
+
+def test_what_is_no_model_is_not_published(tmp_path):
+    with pytest.raises(UsageError, match=r"no \.gguf or"):
+        release_of(tmp_path)
+    with pytest.raises(UsageError, match="hf upload"):
+        release_of(ROOT / "examples" / "flux1-shapes")
+    (tmp_path / "x-00001-of-00002.gguf").touch()
+    with pytest.raises(UsageError, match="shards"):
+        release_of(tmp_path)
+    (tmp_path / "x.bin").touch()
+    with pytest.raises(UsageError, match=r"expected \.gguf"):
+        release_of(tmp_path / "x.bin")
