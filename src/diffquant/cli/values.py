@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffquant.core.errors import ResourceError, UsageError
 from diffquant.io.atomic import check_parent, partial_path
+from diffquant.io.prompt_file import read_prompts as prompts_from
 
 __all__ = [
     "bytes_from",
@@ -119,19 +120,6 @@ def seeds_from(text: str, option: str = "--seeds") -> tuple[int, ...]:
     if any(not 0 <= seed < 2**63 for seed in seeds):
         raise UsageError(f"{option} {text}: a seed is at least 0 and below 2**63")
     return seeds
-
-
-def prompts_from(path: Path) -> tuple[str, ...]:
-    """Read one prompt per line; empty lines and lines that start with # are skipped.
-
-    Raises:
-        UsageError: no prompt in it.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not prompts:
-        raise UsageError(f"{path}: no prompts in it, expected one per line")
-    return prompts
 
 
 def lora_pairs(values: tuple[str, ...]) -> tuple[tuple[Path, float], ...]:
