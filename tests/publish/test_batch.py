@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import batch_works
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from diffquant.convert.jobs import run_job
 from diffquant.convert.request import Request
@@ -135,6 +138,15 @@ def test_one_output_continues_where_it_was_killed(plan, tmp_path, whole):
     report = run_batch(path)
     assert states(report) == ["unfinished"]
     assert files(tmp_path / "out") == {NAMES[2]: whole[NAMES[2]]}
+
+
+def test_what_was_kept_of_one_output_goes_when_it_is_made_with_others(plan, tmp_path, whole):
+    subprocess.run([sys.executable, WORKS, plan('types = "q8_0"'), "write:200"], check=False)
+    assert (tmp_path / "out" / f".{NAMES[0]}.resume").exists()
+    report = run_batch(plan(PASS))
+    assert states(report) == ["unfinished", "new"]
+    assert files(tmp_path / "out") == {name: whole[name] for name in NAMES[:2]}
+    assert not any("kept" in text for row in report.outputs for text in row.warnings)
 
 
 def test_a_type_more_is_made_alone(plan, tmp_path):
@@ -309,3 +321,94 @@ def test_targets_and_folders_are_outputs_too(plan, tmp_path):
     weights = next(folder.rglob("*.safetensors"))
     weights.rename(weights.with_name("x.safetensors"))
     assert states(run_batch(path)) == ["again: its bytes are not what was written", "done"]
+
+
+@pytest.fixture
+def lora(tmp_path):
+    config = json.loads(UNET.with_name("config.json").read_text())
+    width = config["block_out_channels"][-1]
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file(
+        {
+            f"{name}.lora_down.weight": np.full((2, width), 0.1, np.float32),
+            f"{name}.lora_up.weight": np.full((width, 2), 0.1, np.float32),
+        },
+        tmp_path / "style.safetensors",
+    )
+    return tmp_path / "style.safetensors"
+
+
+def test_a_lora_is_merged_and_its_strength_counts(plan, tmp_path, lora, whole):
+    text = PASS + '\nlora = {{ file = "style.safetensors", weight = {} }}'
+    run_batch(plan(text.format(0.5)))
+    once = files(tmp_path / "out")
+    assert all(once[name] != whole[name] for name in once)
+    report = run_batch(plan(text.format(0.25)))
+    assert states(report) == ["again: changed: lora"] * 2
+    assert files(tmp_path / "out") != once
+    os.utime(lora, ns=(1, 1))
+    assert states(run_batch(plan(text.format(0.25)), dry_run=True)) == ["again: changed: lora"] * 2
+
+
+def test_a_source_on_a_hub_is_read_there(plan, tmp_path, hub, whole):
+    hub.add("me/unet", {"unet.safetensors": UNET})
+    path = plan('types = "q8_0"')
+    text = path.read_text().replace('"unet.safetensors"', '"hf://me/unet/unet.safetensors"')
+    path.write_text(text)
+    report = run_batch(path)
+    assert results(report) == ["written"], report.outputs[0].message
+    assert files(tmp_path / "out") == {NAMES[0]: whole[NAMES[0]]}
+    assert results(run_batch(path)) == ["done before"]
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Stands for the runtime's comparison; the list tells what was compared."""
+    from diffquant.runtime import compare
+
+    calls = []
+
+    def compared(candidate, against, settings, *, reference, progress):
+        assert reference == "reference"
+        if candidate.name == calls_fail[0]:
+            raise ResourceError("no memory for pictures")
+        calls.append((candidate.name, settings.device, settings.prompts))
+        verdict = "fail" if candidate.name == NAMES[1] else "pass"
+        return SimpleNamespace(verdict=verdict, psnr_db=31.5), None, ("a note",)
+
+    calls_fail = [""]
+    monkeypatch.setattr(compare, "make_reference", lambda *_, **__: "reference")
+    monkeypatch.setattr(compare, "compare_pictures", compared)
+    return calls, calls_fail
+
+
+def test_pictures_are_compared_once_and_again_for_other_prompts_only(plan, tmp_path, judged):
+    calls, failing = judged
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    text = PASS + '\nverify = "image"'
+    failing[0] = NAMES[1]
+    report = run_batch(plan(text))
+    assert results(report) == ["written", "failed"]
+    assert (report.exit_code, report.outputs[1].message) == (6, "no memory for pictures")
+    failing[0] = ""
+    before = files(tmp_path / "out")
+    inodes = [(tmp_path / "out" / name).stat().st_ino for name in before]
+    report = run_batch(plan(text))
+    assert states(report) == ["done", "pictures to be compared"]
+    assert results(report) == ["done before", "compared"]
+    assert (report.exit_code, report.outputs[1].verdict, report.outputs[1].psnr_db) == (
+        3,
+        "fail",
+        31.5,
+    )
+    assert [name for name, *_ in calls] == list(NAMES[:2])
+    assert run_batch(plan(text)).jobs == ()
+    report = run_batch(plan(text + '\nprompts = "p.txt"'))
+    assert results(report) == ["compared", "compared"]
+    assert calls[-1][1:] == ("cpu", ("a red circle",))
+    assert report.needed_nbytes == 0
+    assert report.outputs[0].warnings[-1] == "a note"
+    report = run_batch(plan(PASS))  # which asks for no pictures
+    assert (report.exit_code, results(report)) == (0, ["done before"] * 2)
+    assert report.outputs[1].psnr_db is None
+    assert inodes == [(tmp_path / "out" / name).stat().st_ino for name in before]

@@ -21,7 +21,7 @@ from diffquant.convert.user_rules import user_rules
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.io.imatrix import merge_imatrices, read_imatrix
 from diffquant.io.inputs import open_inputs
-from diffquant.io.locations import is_remote, locate
+from diffquant.io.kept import journal_path, kept_path
 from diffquant.io.prompt_file import read_prompts
 from diffquant.publish.batch.items import Item
 from diffquant.publish.batch.record import (
@@ -108,7 +108,12 @@ def run(job: Job, progress: Progress = NO_PROGRESS) -> None:
 def _write(job: Job, progress: Progress) -> None:
     for item in job.write:
         item.path.parent.mkdir(parents=True, exist_ok=True)
-        write_record(record_path(job.folder, item.name), Record(job.identities[item.name]))
+        path = record_path(job.folder, item.name)
+        if len(job.write) > 1 and read_record(path) is not None:
+            # a stopped run that made this one alone; one pass for several cannot go on with it
+            journal_path(item.path).unlink(missing_ok=True)
+            kept_path(item.path).unlink(missing_ok=True)
+        write_record(path, Record(job.identities[item.name]))
     made = convert(job.settings, job.write, threads=job.threads, progress=progress)
     for item, report in zip(job.write, made.reports, strict=True):
         nbytes, sha256 = digest_of(item.path)
@@ -134,7 +139,7 @@ def convert(
 
     A single file continues where a stopped run left it (convert/resume.py).
     """
-    source = locate(settings.source)
+    source = Path(settings.source)
     matrix = [read_imatrix(path) for path in settings.imatrix]
     given: dict[str, Any] = {
         "base": settings.base,
@@ -161,7 +166,8 @@ def convert(
             several = merge.told_each(run_jobs(source, wanted, **given))
             return Made(several.outputs, several.peak_nbytes, several.read_nbytes, several.warnings)
         (item,), (request,) = items, requests
-        resume = not dry_run and request.container != "folder" and not is_remote(source)
+        here = isinstance(settings.source, Path)
+        resume = not dry_run and request.container != "folder" and here
         report = merge.told(run_job(source, item.path, request, resume=resume, **given))
     return Made((report,), report.peak_nbytes, report.read_nbytes, report.warnings)
 
@@ -190,7 +196,7 @@ def _judge(job: Job, items: Sequence[Item], progress: Progress) -> None:
     settings = ImageSettings(device="cuda" if job.gpu else "cpu")
     if job.settings.prompts is not None:
         settings = replace(settings, prompts=read_prompts(job.settings.prompts))
-    source = locate(job.settings.source)
+    source = Path(job.settings.source)
     reference = make_reference(source, settings, progress=progress)
     for item in items:
         report, _, notes = compare_pictures(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -27,9 +27,11 @@ from diffquant.publish.batch.plan_file import BatchFile, Model
 from diffquant.publish.batch.record import Record, digest_of, read_record, record_path
 from diffquant.publish.batch.settings import Settings
 
-__all__ = ["DONE", "BatchPlan", "Planned", "make_batch_plan"]
+__all__ = ["DONE", "TO_COMPARE", "BatchPlan", "Planned", "make_batch_plan"]
 
 DONE = "done"
+TO_COMPARE = "pictures to be compared"
+_FOREIGN = "there, and not of this batch"
 # Neither changes an output's bytes: `types` and `targets` say which outputs there are.
 _OF_THE_TABLE = ("source", "name", "types", "targets", "container", "verify", "prompts")
 _FLOAT32_NBYTES = 4
@@ -44,12 +46,16 @@ class Planned:
         state: DONE, or what is to be done and why: "new", "changed: source files", ...
         record: what an earlier run noted.
         job: a dry run's report of it.
+        identity: what its bytes depend on now.
+        pictures: what a comparison by pictures depends on; "" where none is asked for.
     """
 
     item: Item
     state: str
     record: Record | None
     job: JobReport
+    identity: Mapping[str, str]
+    pictures: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +124,6 @@ def make_batch_plan(file: BatchFile, *, threads: int, force: bool = False) -> Ba
     return BatchPlan(file, tuple(outputs), tuple(jobs), total, needed, free)
 
 
-_FOREIGN = "there, and not of this batch"
-
-
 def _worst(problems: Sequence[BaseException], message: str) -> DiffquantError:
     """One error for all, with the exit code of the worst."""
     code = max(explain(error)[0] for error in problems)
@@ -146,9 +149,9 @@ def _plan_model(
     for item, report in zip(items, made.reports, strict=True):
         record = read_record(record_path(file.output, item.name))
         state = _state(item, record, identities[item.name], pictures, force=force)
-        outputs.append(Planned(item, state, record, report))
-    write = [one for one in outputs if one.state not in (DONE, _TO_JUDGE)]
-    judge = tuple(one.item for one in outputs if one.state == _TO_JUDGE)
+        outputs.append(Planned(item, state, record, report, identities[item.name], pictures))
+    write = [one for one in outputs if one.state not in (DONE, TO_COMPARE)]
+    judge = tuple(one.item for one in outputs if one.state == TO_COMPARE)
     if not write and not judge:
         return outputs, None
     if 0 < len(write) < len(items):  # what is left needs less
@@ -170,9 +173,6 @@ def _plan_model(
         nbytes=sum(one.job.nbytes for one in write),
     )
     return outputs, job
-
-
-_TO_JUDGE = "pictures to be compared"
 
 
 def _state(
@@ -197,7 +197,7 @@ def _state(
     if digest_of(item.path) != (record.nbytes, record.sha256):
         return "again: its bytes are not what was written"
     if pictures and (record.pictures or {}).get("identity") != pictures:
-        return _TO_JUDGE
+        return TO_COMPARE
     return DONE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from diffquant.publish.batch.planning import DONE, BatchPlan, Planned
+from diffquant.publish.batch.planning import DONE, TO_COMPARE, BatchPlan, Planned
 from diffquant.publish.batch.pool import Ended
 from diffquant.publish.batch.record import Record, read_record, record_path
 
@@ -102,7 +102,6 @@ def batch_report(
     notes: tuple[str, ...] = (),
 ) -> BatchReport:
     """Read the journal again, and say what became of every output."""
-    doers = {item.name: job for job in plan.jobs for item in (*job.write, *job.judge)}
     ends = {item.name: one for one in ended for item in (*one.job.write, *one.job.judge)}
     rows = []
     codes = [one.code for one in ended]
@@ -111,9 +110,7 @@ def batch_report(
         record = planned.record
         if not dry_run and planned.state != DONE:
             record = read_record(record_path(plan.file.output, name))
-        job = doers.get(name)
-        wanted = (job.identities[name], job.pictures) if job is not None else None
-        row = _row(plan, planned, record, wanted, ends.get(name), dry_run=dry_run)
+        row = _row(planned, record, ends.get(name), dry_run=dry_run)
         rows.append(row)
         codes += [_GATE] if row.verdict == "fail" else []
         codes += [_FAILED] if row.result == "failed" else []
@@ -145,29 +142,21 @@ def _job(one: Ended) -> JobRow:
     )
 
 
-def _row(
-    plan: BatchPlan,
-    planned: Planned,
-    record: Record | None,
-    wanted: tuple[Mapping[str, str], str] | None,
-    end: Ended | None,
-    *,
-    dry_run: bool,
-) -> OutputRow:
-    """One output: what its record says, where that is of what was asked for."""
+def _row(planned: Planned, record: Record | None, end: Ended | None, *, dry_run: bool) -> OutputRow:
+    """One output: what its record says, where that is of what is asked for."""
     item, report = planned.item, planned.job
     if planned.state == DONE:
         result = "done" if dry_run else "done before"
     elif dry_run:
-        result, record = "to do", None
+        result = "to do"
     else:
-        result = _result(planned, record, wanted)
-    told: Mapping[str, object] = record.report if record is not None and record.done else {}
-    pictures = record.pictures if record is not None and record.done else None
-    if result == "failed":
-        told, pictures = {}, None
-    verdicts = [told.get("verdict"), (pictures or {}).get("verdict")]
-    warnings = [*_texts(told), *_texts(pictures or {})]
+        result = _result(planned, record)
+    whole = record if record is not None and result not in ("failed", "to do") else None
+    told: Mapping[str, object] = whole.report if whole is not None else {}
+    pictures: Mapping[str, object] = {}
+    if whole is not None and planned.pictures:
+        pictures = whole.pictures or {}
+    verdicts = [told.get("verdict"), pictures.get("verdict")]
     return OutputRow(
         name=item.name,
         path=str(item.path),
@@ -176,26 +165,23 @@ def _row(
         target=report.target,
         state=planned.state,
         result=result,
-        nbytes=record.nbytes if told and record is not None else report.nbytes,
+        nbytes=whole.nbytes if whole is not None else report.nbytes,
         bits_per_weight=report.bits_per_weight,
         error=_number(told.get("error")),
         verdict=next((one for one in ("fail", "warn", "pass") if one in verdicts), None),
-        psnr_db=_number((pictures or {}).get("psnr_db")),
+        psnr_db=_number(pictures.get("psnr_db")),
         message=end.message if end is not None and result == "failed" else "",
-        warnings=tuple(warnings),
+        warnings=(*_texts(told), *_texts(pictures)),
     )
 
 
-def _result(
-    planned: Planned, record: Record | None, wanted: tuple[Mapping[str, str], str] | None
-) -> str:
-    assert wanted is not None, "an output that is not done has a job"
-    identity, pictures = wanted
-    if record is None or not record.done or record.identity != identity:
+def _result(planned: Planned, record: Record | None) -> str:
+    """What became of an output that was not done."""
+    if record is None or not record.done or record.identity != planned.identity:
         return "failed"
-    if pictures and (record.pictures or {}).get("identity") != pictures:
+    if planned.pictures and (record.pictures or {}).get("identity") != planned.pictures:
         return "failed"
-    return "compared" if planned.state.startswith("pictures") else "written"
+    return "compared" if planned.state == TO_COMPARE else "written"
 
 
 def _texts(told: Mapping[str, object]) -> list[str]:
