@@ -7,22 +7,26 @@ what failed is said, and run again with the batch.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from diffquant.core.errors import UsageError
+from diffquant.core.errors import ResourceError, UsageError
 from diffquant.core.failures import explain
 from diffquant.publish.batch.job import Job, run
 from diffquant.publish.batch.pool import NOT_DONE, Ended
+from diffquant.publish.batch.record import locked, record_path
 
 __all__ = ["LOCAL", "check_ray", "run_ray"]
 
 LOCAL = "local"
 _POLL_S = 1.0
 _STOP_S = 20.0
+_KNOCK_S = 5.0
 
 
 def check_ray() -> None:
@@ -56,6 +60,7 @@ def run_ray(
 
     Raises:
         UsageError: no cluster answers at the address.
+        ResourceError: no node can hold one of the jobs, which would wait for ever.
         KeyboardInterrupt: tasks were cancelled.
     """
     import ray
@@ -63,6 +68,7 @@ def run_ray(
     check_ray()
     started = _connect(ray, address, cores, gpus)
     try:
+        _check_nodes(ray, jobs)
         total_gpus = ray.cluster_resources().get("GPU", 0)
         refs = {_submit(ray, job, gpu=total_gpus >= 1): job for job in jobs}
         return tuple(_collect(ray, refs, fail_fast=fail_fast, ended=ended))
@@ -75,6 +81,7 @@ def _connect(ray: Any, address: str, cores: int, gpus: int) -> bool:  # noqa: AN
     """Connect, unless this process is connected already; whether it was done here."""
     if ray.is_initialized():
         return False
+    _check_answers(address)
     given: dict[str, Any] = {"address": address}
     if address == LOCAL:
         given |= {"num_cpus": cores, "num_gpus": gpus, "include_dashboard": False}
@@ -83,6 +90,38 @@ def _connect(ray: Any, address: str, cores: int, gpus: int) -> bool:  # noqa: AN
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise UsageError(f"--ray {address}: no cluster answers: {error}") from error
     return True
+
+
+def _check_answers(address: str) -> None:
+    """Knock first: Ray itself waits for minutes where nobody answers.
+
+    Raises:
+        UsageError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"--ray {address}: no cluster answers ({error}); start one with `ray start --head`, or "
+            f"use `--ray {LOCAL}`"
+        ) from None
+
+
+def _check_nodes(ray: Any, jobs: Sequence[Job]) -> None:  # noqa: ANN401
+    nodes = [one["Resources"] for one in ray.nodes() if one["Alive"]]
+    for job in jobs:
+        fits = any(
+            job.threads <= one.get("CPU", 0) and job.peak_nbytes <= one.get("memory", 0)
+            for one in nodes
+        )
+        if not fits:
+            raise ResourceError(
+                f"{job.label}: needs {job.threads} processors and {job.peak_nbytes >> 20} MiB, and "
+                "no node of the cluster has both: use fewer --threads, or more --jobs"
+            )
 
 
 def _submit(ray: Any, job: Job, *, gpu: bool) -> Any:  # noqa: ANN401 - Ray's references
@@ -124,12 +163,20 @@ def _collect(
                 break
     finally:
         for ref in waiting:
-            ray.cancel(
-                ref
-            )  # KeyboardInterrupt in a task that runs: it removes what is half-written
-        if waiting:
-            ray.wait(list(waiting), num_returns=len(waiting), timeout=_STOP_S)
+            ray.cancel(ref)  # KeyboardInterrupt in a running task, which cleans up
+        _await_locks(waiting.values())
     return found + [Ended(job, 1, NOT_DONE) for job in waiting.values()]
+
+
+def _await_locks(jobs: Iterable[Job]) -> None:
+    """Wait until cancelled tasks are through with their outputs: Ray does not tell."""
+    until = time.monotonic() + _STOP_S
+    for job in jobs:
+        for item in (*job.write, *job.judge):
+            lock = record_path(job.folder, item.name).with_suffix(".lock")
+            left = max(until - time.monotonic(), 0.0)
+            with contextlib.suppress(UsageError), locked(lock, item.name, wait_s=left):
+                pass
 
 
 def _answer(ray: Any, ref: Any) -> tuple[int, str, float]:  # noqa: ANN401
