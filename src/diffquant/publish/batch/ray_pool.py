@@ -59,7 +59,7 @@ def run_ray(
         ended: told of every job that ends.
 
     Raises:
-        UsageError: no cluster answers at the address.
+        UsageError: no cluster answers at the address, or it refuses us.
         ResourceError: no node can hold one of the jobs, which would wait for ever.
         KeyboardInterrupt: tasks were cancelled.
     """
@@ -88,7 +88,7 @@ def _connect(ray: Any, address: str, cores: int, gpus: int) -> bool:  # noqa: AN
     try:
         ray.init(log_to_driver=False, logging_level="error", **given)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise UsageError(f"--ray {address}: no cluster answers: {error}") from error
+        raise UsageError(f"--ray {address}: cannot connect to a cluster: {error}") from error
     return True
 
 
