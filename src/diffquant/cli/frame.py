@@ -6,7 +6,6 @@ DIFFQUANT_DEBUG=1.
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import logging
@@ -20,7 +19,7 @@ from typing import Any
 
 import click
 
-from diffquant.core.errors import DiffquantError
+from diffquant.core.failures import explain
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.core.report import SCHEMA_VERSION, envelope
 
@@ -118,29 +117,11 @@ def run(
     except BaseException as error:
         if debug:
             traceback.print_exc()
-        code, message = _explain(error)
+        code, message = explain(error)
         _print_error(name, options, code, message)
         sys.exit(code)
     _print_outcome(name, options, outcome, render)
     sys.exit(outcome.exit_code)
-
-
-def _explain(error: BaseException) -> tuple[int, str]:
-    if isinstance(error, DiffquantError):
-        return error.exit_code, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130, str(error) or "interrupted; nothing was left behind"
-    if isinstance(error, MemoryError):
-        return 6, "out of memory; use fewer --threads"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return 6, f"no space left on the disk of {error.filename or 'the output'}"
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return 1, f"{where}{error.strerror or error}"
-    return 1, (
-        f"internal error: {type(error).__name__}: {error} "
-        "(run again with -v -v for the traceback, and report it)"
-    )
 
 
 def _print_error(name: str, options: Options, code: int, message: str) -> None:

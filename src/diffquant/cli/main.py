@@ -15,6 +15,7 @@ __all__ = ["COMMANDS", "cli", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("diffquant.cli.inspect", "Say what files are, from their headers."),
     "quantize": ("diffquant.cli.quantize", "Quantize a checkpoint and check the result."),
+    "batch": ("diffquant.cli.batch", "Make what a plan file names: models, types, targets."),
     "convert": ("diffquant.cli.convert", "Change dtype, parts or layout without quantizing."),
     "lora": ("diffquant.cli.lora", "Check, convert, merge, extract, resize LoRAs."),
     "calibrate": ("diffquant.cli.calibrate", "Measure an importance matrix for quantize."),

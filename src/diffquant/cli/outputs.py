@@ -1,18 +1,13 @@
-"""Which files `-t A -t B` writes: names for several outputs, from a folder or a template.
-
-Names follow what is published: `flux1-dev-Q4_K_S.gguf` (city96, QuantStack; the Hub reads the type
-off the upper-cased name, huggingface/huggingface.js packages/tasks/src/gguf.ts) and
-`flux1-dev_fp8_scaled.safetensors` (Comfy-Org).
-"""
+"""Which files `-t A -t B` writes: names for several outputs, from a folder or a template."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from diffquant.convert.output_names import published_name
 from diffquant.core.errors import UsageError
 from diffquant.quant.type_sets import types_of_set
 from diffquant.quant.types import QuantType, type_named
@@ -21,24 +16,6 @@ __all__ = ["PLACE", "check_several", "folder_made", "named_outputs", "types_from
 
 PLACE = "{type}"
 _CONTAINERS = {".gguf": "gguf", ".safetensors": "safetensors"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Style:
-    """How a container's files carry their type."""
-
-    name: str
-    upper: bool
-
-    def of(self, stem: str, kind: QuantType) -> str:
-        return self.name.format(stem=stem, kind=kind.name.upper() if self.upper else kind.name)
-
-
-_STYLES = {
-    "gguf": _Style("{stem}-{kind}.gguf", upper=True),
-    "safetensors": _Style("{stem}_{kind}.safetensors", upper=False),
-    "folder": _Style("{stem}-{kind}", upper=False),
-}
 
 
 def types_from(names: Sequence[str], sets: Sequence[str]) -> tuple[QuantType, ...]:
@@ -95,7 +72,7 @@ def named_outputs(output: str | None, stem: str, kinds: Sequence[QuantType]) -> 
             f"at its end: {Path(output).with_suffix('')}/), or a name with {PLACE} in it"
         )
     folder = Path(output or "")
-    return tuple(folder / _STYLES[next(iter(kind.dialects))].of(stem, kind) for kind in kinds)
+    return tuple(folder / published_name(stem, kind) for kind in kinds)
 
 
 def _is_folder(output: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,12 @@ from diffquant.convert.recipes import Recipe, recipe_of, render_recipe
 from diffquant.convert.request import POLICIES, ROUNDINGS
 from diffquant.convert.several import SeveralReport, Wanted, run_jobs
 from diffquant.convert.targets import TARGETS
+from diffquant.convert.user_rules import user_rules
 from diffquant.core.errors import UsageError
 from diffquant.core.report import to_json
 from diffquant.io.imatrix import merge_imatrices, read_imatrix
 from diffquant.io.inputs import open_inputs
 from diffquant.io.locations import locate
-from diffquant.quant.formats import format_named
-from diffquant.quant.policy import Rule
 from diffquant.quant.type_sets import TYPE_SETS
 from diffquant.quant.types import QuantType, type_named
 
@@ -232,7 +230,7 @@ def command(
                 type=kind,
                 parts=parts,
                 all_parts=all_parts,
-                rules=_rules(tensor_types, exclude),
+                rules=user_rules(tensor_types, exclude),
                 pure=pure,
                 allow_requantize=allow_requantize,
                 target=target,
@@ -385,24 +383,3 @@ def _stem(source: Path, parts: tuple[str, ...]) -> str:
     if len(parts) == 1 and parts != ("denoiser",):
         stem += "-text_encoder-mmproj" if parts == (MMPROJ,) else f"-{parts[0]}"
     return stem
-
-
-def _rules(tensor_types: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[Rule, ...]:
-    rules = [Rule(_pattern(text), None, f"--exclude {text}") for text in exclude]
-    for text in tensor_types:
-        pattern, separator, name = text.rpartition("=")
-        if not separator:
-            raise UsageError(f"--tensor-type {text}: expected REGEX=FORMAT")
-        fmt = format_named(name.lower())
-        if not fmt.encodes:
-            raise UsageError(f"--tensor-type {text}: {fmt.name} is read, not written")
-        rules.append(Rule(_pattern(pattern), fmt.name, f"--tensor-type {text}"))
-    return tuple(rules)
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise UsageError(f"{text}: not a regular expression: {error}") from None
-    return text

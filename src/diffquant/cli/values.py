@@ -8,6 +8,8 @@ from pathlib import Path
 
 from diffquant.core.errors import ResourceError, UsageError
 from diffquant.io.atomic import check_parent, partial_path
+from diffquant.io.prompt_file import read_lines
+from diffquant.io.prompt_file import read_prompts as prompts_from
 
 __all__ = [
     "bytes_from",
@@ -115,7 +117,7 @@ def seeds_from(text: str, option: str = "--seeds") -> tuple[int, ...]:
     file = Path(text)
     listed = text.split(",")
     if not text[:1].isdigit() and file.is_file():
-        listed = [one for line in _lines_of(file) for one in line.split(",")]
+        listed = [one for line in read_lines(file) for one in line.split(",")]
     try:
         seeds = tuple(int(part) for part in listed)
     except ValueError:
@@ -127,34 +129,6 @@ def seeds_from(text: str, option: str = "--seeds") -> tuple[int, ...]:
     if any(not 0 <= seed < 2**63 for seed in seeds):
         raise UsageError(f"{option} {text}: a seed is at least 0 and below 2**63")
     return seeds
-
-
-def prompts_from(path: Path) -> tuple[str, ...]:
-    """Read one prompt per line; empty lines and lines that start with # are skipped.
-
-    Raises:
-        UsageError: no prompt in it, or no text.
-    """
-    prompts = _lines_of(path)
-    if not prompts:
-        raise UsageError(f"{path}: no prompts in it, expected one per line")
-    return prompts
-
-
-_LARGEST_LIST = 1 << 20  # bytes of a file of prompts or seeds
-
-
-def _lines_of(path: Path) -> tuple[str, ...]:
-    """Lines of a small text file; empty ones and those that start with # are skipped."""
-    with path.open("rb") as file:
-        raw = file.read(_LARGEST_LIST + 1)
-    if len(raw) > _LARGEST_LIST:
-        raise UsageError(f"{path}: over {_LARGEST_LIST} bytes, no list of prompts or seeds")
-    try:
-        lines = raw.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8: {error}") from None
-    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 
 def lora_pairs(values: tuple[str, ...]) -> tuple[tuple[Path, float], ...]:

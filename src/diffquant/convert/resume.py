@@ -39,7 +39,14 @@ from diffquant.io.atomic import FlatSink
 from diffquant.io.kept import Claim, journal_path, kept_path
 from diffquant.io.locations import is_remote
 
-__all__ = ["Resumed", "identity_of", "left_by_another_run", "refuse_folder", "run_resumable"]
+__all__ = [
+    "Resumed",
+    "identity_of",
+    "left_by_another_run",
+    "refuse_folder",
+    "run_resumable",
+    "stamps",
+]
 
 _SHOWN = 120  # characters of a value in a message
 _HASHED = ("decisions", "header", "importance", "mean inputs")  # told apart, but not worth printing
@@ -110,7 +117,7 @@ def identity_of(
     return {
         "version": __version__,
         "source": fingerprint(source),
-        "source files": " ".join(_stamps(source.path)),
+        "source files": " ".join(stamps(source.path)),
         **{name: _text(getattr(value, "name", value)) for name, value in asked.items()},
         "verify": "tensors" if check else "load or none",
         "chunk": str(cutting.CHUNK),
@@ -128,7 +135,8 @@ def _text(value: object) -> str:
     return f"{text[:_SHOWN]}... ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
 
 
-def _stamps(path: Path) -> Iterator[str]:
+def stamps(path: Path) -> Iterator[str]:
+    """Name, size and time of change of a file, or of every file of a folder."""
     files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
     for one in files:
         found = one.stat()

@@ -1,0 +1,256 @@
+"""What a batch has to do: every output is planned, compared with the journal, and put into a job.
+
+Nothing is written here. All models are planned before the first is worked on, so that a type that
+a target cannot read, a file that is no checkpoint or a full disk shows before hours of work; all of
+it is told at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from diffquant import __version__
+from diffquant.convert.job_report import JobReport
+from diffquant.convert.output import fingerprint
+from diffquant.convert.resume import stamps
+from diffquant.core.errors import DiffquantError, ResourceError, UsageError
+from diffquant.core.failures import explain
+from diffquant.io import open_source
+from diffquant.publish.batch.items import Item, items_of
+from diffquant.publish.batch.job import Job, convert
+from diffquant.publish.batch.plan_file import BatchFile, Model
+from diffquant.publish.batch.record import Record, digest_of, read_record, record_path
+from diffquant.publish.batch.settings import Settings
+
+__all__ = ["DONE", "TO_COMPARE", "BatchPlan", "Planned", "make_batch_plan"]
+
+DONE = "done"
+TO_COMPARE = "pictures to be compared"
+_FOREIGN = "there, and not of this batch"
+# Neither changes an output's bytes: `types` and `targets` say which outputs there are.
+_OF_THE_TABLE = ("source", "name", "types", "targets", "container", "verify", "prompts")
+_FLOAT32_NBYTES = 4
+_SIDES = 2  # source and output are in memory together while they are compared
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One output as it was found.
+
+    Attributes:
+        state: DONE, or what is to be done and why: "new", "changed: source files", ...
+        record: what an earlier run noted.
+        job: a dry run's report of it.
+        identity: what its bytes depend on now.
+        pictures: what a comparison by pictures depends on; "" where none is asked for.
+    """
+
+    item: Item
+    state: str
+    record: Record | None
+    job: JobReport
+    identity: Mapping[str, str]
+    pictures: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """Everything a batch has to do.
+
+    Attributes:
+        outputs: in the order of the file.
+        jobs: one for each model that has something to do.
+        nbytes: of all outputs.
+        needed_nbytes: of those to be written.
+        free_nbytes: on the disk of the output folder.
+    """
+
+    file: BatchFile
+    outputs: tuple[Planned, ...]
+    jobs: tuple[Job, ...]
+    nbytes: int
+    needed_nbytes: int
+    free_nbytes: int
+
+
+def make_batch_plan(file: BatchFile, *, threads: int, force: bool = False) -> BatchPlan:
+    """Plan every model, and find out what is done.
+
+    Args:
+        file: from read_plan_file.
+        threads: of each job.
+        force: do all of it again, and replace what is no batch's output.
+
+    Raises:
+        DiffquantError: of all models' problems, with the exit code of the worst.
+        ResourceError: the disk cannot hold what is to be written.
+    """
+    items = items_of(file)
+    outputs: list[Planned] = []
+    jobs: list[Job] = []
+    problems: list[BaseException] = []
+    told: list[str] = []
+    for model, row in zip(file.models, items, strict=True):
+        try:
+            found, job = _plan_model(file, model, row, threads=threads, force=force)
+        except (DiffquantError, OSError) as error:
+            problems.append(error)
+            told.append(f"{model.where}: {explain(error)[1]}")
+            continue
+        outputs += found
+        jobs += [job] if job is not None else []
+    foreign = [one.item.path.name for one in outputs if one.state == _FOREIGN]
+    if foreign and not problems:
+        problems.append(UsageError())
+        told.append(
+            f"{', '.join(foreign)}: there already, and not made by this batch; use --force to "
+            "replace, or write elsewhere"
+        )
+    if problems:
+        raise _worst(problems, f"{file.path}: {'; '.join(told)}")
+    free = shutil.disk_usage(next(one for one in _above(file.output) if one.exists())).free
+    needed = sum(job.nbytes for job in jobs)
+    if needed > free:
+        raise ResourceError(
+            f"{file.output}: needs {needed} bytes for what is to be written, {free} bytes are "
+            f"free: free {needed - free} bytes or write elsewhere"
+        )
+    total = sum(one.job.nbytes for one in outputs)
+    return BatchPlan(file, tuple(outputs), tuple(jobs), total, needed, free)
+
+
+def _worst(problems: Sequence[BaseException], message: str) -> DiffquantError:
+    """One error for all, with the exit code of the worst."""
+    code = max(explain(error)[0] for error in problems)
+    worst = DiffquantError(message)
+    worst.exit_code = code
+    return worst
+
+
+def _above(folder: Path) -> tuple[Path, ...]:
+    absolute = folder.absolute()
+    return (absolute, *absolute.parents)
+
+
+def _plan_model(
+    file: BatchFile, model: Model, items: Sequence[Item], *, threads: int, force: bool
+) -> tuple[list[Planned], Job | None]:
+    settings = model.settings
+    made = convert(settings, items, threads=threads, dry_run=True)
+    source = _source_facts(settings)
+    identities = {item.name: _identity(settings, item, source) for item in items}
+    pictures = _picture_identity(settings) if settings.verify == "image" else ""
+    outputs = []
+    for item, report in zip(items, made.reports, strict=True):
+        record = read_record(record_path(file.output, item.name))
+        state = _state(item, record, identities[item.name], pictures, force=force)
+        outputs.append(Planned(item, state, record, report, identities[item.name], pictures))
+    write = [one for one in outputs if one.state not in (DONE, TO_COMPARE)]
+    judge = tuple(one.item for one in outputs if one.state == TO_COMPARE)
+    if not write and not judge:
+        return outputs, None
+    if 0 < len(write) < len(items):  # what is left needs less
+        left = [one.item for one in write]
+        made = convert(settings, left, threads=threads, dry_run=True)
+    peak = made.peak_nbytes
+    if pictures:
+        peak = max(peak, _SIDES * _FLOAT32_NBYTES * source.parameters)
+    job = Job(
+        label=f"{model.where} {settings.name}",
+        folder=file.output,
+        settings=settings,
+        write=tuple(one.item for one in write),
+        judge=judge,
+        identities=identities,
+        pictures=pictures,
+        threads=threads,
+        peak_nbytes=peak,
+        nbytes=sum(one.job.nbytes for one in write),
+    )
+    return outputs, job
+
+
+def _state(
+    item: Item, record: Record | None, identity: dict[str, str], pictures: str, *, force: bool
+) -> str:
+    """Whether an output is done, or why it is not."""
+    exists = item.path.exists()
+    if force:
+        return "again: --force" if exists else "new"
+    if record is None:
+        return _FOREIGN if exists else "new"
+    if not record.identity:
+        return "again: its record is damaged"
+    changed = [name for name in identity if record.identity.get(name) != identity[name]]
+    changed += [name for name in record.identity if name not in identity]
+    if changed:
+        return f"again: changed: {', '.join(changed)}"
+    if not record.done:
+        return "unfinished"
+    if not exists:
+        return "again: it is gone"
+    if digest_of(item.path) != (record.nbytes, record.sha256):
+        return "again: its bytes are not what was written"
+    if pictures and (record.pictures or {}).get("identity") != pictures:
+        return TO_COMPARE
+    return DONE
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is known of a source: `fingerprint` of samples, `files` by size and time of change."""
+
+    fingerprint: str
+    files: str
+    parameters: int
+
+
+def _source_facts(settings: Settings) -> _Source:
+    with open_source(settings.source) as source:
+        count = sum(math.prod(spec.shape) for spec in source.specs.values())
+        found = fingerprint(source)
+    return _Source(found, _files(settings.source), count)
+
+
+def _files(path: Path | str) -> str:
+    """Names, sizes and times of change as one text that can be compared; "" for a remote one."""
+    if not isinstance(path, Path):
+        return ""
+    return hashlib.sha256("\n".join(stamps(path)).encode()).hexdigest()
+
+
+def _identity(settings: Settings, item: Item, source: _Source) -> dict[str, str]:
+    """Everything that an output's bytes depend on, by the name that a message calls it."""
+    told = {
+        "diffquant's version": __version__,
+        "source": source.fingerprint,
+        "source files": source.files,
+        "type": item.type,
+        "target": item.target,
+        "container": item.container,
+        "verify": "tensors" if settings.verify == "image" else settings.verify,
+    }
+    for one in fields(settings):
+        if one.name in _OF_THE_TABLE:
+            continue
+        value = getattr(settings, one.name)
+        if one.name in ("imatrix", "base", "inputs"):
+            paths = value if isinstance(value, tuple) else (value,)
+            told[one.name] = " ".join(_files(path) for path in paths if path is not None)
+        elif one.name == "lora":
+            rows = (f"{x.label} {_files(x.path)}" for x in value)
+            told[one.name] = " ".join(rows)
+        else:
+            told[one.name] = repr(value)
+    return told
+
+
+def _picture_identity(settings: Settings) -> str:
+    """Tell whether a verdict is of the prompts that are asked for."""
+    prompts = settings.prompts.read_bytes() if settings.prompts is not None else b""
+    return hashlib.sha256(__version__.encode() + b"\0" + prompts).hexdigest()
