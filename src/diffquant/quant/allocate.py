@@ -19,6 +19,7 @@ linear program"; D. Pisinger (1995), "A minimal algorithm for the multiple-choic
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def _steps(items: Sequence[Item], hulls: Sequence[Sequence[int]]) -> list[_Step]
     """Steps of all hulls, the most error saved per byte first; of one item in hull order."""
     found = []
     for index, (item, hull) in enumerate(zip(items, hulls, strict=True)):
-        for first, then in zip(hull, hull[1:], strict=False):
+        for first, then in itertools.pairwise(hull):
             one, other = item.options[first], item.options[then]
             saved = one.error - other.error
             nbytes = other.nbytes - one.nbytes
@@ -299,7 +300,7 @@ class _States:
         least = np.minimum.accumulate(errors[order])
         fresh = np.concatenate([[True], least[1:] < least[:-1]]) if order.size else order > 0
         order = order[fresh]
-        whole = order.size <= _MOST_STATES
+        whole = int(order.size) <= _MOST_STATES
         if not whole:
             order = np.sort(order[np.argsort(costs[order], kind="stable")[:_MOST_STATES]])
         self._nbytes, self._errors = nbytes[order], errors[order]
