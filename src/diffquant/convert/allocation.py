@@ -143,6 +143,8 @@ def allocate_bits(
             unit=known.sensitivity.unit,
             error=found.choice.error,
             bound=found.choice.bound,
+            exact=found.choice.exact,
+            slope=found.choice.slope,
             formats=format_shares(planner, formats),
             tensors=tensor_choices(items, found.choice.chosen),
             curve=curve_of(items, taken),

@@ -73,22 +73,28 @@ class AllocationPlanner:
         """Bytes that a step takes, as the budget counts them."""
         return step_nbytes(step, self.request.container) if self.measure.aligned else step.nbytes
 
-    def label(self, formats: Mapping[str, str]) -> QuantType:
-        """The plainest type of the quantized format that most weights have."""
-        weights: dict[str, int] = dict.fromkeys(self.among.packed, 0)
+    def label(self, formats: Mapping[str, str], *, casts: bool = True) -> QuantType:
+        """The plainest type of the format that most weights have; without `casts`, quantized."""
+        names = [*self.among.packed, *(self.among.casts if casts else ())]
+        weights = dict.fromkeys(names, 0)
         for key, name in formats.items():
-            if not FORMATS[name].is_cast:
+            if casts or not FORMATS[name].is_cast:
                 weights[name] = weights.get(name, 0) + self.options[key][name].parameters
-        kinds = {name: label_type(name, self.request.container) for name in weights}
-        named = {name: count for name, count in weights.items() if kinds[name] is not None}
-        kind = kinds[max(named, key=lambda name: named[name])]
-        assert kind is not None  # every format to choose from is some type's base
-        return kind
+        container = self.request.container
+        kinds = {name: kind for name in weights if (kind := label_type(name, container))}
+        return kinds[max(kinds, key=lambda name: weights[name])]
 
     def plan(self, formats: Mapping[str, str]) -> Plan:
         """The plan that stores these tensors so; its type is named after its bits per weight."""
         recipe = Recipe(self.match.architecture, "", {"denoiser": dict(formats)}, why="allocated")
-        kind = replace(self.label(formats), mix={}, edge="", tuned={}, published=False)
+        kind = replace(
+            self.label(formats, casts=False),
+            mix={},
+            edge="",
+            tuned={},
+            published=False,
+            file_type=self.label(formats).file_type,
+        )
         asked = replace(self.request, recipe=recipe, target=self.among.target.name, pure=False)
         # Bits follow from formats alone, so the first plan tells the name of the second.
         bits = self._made(replace(asked, type=kind)).bits_per_weight()

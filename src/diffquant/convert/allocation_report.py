@@ -80,6 +80,8 @@ class AllocationReport:
         unit: of errors.
         error: predicted, of the choice.
         bound: no choice of this size has a smaller one.
+        exact: whether the choice itself is known to be the best.
+        slope: error that a further byte saves here; steps that save more were taken.
         formats: format -> share of the weights that were allocated.
         tensors: every tensor that was allocated, in file order.
         curve: from the smallest to the largest.
@@ -100,6 +102,8 @@ class AllocationReport:
     unit: str
     error: float
     bound: float
+    exact: bool
+    slope: float
     formats: Mapping[str, float]
     tensors: tuple[TensorChoice, ...]
     curve: tuple[CurvePoint, ...]
