@@ -37,6 +37,7 @@ from diffquant.quant.types import QuantType
 
 __all__ = ["Allocated", "allocate_bits"]
 
+_USUALLY_LEFT = 0.01
 _WHAT: Mapping[Counts, str] = {
     "file": "the file",
     "denoiser": "the denoiser",
@@ -127,8 +128,7 @@ def allocate_bits(
         formats = chosen_formats(items, found.choice.chosen)
         taken = found.nbytes - found.choice.nbytes
         notes = [*known.notes, *lacking, *refused, *measure.notes(found.plan)]
-        if measure.limit > largest:
-            notes.insert(0, f"{budget.text} is more than the largest choice takes: all is finest")
+        notes[:0] = _left_over(budget, measure.limit, found.nbytes, largest)
         report = AllocationReport(
             asked=budget.text,
             counts=budget.counts,
@@ -170,6 +170,18 @@ def _check(request: Request, budget: Budget) -> None:
 
 def _header(budget: Budget, among: tuple[str, ...]) -> str:
     return f"{budget.text}; among: {', '.join(among)}"
+
+
+def _left_over(budget: Budget, limit: int, nbytes: int, largest: int) -> list[str]:
+    """Why a budget is not spent."""
+    if limit > largest:
+        return [f"{budget.text} is more than the largest choice takes: all is finest"]
+    left = 1 - nbytes / limit
+    if left <= _USUALLY_LEFT:
+        return []
+    return [
+        f"{left:.1%} is left over: no choice that takes more bytes was found to have less error"
+    ]
 
 
 def _wanted(planner: AllocationPlanner, plans: Mapping[str, Plan]) -> dict[str, set[str]]:

@@ -68,8 +68,8 @@ def sensitivity_for(
         _check_named(found, named, planner)
         notes = []
         if found.source != source:
-            whose = "another checkpoint" if found.source else "a checkpoint it does not name"
-            notes.append(f"{named.name} was measured on {whose} of {found.architecture}")
+            what = "was measured on another checkpoint" if found.source else "names no checkpoint"
+            notes.append(f"{named.name} {what}: its errors are taken for those of this one")
         return Known(found, f"{named.name} ({found.method})", (*notes, *merged))
     cached = find_sensitivity(src, source)
     if not isinstance(cached, str):

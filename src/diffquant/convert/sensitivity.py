@@ -154,7 +154,10 @@ def write_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
         _MAGIC: SENSITIVITY_VERSION,
         **{name: getattr(sensitivity, name) for name in _TEXTS},
         "context": dict(sensitivity.context),
-        "errors": {key: dict(formats) for key, formats in sensitivity.errors.items()},
+        "errors": {
+            key: {name: float(value) for name, value in formats.items()}
+            for key, formats in sensitivity.errors.items()
+        },
     }
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     beside = partial_path(path)

@@ -114,19 +114,22 @@ def _errors(
     """(format, error) of those that can hold the sample."""
     weight = _sample(logical, one.step, [FORMATS[name] for name in one.formats])
     finite = bool(np.isfinite(weight).all())
+    if not finite:  # only what packs nothing holds them
+        yield from ((name, 0.0) for name in one.formats if FORMATS[name].is_cast)
+        return
     if one.step.flat:  # columns are cut across
         weight, importance = weight.reshape(-1, one.step.flat[1]), None
     columns = None if importance is None else importance.astype(np.float64)
     power = _power(weight, columns)
     for name in one.formats:
         fmt = FORMATS[name]
-        if not (finite or fmt.is_cast) or (fmt.importance == "required" and importance is None):
+        if fmt.importance == "required" and importance is None:
             continue
         stats = backend(fmt.codec, "reduce")(weight, None, fmt=name) if fmt.passes == 2 else None
         weigh = {} if fmt.importance == "unused" else {"importance": importance}
         parts = backend(fmt.codec, "encode")(weight, stats, fmt=name, **weigh)
         decoded = backend(fmt.codec, "decode")(parts, weight.shape, fmt=name)
-        if finite and not np.isfinite(decoded).all():
+        if not np.isfinite(decoded).all():
             continue
         noise = _power(weight - decoded, columns)
         yield name, noise / power if power else 0.0
