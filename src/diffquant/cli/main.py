@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("diffquant.cli.verify", "Compare a file with its source: tensors, pictures."),
     "diff": ("diffquant.cli.diff", "Say what differs between two checkpoints."),
     "download": ("diffquant.cli.download", "Download files of a repository, checked."),
+    "recommend": ("diffquant.cli.recommend", "Rank the types to write for a device and a program."),
     "doctor": ("diffquant.cli.doctor", "Say what this machine has, runs, and is limited by."),
     "formats": ("diffquant.cli.formats", "List types, formats and containers."),
     "completion": ("diffquant.cli.completion", "Print a shell completion script."),

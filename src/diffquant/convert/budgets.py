@@ -15,12 +15,10 @@ from diffquant.convert.footprint import (
     CONTEXT_NBYTES,
     Footprint,
     Picture,
-    Stage,
     footprint,
-    needs,
     with_denoiser,
 )
-from diffquant.convert.footprint.levels import on_device
+from diffquant.convert.footprint.denoiser import denoise_stage, denoising_nbytes, others_over
 from diffquant.convert.footprint.native import native_size
 from diffquant.convert.footprint.weights import plan_weights
 from diffquant.convert.logical import LogicalSource
@@ -122,7 +120,7 @@ def _device(budget: Budget, logical: LogicalSource, match: Match) -> Measure:
         )
     width, height = native_size(match)
     found = footprint(logical, match, Picture(width, height))
-    if not any(stage.name == "denoise" for stage in found.stages):
+    if denoise_stage(found) is None:
         raise UsageError(
             f"{budget.text}: activations of this {match.architecture} are not known: give "
             "--max-size or --bpw"
@@ -130,18 +128,18 @@ def _device(budget: Budget, logical: LogicalSource, match: Match) -> Measure:
     limit = int(budget.value)
 
     def taken(plan: Plan) -> int:
-        whole = _with(found, plan)
-        return _stage_nbytes(whole, _denoise(whole)) + CONTEXT_NBYTES["cuda"]
+        return denoising_nbytes(_with(found, plan))
 
     def notes(plan: Plan) -> tuple[str, ...]:
         whole = _with(found, plan)
-        stage = _denoise(whole)
+        stage = denoise_stage(whole)
+        assert stage is not None
         return (
             f"at {width}x{height} the denoiser's step takes {taken(plan) / _GIB:.2f} GiB: weights "
             f"{stage.weights.nbytes / _GIB:.2f}, activations {stage.activations.nbytes / _GIB:.2f},"
             f" one weight decoded {stage.scratch / _GIB:.2f}, the device's own context "
             f"{CONTEXT_NBYTES['cuda'] / _GIB:.2f}; other parts are off the device meanwhile",
-            *_others(whole, limit),
+            *others_over(whole, limit),
             *whole.notes,
         )
 
@@ -151,24 +149,3 @@ def _device(budget: Budget, logical: LogicalSource, match: Match) -> Measure:
 def _with(found: Footprint, plan: Plan) -> Footprint:
     weights = plan_weights(plan.part_steps("denoiser"), compute=found.picture.compute)
     return with_denoiser(found, weights)
-
-
-def _denoise(found: Footprint) -> Stage:
-    return next(stage for stage in found.stages if stage.name == "denoise")
-
-
-def _stage_nbytes(found: Footprint, stage: Stage) -> int:
-    weights = on_device("model", found.stages, stage)
-    return weights + stage.activations.nbytes + stage.scratch
-
-
-def _others(found: Footprint, limit: int) -> tuple[str, ...]:
-    """Whether the other stages fit too, one part at a time."""
-    room = limit - CONTEXT_NBYTES["cuda"]
-    least = next(one for one in needs(found) if one.level == "model" and one.tiled)
-    if least.nbytes <= room or least.stage == "denoise":
-        return ()
-    return (
-        f"{least.stage}: {least.title} takes {(least.nbytes - room) / _GIB:.2f} GiB more than "
-        "that by itself; it has to be streamed, or stored in fewer bits",
-    )

@@ -31,7 +31,7 @@ from diffquant.core.errors import DiffquantError, UsageError
 from diffquant.inspect.subject import Subject
 from diffquant.quant.types import type_named
 
-__all__ = ["CONTEXT_NBYTES", "FitLevel", "FitReport", "FitStage", "Smaller", "fit"]
+__all__ = ["CONTEXT_NBYTES", "FitLevel", "FitReport", "FitStage", "Smaller", "fit", "levels_of"]
 
 # The budget is a GPU's, and Triton decodes there.
 CONTEXT_NBYTES = CONTEXTS["cuda"]
@@ -186,7 +186,7 @@ def fit(
     if not found.stages:
         reason = "none of its parts can be estimated: " + "; ".join(found.notes)
         return _report(subject, picture, vram, reason=reason)
-    levels = tuple(_levels(found, vram))
+    levels = tuple(levels_of(found, vram))
     level = next((one.name for one in levels if one.fits), "")
     notes = [*found.notes, *_encoder_decides(found, levels)]
     if any(stage.scratch for stage in found.stages):
@@ -302,7 +302,7 @@ def _stage(stage: Stage) -> FitStage:
     )
 
 
-def _levels(found: Footprint, vram: int | None) -> Iterator[FitLevel]:
+def levels_of(found: Footprint, vram: int | None) -> Iterator[FitLevel]:
     """Levels in the order to try; one that needs no less than a faster one is left out."""
     least: int | None = None
     for need in needs(found):
@@ -356,6 +356,6 @@ def _advice(subject: Subject, found: Footprint, vram: int, notes: list[str]) -> 
         weights = plan_weights(steps, compute=found.picture.compute)
         if weights.nbytes >= denoise.weights.nbytes:
             continue
-        levels = _levels(with_denoiser(found, weights), vram)
+        levels = levels_of(with_denoiser(found, weights), vram)
         level = next((one.name for one in levels if one.fits), "")
         yield Smaller(name, weights.nbytes, level)

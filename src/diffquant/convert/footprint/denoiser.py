@@ -1,0 +1,39 @@
+"""The denoiser's stage by itself: what a device must hold for its steps, other parts off it."""
+
+from __future__ import annotations
+
+from diffquant.convert.footprint.levels import CONTEXT_NBYTES, needs, on_device
+from diffquant.convert.footprint.stages import Footprint, Stage
+
+__all__ = ["denoise_stage", "denoising_nbytes", "others_over"]
+
+_CONTEXT = CONTEXT_NBYTES["cuda"]
+_GIB = 1 << 30
+
+
+def denoise_stage(found: Footprint) -> Stage | None:
+    """The stage in which the denoiser works; None where it could not be estimated."""
+    return next((stage for stage in found.stages if stage.name == "denoise"), None)
+
+
+def denoising_nbytes(found: Footprint) -> int:
+    """Bytes on a GPU while the denoiser works: its weights, activations, one weight decoded.
+
+    Small parameters of other parts stay there, as at level model, and so does the context.
+    """
+    stage = denoise_stage(found)
+    assert stage is not None
+    weights = on_device("model", found.stages, stage)
+    return weights + stage.activations.nbytes + stage.scratch + _CONTEXT
+
+
+def others_over(found: Footprint, budget: int) -> tuple[str, ...]:
+    """Which other part is too large for a budget by itself, in a line; nothing where none is."""
+    room = budget - _CONTEXT
+    least = next(one for one in needs(found) if one.level == "model" and one.tiled)
+    if least.nbytes <= room or least.stage == "denoise":
+        return ()
+    return (
+        f"{least.stage}: {least.title} takes {(least.nbytes - room) / _GIB:.2f} GiB more than "
+        "that by itself; it has to be streamed, or stored in fewer bits",
+    )
