@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import click
 
 from diffquant.cli.frame import Options, Outcome, common, echo, human, run, table
-from diffquant.cli.screen import DIM, TITLE, clip, styled, wrap
+from diffquant.cli.screen import DIM, TITLE, styled, wrap
 from diffquant.cli.values import bytes_from
 from diffquant.convert.sensitivity import read_sensitivity
 from diffquant.inspect.loaders import LOADERS
@@ -83,7 +84,7 @@ def _render(report: RecommendReport, *, verbose: bool) -> None:
         size = f"{report.vram_nbytes / (1 << 30):g}GiB"
         echo(f"  a mix made for this device: diffquant quantize {report.path} --vram {size}")
     else:
-        echo("  nothing fits that is read")
+        echo("  no type is recommended")
     _others(report.others, verbose=verbose)
     for note in report.notes:
         for line in wrap(f"note: {note}"):
@@ -107,9 +108,9 @@ def _rows(rows: tuple[Recommendation, ...]) -> None:
                 f"{one.bits_per_weight:.2f}",
                 "-" if one.error is None else f"{one.error:.3g}",
                 human(one.peak_nbytes),
-                one.level if one.level or not one.resident else "its encoder streamed",
+                _offload(one),
                 one.speed if one.resident else f"{one.speed}, streamed",
-                ", ".join(f"{name}*" if name in one.conditional else name for name in one.loaders),
+                _programs(one),
             )
             for one in rows
         ],
@@ -117,6 +118,13 @@ def _rows(rows: tuple[Recommendation, ...]) -> None:
     )
     if any(one.conditional for one in rows):
         styled(("  * on a condition: `diffquant inspect --for NAME OUT` says which", DIM))
+
+
+def _offload(one: Recommendation) -> str:
+    """What has to leave the device; a denoiser that stays may have larger company."""
+    if one.resident and not one.level.startswith(("none", "model")):
+        return "other parts streamed"
+    return one.level
 
 
 def _programs(one: Recommendation) -> str:
@@ -133,7 +141,9 @@ def _others(others: tuple[Recommendation, ...], *, verbose: bool) -> None:
     shown = others if verbose else others[:_SHOWN]
     for one in shown:
         told = f"{one.type} ({one.container}): {one.reason}"
-        for line in wrap(told if verbose else clip(told, _LONGEST), "    "):
+        for line in wrap(
+            told if verbose else textwrap.shorten(told, _LONGEST, placeholder=" ..."), "    "
+        ):
             echo(line)
     if len(shown) < len(others):
         echo(f"    and {len(others) - len(shown)} more; -v lists all")

@@ -6,8 +6,8 @@ header that would be written), and the formats' measured errors what rounding co
 read but the header.
 
 A row is recommended when the device holds the denoiser while it runs and a program reads the file.
-Among these less error comes first. What streams its blocks comes after, the least to copy first; what
-does not fit or nobody reads is listed with the reason.
+Among these less error comes first. What streams its blocks comes after, the least to copy first;
+what does not fit or nobody reads is listed with the reason.
 """
 
 from __future__ import annotations

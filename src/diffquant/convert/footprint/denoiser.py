@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffquant.convert.footprint.levels import CONTEXT_NBYTES, needs, on_device
+from diffquant.convert.footprint.levels import CONTEXT_NBYTES, moment_nbytes, on_device
 from diffquant.convert.footprint.stages import Footprint, Stage
 
 __all__ = ["denoise_stage", "denoising_nbytes", "others_over"]
@@ -29,11 +29,16 @@ def denoising_nbytes(found: Footprint) -> int:
 
 def others_over(found: Footprint, budget: int) -> tuple[str, ...]:
     """Which other part is too large for a budget by itself, in a line; nothing where none is."""
-    room = budget - _CONTEXT
-    least = next(one for one in needs(found) if one.level == "model" and one.tiled)
-    if least.nbytes <= room or least.stage == "denoise":
+    stages = [stage for stage in found.stages if stage.name != "denoise"]
+    largest = max(stages, key=lambda one: _alone(found, one), default=None)
+    if largest is None or _alone(found, largest) <= budget:
         return ()
     return (
-        f"{least.stage}: {least.title} takes {(least.nbytes - room) / _GIB:.2f} GiB more than "
+        f"{largest.name}: {largest.title} takes {(_alone(found, largest) - budget) / _GIB:.2f} GiB more than "
         "that by itself; it has to be streamed, or stored in fewer bits",
     )
+
+
+def _alone(found: Footprint, stage: Stage) -> int:
+    moment = moment_nbytes(stage, "strips")
+    return on_device("model", found.stages, stage) + moment + stage.scratch + _CONTEXT
