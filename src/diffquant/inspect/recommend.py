@@ -213,7 +213,7 @@ def _row(asked: _Asked, kind: QuantType, container: str) -> Recommendation:
         speed=speed_class(asked.card, stored),
         loaders=reads,
         conditional=tuple(name for name in reads if verdicts[name].verdict == "caveat"),
-        reason=_refused(asked, verdicts, reads, whole, peak),
+        reason=_unpacked(kind, stored) or _refused(asked, verdicts, reads, whole, peak),
     )
 
 
@@ -236,6 +236,15 @@ def _error(asked: _Asked, plan: Plan) -> float | None:
         if step.decision.format  # else its bytes are copied
     )
     return math.sqrt(noise / max(sum(step.parameters for step in steps), 1))
+
+
+def _unpacked(kind: QuantType, stored: Sequence[tuple[str, int]]) -> str:
+    """Why a type is none of this model's: nothing of it would be quantized."""
+    if FORMATS[kind.base].is_cast or any(
+        name in FORMATS and not FORMATS[name].is_cast for name, _ in stored
+    ):
+        return ""
+    return f"no weight of this model has a shape that {kind.name} can hold"
 
 
 def _refused(

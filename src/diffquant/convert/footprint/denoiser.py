@@ -31,11 +31,12 @@ def others_over(found: Footprint, budget: int) -> tuple[str, ...]:
     """Which other part is too large for a budget by itself, in a line; nothing where none is."""
     stages = [stage for stage in found.stages if stage.name != "denoise"]
     largest = max(stages, key=lambda one: _alone(found, one), default=None)
-    if largest is None or _alone(found, largest) <= budget:
+    over = _alone(found, largest) - budget if largest is not None else 0
+    if largest is None or over <= 0:
         return ()
     return (
-        f"{largest.name}: {largest.title} takes {(_alone(found, largest) - budget) / _GIB:.2f} GiB more than "
-        "that by itself; it has to be streamed, or stored in fewer bits",
+        f"{largest.name}: {largest.title} takes {over / _GIB:.2f} GiB more than that by itself; it "
+        "has to be streamed, or stored in fewer bits",
     )
 
 
