@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from diffquant.convert.allocation_plan import AllocationPlanner
 from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.importance import importance_values, match_entries
+from diffquant.convert.losses import keeps_numbers
 from diffquant.convert.sensitivity import Sensitivity, find_sensitivity, read_sensitivity
 from diffquant.convert.sensitivity_weights import Wanted, from_weights
 from diffquant.convert.step import Step
@@ -133,11 +134,11 @@ def _importance(
     }
 
 
-def option_error(sensitivity: Sensitivity, key: str, name: str, step: Step | None) -> float | None:
-    """Predicted error of a tensor in a format; 0 where its bytes are copied, None if unknown."""
-    if step is not None and not step.decision.format:
+def option_error(planner: AllocationPlanner, sensitivity: Sensitivity, step: Step) -> float | None:
+    """Predicted error of a weight as a step stores it; 0 if numbers are kept, None if unknown."""
+    if keeps_numbers(planner.logical, step):
         return 0.0
-    return sensitivity.errors.get(key, {}).get(name)
+    return sensitivity.errors.get(step.key, {}).get(step.stored)
 
 
 def items_of(
@@ -148,7 +149,7 @@ def items_of(
     for key, steps in planner.options.items():
         priced = []
         for name, step in steps.items():
-            error = option_error(sensitivity, key, name, step)
+            error = option_error(planner, sensitivity, step)
             if error is None:
                 lacking[name] = lacking.get(name, 0) + 1
             else:

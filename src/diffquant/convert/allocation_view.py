@@ -103,9 +103,7 @@ def named_rows(
     rows = []
     for name, plan in plans.items():
         steps = {step.key: step for step in plan.part_steps("denoiser")}
-        errors = [
-            option_error(sensitivity, key, steps[key].stored, steps[key]) for key in planner.options
-        ]
+        errors = [option_error(planner, sensitivity, steps[key]) for key in planner.options]
         known = [one for one in errors if one is not None]
         room = sum(planner.step_nbytes(steps[key]) for key in planner.options)
         rows.append(

@@ -22,6 +22,7 @@ from diffquant.convert.footprint import Footprint, Picture, footprint, with_deno
 from diffquant.convert.footprint.denoiser import denoise_stage, denoising_nbytes, others_over
 from diffquant.convert.footprint.native import native_size
 from diffquant.convert.footprint.weights import plan_weights
+from diffquant.convert.losses import keeps_numbers
 from diffquant.convert.plan import Plan, Request, make_plan
 from diffquant.convert.sensitivity import Sensitivity
 from diffquant.convert.targets import TARGETS
@@ -226,14 +227,18 @@ def _error(asked: _Asked, plan: Plan) -> float | None:
     steps = plan.part_steps("denoiser")
     if asked.sensitivity is not None:
         known = asked.sensitivity.errors
-        packed = [step for step in steps if step.decision.format and step.key in known]
+        packed = [
+            step
+            for step in steps
+            if step.key in known and not keeps_numbers(asked.subject.logical, step)
+        ]
         found = [known[step.key].get(step.stored) for step in packed]
         numbers = [value for value in found if value is not None]
         return math.fsum(numbers) if len(numbers) == len(found) else None
     noise = sum(
         step.parameters * FORMATS[step.stored].gaussian_error ** 2
         for step in steps
-        if step.decision.format  # else its bytes are copied
+        if step.stored in FORMATS and not keeps_numbers(asked.subject.logical, step)
     )
     return math.sqrt(noise / max(sum(step.parameters for step in steps), 1))
 
