@@ -40,32 +40,34 @@ def by_size(nbytes, *among):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
-    ("suffix", "among"),
-    [(".gguf", ()), (".safetensors", ("fp8_scaled", "int8_rowwise", "w4a8", "bf16", "f16"))],
+    ("suffix", "share", "among"),
+    [
+        (".gguf", 0.3, ()),
+        (".safetensors", 0.7, ("fp8_scaled", "int8_rowwise", "w4a8", "bf16", "f16")),
+    ],
 )
 def test_files_are_within_a_percent_of_the_size_asked_for_and_never_over(
-    examples, tmp_path, model, suffix, among
+    examples, tmp_path, model, suffix, share, among
 ):
     src, container = examples / model, suffix[1:]
     first = allocate_bits(src, Request(container), by_size(1 << 40, *among)).report
     assert any("all is finest" in note for note in first.notes)
     assert first.nbytes == first.largest_nbytes
     largest_type = max(row.nbytes for row in first.published)  # above it formats lie far apart
-    for share in (0.2, 0.7):
-        limit = int(first.smallest_nbytes + share * (largest_type - first.smallest_nbytes))
-        found = allocate_bits(src, Request(container), by_size(limit, *among))
-        out = tmp_path / f"{share}{suffix}"
-        report = run_job(src, out, found.request)
-        assert out.stat().st_size == found.report.nbytes
-        assert 0.99 * limit <= out.stat().st_size <= limit
-        assert report.policy == "allocated"
-        assert report.verdict == "pass"
-        assert report.type == f"{report.bits_per_weight:.2f}bpw"
-        rows = {row.key: row for row in report.tensors if row.part == "denoiser"}
-        assert {one.key: one.format for one in found.report.tensors} == {
-            one.key: rows[one.key].stored for one in found.report.tensors
-        }
-        assert not report.warnings
+    limit = int(first.smallest_nbytes + share * (largest_type - first.smallest_nbytes))
+    found = allocate_bits(src, Request(container), by_size(limit, *among))
+    out = tmp_path / f"{share}{suffix}"
+    report = run_job(src, out, found.request)
+    assert out.stat().st_size == found.report.nbytes
+    assert 0.99 * limit <= out.stat().st_size <= limit
+    assert report.policy == "allocated"
+    assert report.verdict == "pass"
+    assert report.type == f"{report.bits_per_weight:.2f}bpw"
+    rows = {row.key: row for row in report.tensors if row.part == "denoiser"}
+    assert {one.key: one.format for one in found.report.tensors} == {
+        one.key: rows[one.key].stored for one in found.report.tensors
+    }
+    assert not report.warnings
 
 
 def test_what_types_keep_is_kept_and_the_rest_is_chosen(examples):

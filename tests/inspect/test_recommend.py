@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from diffquant.convert.jobs import run_job
-from diffquant.convert.plan import Request
+from diffquant.convert.plan import Request, make_plan
 from diffquant.convert.sensitivity import Sensitivity
-from diffquant.core.errors import UnknownFormat, UsageError
+from diffquant.core.errors import PlanMismatch, UnknownFormat, UsageError
 from diffquant.core.report import to_json
 from diffquant.core.tensors import TensorSpec
 from diffquant.inspect.loaders import judge
+from diffquant.inspect.planned import planned_subject
 from diffquant.inspect.recommend import recommend
 from diffquant.inspect.speeds import CARDS, SPEEDS, speed_class
 from diffquant.inspect.subject import open_subject, subject_of
@@ -26,7 +27,7 @@ DATA = Path(__file__).parents[1] / "data" / "manifests.json.xz"
 
 
 class Header:
-    """A source of which no weight can be read; its fingerprint's samples are zeros."""
+    """A source of which no weight can be read."""
 
     container, metadata, configs = "safetensors", {}, {}
 
@@ -34,10 +35,10 @@ class Header:
         self.path = Path("flux.safetensors")
         self.specs = {key: TensorSpec(key, dtype, tuple(shape)) for key, shape in shapes.items()}
 
-    def read(self, key, rows=None):
-        import numpy as np
+    nbytes = 0
 
-        return np.zeros(16, np.uint8)
+    def read(self, *_):
+        raise AssertionError("a weight was read")
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +163,12 @@ def test_a_packed_source_has_reasons_and_no_rows(flux):
 def test_the_report_is_json(at_8_gib):
     text = json.dumps(to_json(at_8_gib))
     assert json.loads(text)["rows"][0]["type"] == "q4_k_m"
+
+
+def test_weights_of_a_planned_file_cannot_be_read(flux):
+    plan = make_plan(flux.logical, flux.match, Request("safetensors", type=type_named("nf4")))
+    source = planned_subject(plan, flux.match, flux.source, "x").source
+    with pytest.raises(PlanMismatch, match="only planned"):
+        source.read("double_blocks.0.img_attn.qkv.weight")
+    state = "double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4"
+    assert json.loads(source.read(state).tobytes())["quant_type"] == "nf4"

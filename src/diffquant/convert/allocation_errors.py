@@ -159,11 +159,17 @@ def items_of(
             priced = [Option(finest, planner.nbytes(key, finest), 0.0)]
             held.append(key)
         items.append(Item(key, tuple(priced)))
-    return tuple(items), tuple(_told(held, lacking))
+    unused = [key for key in sensitivity.errors if key not in planner.options]
+    return tuple(items), tuple(_told(held, lacking, unused))
 
 
-def _told(held: Sequence[str], lacking: Mapping[str, int]) -> list[str]:
+def _told(held: Sequence[str], lacking: Mapping[str, int], unused: Sequence[str]) -> list[str]:
     notes = []
+    if unused:
+        notes.append(
+            f"{len(unused)} measured tensors are not chosen for, rules or shapes decide them: "
+            f"{shorten(unused, 3)}"
+        )
     if held:
         notes.append(
             f"{len(held)} tensors were not measured and stay at their finest: {shorten(held, 3)}"

@@ -8,10 +8,9 @@ the plan knows.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from diffquant.convert.match import Match
 from diffquant.convert.plan import Plan
 from diffquant.convert.surroundings import metadata_of, surroundings
 from diffquant.core.errors import PlanMismatch
-from diffquant.core.tensors import ByteArray, TensorSource, TensorSpec
+from diffquant.core.tensors import ByteArray, TensorSource
 from diffquant.inspect.subject import Subject, subject_of
 from diffquant.io.gguf_values import ARRAY_ID, TYPE_IDS, GgufArray, GgufValue, encode_value
 
@@ -44,18 +43,48 @@ def planned_subject(plan: Plan, match: Match, source: TensorSource, stem: str) -
     return subject_of(_Planned(plan, match, source, path), str(path))
 
 
-class _Planned:
+class _Unread:
+    """A source whose weights are all zero: the fingerprint of a planned file matters to nobody."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.path, self.container = source.path, source.container
+        self.specs, self.metadata, self.configs = source.specs, source.metadata, source.configs
+        self.nbytes = source.nbytes
+        self.typed_metadata = getattr(source, "typed_metadata", {})
+
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> ByteArray:
+        """No byte of the source."""
+        del key, rows
+        return np.zeros(1, np.uint8)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Planned(_Unread):
     """A TensorSource of which markers alone can be read."""
 
     def __init__(self, plan: Plan, match: Match, source: TensorSource, path: Path) -> None:
+        super().__init__(source)
         container = plan.request.container
         around = surroundings(plan, match, source, None)
-        pairs = metadata_of(plan, match, source, around.header)
+        pairs = metadata_of(plan, match, _Unread(source), around.header)
         self.path = path
         self.container = _CONTAINERS.get(container, container)
-        self.specs: Mapping[str, TensorSpec] = {spec.key: spec for spec in plan.specs}
-        self.metadata: Mapping[str, Any] = {} if container == "folder" else pairs
-        self.configs: Mapping[str, Any] = around.configs
+        self.specs = {spec.key: spec for spec in plan.specs}
+        self.metadata = {} if container == "folder" else pairs
+        self.configs = around.configs
         self.nbytes = plan.nbytes
         if container == "gguf":
             self.typed_metadata = {key: _typed(key, value) for key, value in pairs.items()}
@@ -73,20 +102,6 @@ class _Planned:
         if not one.constant:
             raise PlanMismatch(f"{key}: weights of a file that is only planned were read")
         return one.data(np.float32(0) if one.part else None)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _typed(key: str, value: object) -> GgufValue:
