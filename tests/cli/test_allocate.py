@@ -190,6 +190,12 @@ def test_a_sensitivity_that_is_none_stops_the_run(command, flux, here, text, cod
     assert not Path("a.gguf").exists()
 
 
+def test_the_folder_one_stands_in_is_a_source(command, flux, monkeypatch):
+    monkeypatch.chdir(flux)
+    ran = command("quantize", ".", "--bpw", 6, "--dry-run", "--json")
+    assert ran.code == 0, ran.err
+
+
 def test_an_output_that_is_there_is_left_before_anything_is_measured(command, flux, here):
     Path("a.gguf").write_bytes(b"mine")
     ran = command("quantize", flux, "-o", "a.gguf", "--bpw", 6)

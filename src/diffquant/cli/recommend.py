@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from pathlib import Path
 
@@ -82,7 +83,9 @@ def _render(report: RecommendReport, *, verbose: bool) -> None:
         echo()
         echo(f"  first: {_command(report, best)}")
         size = f"{report.vram_nbytes / (1 << 30):g}GiB"
-        echo(f"  a mix made for this device: diffquant quantize {report.path} --vram {size}")
+        echo(
+            f"  a mix made for this device: diffquant quantize {shlex.quote(report.path)} --vram {size}"
+        )
     else:
         echo("  no type is recommended")
     _others(report.others, verbose=verbose)
@@ -94,7 +97,8 @@ def _render(report: RecommendReport, *, verbose: bool) -> None:
 def _command(report: RecommendReport, best: Recommendation) -> str:
     ending = {"gguf": "OUT.gguf", "safetensors": "OUT.safetensors", "folder": "OUT/"}
     target = f" --target {best.target}" if best.target == report.loader else ""
-    return f"diffquant quantize {report.path} -o {ending[best.container]} -t {best.type}{target}"
+    path = shlex.quote(report.path)
+    return f"diffquant quantize {path} -o {ending[best.container]} -t {best.type}{target}"
 
 
 def _rows(rows: tuple[Recommendation, ...]) -> None:

@@ -72,7 +72,8 @@ def sensitivity_for(
             what = "was measured on another checkpoint" if found.source else "names no checkpoint"
             notes.append(f"{named.name} {what}: its errors are taken for those of this one")
         return Known(found, f"{named.name} ({found.method})", (*notes, *merged))
-    cached = find_sensitivity(src, source)
+    place = src.resolve() if src.exists() else src  # "." has no name to look beside
+    cached = find_sensitivity(place, source)
     if not isinstance(cached, str):
         path, found = cached
         told = f"{path.name} ({found.method}), found by the source's fingerprint"
