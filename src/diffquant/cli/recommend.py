@@ -83,9 +83,8 @@ def _render(report: RecommendReport, *, verbose: bool) -> None:
         echo()
         echo(f"  first: {_command(report, best)}")
         size = f"{report.vram_nbytes / (1 << 30):g}GiB"
-        echo(
-            f"  a mix made for this device: diffquant quantize {shlex.quote(report.path)} --vram {size}"
-        )
+        path = shlex.quote(report.path)
+        echo(f"  a mix made for this device: diffquant quantize {path} --vram {size}")
     else:
         echo("  no type is recommended")
     _others(report.others, verbose=verbose)
