@@ -10,6 +10,7 @@ import click
 
 from diffquant.cli.frame import echo, human, table
 from diffquant.cli.merging import render_merge
+from diffquant.convert.allocation_report import AllocationReport
 from diffquant.convert.job_report import JobReport, TensorRow
 from diffquant.convert.lora.error_plan import ErrorLoraReport
 from diffquant.core.report import to_json
@@ -22,6 +23,7 @@ _POLICIES = {
     "uniform": "uniform (ours: no mix is published for this type)",
     "tuned": "tuned (ours)",
     "recipe": "as the recipe says",
+    "allocated": "allocated (ours: least predicted error at this size)",
     "encoder": "encoder (ours: the type's mix, token embedding q6_k or better)",
 }
 
@@ -38,14 +40,18 @@ def resumable(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True, slots=True)
 class JobOutcome:
-    """A job and its pictures' verdict; in JSON the job's fields with `image` among them."""
+    """A job, its pictures' verdict and its allocation; in JSON fields among those of the job."""
 
     job: JobReport
     image: dict[str, Any] | None = None
+    allocation: AllocationReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The flat object that others rely on."""
-        return {**to_json(self.job), "image": self.image}
+        found = {**to_json(self.job), "image": self.image}
+        if self.allocation is not None:
+            found["allocation"] = to_json(self.allocation)
+        return found
 
 
 def render_job(report: JobReport, *, verbose: bool = False) -> None:

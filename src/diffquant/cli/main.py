@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "diff": ("diffquant.cli.diff", "Say what differs between two checkpoints."),
     "download": ("diffquant.cli.download", "Download files of a repository, checked."),
     "publish": ("diffquant.cli.publish", "Publish files with a model card on a hub."),
+    "recommend": ("diffquant.cli.recommend", "Rank the types to write for a device and a program."),
     "doctor": ("diffquant.cli.doctor", "Say what this machine has, runs, and is limited by."),
     "formats": ("diffquant.cli.formats", "List types, formats and containers."),
     "completion": ("diffquant.cli.completion", "Print a shell completion script."),

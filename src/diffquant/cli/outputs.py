@@ -1,4 +1,4 @@
-"""Which files `-t A -t B` writes: names for several outputs, from a folder or a template."""
+"""Names of outputs: of one file, of a mix, and of several from a folder or a template."""
 
 from __future__ import annotations
 
@@ -7,15 +7,63 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from diffquant.convert.output_names import published_name
+from diffquant.convert.allocation_report import AllocationReport
+from diffquant.convert.encoders.parts import MMPROJ
+from diffquant.convert.output_names import output_name
 from diffquant.core.errors import UsageError
+from diffquant.io.locations import locate
 from diffquant.quant.type_sets import types_of_set
 from diffquant.quant.types import QuantType, type_named
 
-__all__ = ["PLACE", "check_several", "folder_made", "named_outputs", "types_from"]
+__all__ = [
+    "PLACE",
+    "allocated_name",
+    "check_several",
+    "default_output",
+    "folder_made",
+    "named_outputs",
+    "stem_of",
+    "types_from",
+]
 
 PLACE = "{type}"
 _CONTAINERS = {".gguf": "gguf", ".safetensors": "safetensors"}
+
+
+_DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
+
+
+def stem_of(source: Path, parts: tuple[str, ...]) -> str:
+    """What an output's name begins with: the source's name, and the part that is written alone."""
+    source = locate(source)
+    stem = source.stem if source.is_file() else source.name
+    if len(parts) == 1 and parts != ("denoiser",):
+        stem += "-text_encoder-mmproj" if parts == (MMPROJ,) else f"-{parts[0]}"
+    return stem
+
+
+def default_output(source: Path, kind: QuantType, parts: tuple[str, ...]) -> Path:
+    """Name the output as the Hub reads quant labels: stem-PART-TYPE.ext, in the current folder.
+
+    An image tower is named after its language model: ComfyUI-GGUF looks for `mmproj` and the
+    encoder's name in one file name (city96/ComfyUI-GGUF@795e451:loader.py:213-284).
+    """
+    container = next(iter(kind.dialects))
+    return Path(f"{stem_of(source, parts)}-{kind.name.upper()}{_DEFAULT_SUFFIX[container]}")
+
+
+def allocated_name(container: str, report: AllocationReport, label: QuantType) -> str:
+    """The label of a mix, with its bits: `4.60bpw-62Q4_K-30Q5_K`, `9.10bpw_fp8_scaled`.
+
+    In GGUF the two largest shares are named in percent, which the Hub reads as the larger one
+    (huggingface.js packages/tasks/src/gguf.ts, parseGGUFQuantMix); `Q4_K` alone is no label of its.
+    """
+    bits = f"{report.bits_per_weight:.2f}bpw"
+    if container != "gguf":
+        return f"{bits}_{label.name}"
+    shares = [(round(share * 100), name) for name, share in report.formats.items()]
+    named = [f"{share}{name.upper()}" for share, name in shares[:2] if share]
+    return f"{bits}-{'-'.join(named)}" if len(named) > 1 else f"{bits}-{label.name.upper()}"
 
 
 def types_from(names: Sequence[str], sets: Sequence[str]) -> tuple[QuantType, ...]:
@@ -72,7 +120,7 @@ def named_outputs(output: str | None, stem: str, kinds: Sequence[QuantType]) -> 
             f"at its end: {Path(output).with_suffix('')}/), or a name with {PLACE} in it"
         )
     folder = Path(output or "")
-    return tuple(folder / published_name(stem, kind) for kind in kinds)
+    return tuple(folder / output_name(stem, kind) for kind in kinds)
 
 
 def _is_folder(output: str) -> bool:

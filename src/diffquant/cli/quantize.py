@@ -8,14 +8,30 @@ from typing import Any
 
 import click
 
+from diffquant.cli.ask_budget import (
+    BudgetAsked,
+    allocated_path,
+    budget_options,
+    check_alone,
+    with_allocation,
+)
+from diffquant.cli.corrections import check_corrections, corrections_of
 from diffquant.cli.frame import Options, Outcome, common, echo, run, threads
 from diffquant.cli.job import JobOutcome, render_job, resumable
 from diffquant.cli.merging import lora_options, loras_from
-from diffquant.cli.outputs import PLACE, check_several, folder_made, named_outputs, types_from
+from diffquant.cli.outputs import (
+    PLACE,
+    check_several,
+    default_output,
+    folder_made,
+    named_outputs,
+    stem_of,
+    types_from,
+)
 from diffquant.cli.values import check_free, prompts_from, write_text
 from diffquant.cli.verdict import render_image
+from diffquant.cli.view_allocation import render_allocation
 from diffquant.cli.view_several import SeveralOutcome, render_several
-from diffquant.convert.encoders.parts import MMPROJ
 from diffquant.convert.job_report import JobReport
 from diffquant.convert.jobs import container_for, run_job
 from diffquant.convert.lora.merge import merging
@@ -30,7 +46,6 @@ from diffquant.core.errors import UsageError
 from diffquant.core.report import to_json
 from diffquant.io.imatrix import merge_imatrices, read_imatrix
 from diffquant.io.inputs import open_inputs
-from diffquant.io.locations import locate
 from diffquant.quant.type_sets import TYPE_SETS
 from diffquant.quant.types import QuantType, type_named
 
@@ -96,6 +111,7 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
 @click.option(
     "--exclude", multiple=True, metavar="REGEX", help="Keep matching tensors unquantized."
 )
+@budget_options
 @click.option("--pure", is_flag=True, help="One format throughout: ignore the type's mix.")
 @click.option(
     "--target",
@@ -194,6 +210,7 @@ def command(
     dry_run: bool,
     force: bool,
     resume: bool,
+    asked: BudgetAsked,
     options: Options,
 ) -> None:
     """Quantize SOURCE (a checkpoint file or Diffusers folder) to TYPE.
@@ -202,13 +219,19 @@ def command(
     names (a text encoder, or mmproj: its image tower); .safetensors the parts the source has; no
     extension a Diffusers folder. Only the denoiser is quantized unless --all or --part.
 
+    --max-size, --bpw or --vram in place of a type choose a format for each tensor of the denoiser,
+    so that the predicted error is least: see docs/allocate.md.
+
     Several types (-t A -t B, or --set) are several outputs in one pass: NAME-TYPE.gguf and
     NAME_TYPE.safetensors in the folder that -o names, or as its {type} says.
     """
 
     def work() -> Outcome:
-        _check_corrections(inputs, error_lora, rank, bias=bias_correction)
+        check_corrections(inputs, error_lora, rank, bias=bias_correction)
+        budget = asked.budget
         kinds = types_from(type_names, sets)
+        if budget is not None:
+            check_alone(budget, output, types=kinds, recipe_from=recipe_from, pure=pure)
         if len(kinds) > 1:
             check_several(
                 resume=resume,
@@ -217,11 +240,17 @@ def command(
                 error_lora=error_lora,
             )
         recipe = load_recipe(recipe_from) if recipe_from is not None else None
-        kinds = kinds or (_kind_of(recipe),)
-        if len(kinds) > 1 or (output is not None and PLACE in output):
-            paths = named_outputs(output, _stem(source, parts), kinds)
+        wants: tuple[QuantType | None, ...] = kinds
+        paths: tuple[Path, ...]
+        if budget is not None:
+            wants = (None,)
+            paths = (asked.path(output, target),)
+        elif len(kinds) > 1 or (output is not None and PLACE in output):
+            paths = named_outputs(output, stem_of(source, parts), kinds)
         else:
-            paths = (Path(output) if output else _default_output(source, kinds[0], parts),)
+            kind = kinds[0] if kinds else _kind_of(recipe)
+            wants = (kind,)
+            paths = (Path(output) if output else default_output(source, kind, parts),)
         if emit_recipe is not None:
             check_free(emit_recipe, (source, paths[0], recipe_from), force=force)
         requests = [
@@ -241,7 +270,7 @@ def command(
                 bias_correction=bias_correction,
                 lora_rank=(rank or _RANK) if error_lora is not None else 0,
             )
-            for out, kind in zip(paths, kinds, strict=True)
+            for out, kind in zip(paths, wants, strict=True)
         ]
         common: Any = {
             "base": base,
@@ -267,15 +296,20 @@ def command(
                 with folder_made(output, dry_run=dry_run):
                     several = merge.told_each(run_jobs(source, wanted, **common))
                 return _outcome_of(several, source, verify, prompts, options)
-            (out,), (request,) = paths, requests
+            (out,), (request,), chosen = paths, requests, None
+            if budget is not None:
+                chosen = asked.chosen(source, request, out, common)
+                out, request = allocated_path(output, source, parts, chosen), chosen.request
             report = run_job(source, out, request, resume=resume, error_lora=error_lora, **common)
             report = merge.told(report)
         if emit_recipe is not None:
             rows = [(row.part, row.key, row.stored) for row in report.tensors]
-            made = recipe_of(report.architecture, kinds[0].name, rows)
+            named = chosen.label if chosen is not None else wants[0]
+            made = recipe_of(report.architecture, named.name if named else "", rows)
             text = render_recipe(made, rounding=rounding)
-            write_text(emit_recipe, text + _corrections_of(report))
-        return _outcome(report, source, out, verify, prompts, options)
+            write_text(emit_recipe, text + corrections_of(report))
+        outcome = _outcome(report, source, out, verify, prompts, options)
+        return outcome if chosen is None else with_allocation(outcome, chosen.report)
 
     def render(outcome: JobOutcome | SeveralOutcome) -> None:
         if isinstance(outcome, SeveralOutcome):
@@ -286,38 +320,12 @@ def command(
                     render_image(one.image)
             return
         render_job(outcome.job, verbose=options.verbose > 0)
+        if outcome.allocation is not None:
+            render_allocation(outcome.allocation, explain=asked.explain)
         if outcome.image is not None:
             render_image(outcome.image)
 
     run("quantize", options, work, render)
-
-
-def _check_corrections(
-    inputs: Path | None, error_lora: Path | None, rank: int | None, *, bias: bool
-) -> None:
-    """Refuse corrections that do not fit together.
-
-    Raises:
-        UsageError: says which.
-    """
-    if bias and inputs is None:
-        raise UsageError(
-            "--bias-correction needs the mean inputs of layers: make them with `diffquant "
-            "calibrate --inputs FILE`, and give --inputs FILE"
-        )
-    if bias and error_lora is not None:
-        raise UsageError(
-            "--bias-correction and --error-lora each make up for the mean of the same error, and "
-            "would do so twice; choose one"
-        )
-    if rank is not None and error_lora is None:
-        raise UsageError("--rank is that of the error LoRA: give --error-lora FILE too")
-
-
-def _corrections_of(report: JobReport) -> str:
-    """What a recipe does not repeat, as comments: it gives formats, and no statistics."""
-    told = [one for one in report.notes if one.startswith(("biases of ", "error LoRA "))]
-    return "".join(f"# {one}\n" for one in told)
 
 
 def _outcome(
@@ -364,22 +372,3 @@ def _kind_of(recipe: Recipe | None) -> QuantType:
     if not recipe.type:
         raise UsageError(f"{recipe.name} names no type that is known here: give one with -t")
     return type_named(recipe.type)
-
-
-def _default_output(source: Path, kind: QuantType, parts: tuple[str, ...]) -> Path:
-    """Name the output as the Hub reads quant labels: stem-PART-TYPE.ext, in the current folder.
-
-    An image tower is named after its language model: ComfyUI-GGUF looks for `mmproj` and the
-    encoder's name in one file name (city96/ComfyUI-GGUF@795e451:loader.py:213-284).
-    """
-    container = next(iter(kind.dialects))
-    return Path(f"{_stem(source, parts)}-{kind.name.upper()}{_DEFAULT_SUFFIX[container]}")
-
-
-def _stem(source: Path, parts: tuple[str, ...]) -> str:
-    """What an output's name begins with: the source's name, and the part that is written alone."""
-    source = locate(source)
-    stem = source.stem if source.is_file() else source.name
-    if len(parts) == 1 and parts != ("denoiser",):
-        stem += "-text_encoder-mmproj" if parts == (MMPROJ,) else f"-{parts[0]}"
-    return stem

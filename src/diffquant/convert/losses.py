@@ -10,13 +10,22 @@ from diffquant.convert.request import Request
 from diffquant.convert.step import Step
 from diffquant.core.errors import shorten
 
-__all__ = ["broken_pictures", "losses"]
+__all__ = ["broken_pictures", "keeps_numbers", "losses"]
 
 # ComfyUI multiplies such layers with inputs in 4 bits as well. Layers whose output is off by more
 # than 0.21 broke pictures, by less than 0.15 did not, between the two there was grain; Qwen-Image,
 # Wan 2.2 and HunyuanVideo broke, Z-Image and Krea 2 did not
 # (JoaoZaokk/comfy-quant-bench@3671cd1 README.md; two models, one prompt).
 _GRAIN, _BROKEN = 0.15, 0.21
+
+
+def keeps_numbers(logical: LogicalSource, step: Step) -> bool:
+    """Whether an output weight holds the very numbers of its source: copied, or cast to its own."""
+    if not step.decision.format:
+        return True
+    tensors = (logical.tensors[piece.key] for piece in step.assignment.pieces)
+    own = all(one.format == step.stored and not one.is_quantized for one in tensors)
+    return own and not step.adapters
 
 
 def broken_pictures(rows: Sequence[tuple[str, float | None]]) -> tuple[str, ...]:

@@ -78,6 +78,8 @@ def file_metadata(plan: Plan, match: Match, source: TensorSource) -> dict[str, s
         out["diffquant.type"] = plan.request.type.name
     if plan.policy:
         out["diffquant.policy"] = plan.policy
+    if plan.request.allocated:
+        out["diffquant.allocation"] = plan.request.allocated
     out["diffquant.target"] = plan.target
     if plan.request.rounding != "nearest":
         out["diffquant.rounding"] = plan.request.rounding

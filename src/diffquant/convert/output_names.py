@@ -1,4 +1,4 @@
-"""How an output of several is named: by its source, its type and its container.
+"""How an output is named: by its source, its type and its container.
 
 Names follow what is published: `flux1-dev-Q4_K_S.gguf` (city96, QuantStack; the Hub reads the type
 off the upper-cased name, huggingface/huggingface.js packages/tasks/src/gguf.ts) and
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from diffquant.quant.types import QuantType
 
-__all__ = ["published_name"]
+__all__ = ["file_name", "output_name"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,13 @@ _STYLES = {
 }
 
 
-def published_name(stem: str, kind: QuantType, container: str = "") -> str:
+def file_name(container: str, stem: str, label: str) -> str:
+    """Name of a file or folder whose numbers are labelled so."""
+    return _STYLES[container].name.format(stem=stem, kind=label)
+
+
+def output_name(stem: str, kind: QuantType, container: str = "") -> str:
     """The file or folder name of `kind`; in its first container where none is asked for."""
-    style = _STYLES[container or next(iter(kind.dialects))]
-    return style.name.format(stem=stem, kind=kind.name.upper() if style.upper else kind.name)
+    container = container or next(iter(kind.dialects))
+    upper = _STYLES[container].upper
+    return file_name(container, stem, kind.name.upper() if upper else kind.name)

@@ -258,9 +258,11 @@ def _policy_label(architecture: Architecture, request: Request, *, encoder: bool
     kind = request.type
     if kind is None or FORMATS[kind.base].is_cast:
         return ""
-    if request.recipe is not None:
+    if request.recipe is not None and not request.allocated:
         return "recipe"
-    if request.policy == "tuned" and architecture.is_tuned:
+    if request.allocated:
+        label = "allocated"
+    elif request.policy == "tuned" and architecture.is_tuned:
         label = "tuned"
     elif request.pure and (kind.mix or kind.edge):
         label = "pure"
@@ -386,7 +388,7 @@ def _judge(steps: Sequence[Step], request: Request, *, alone: bool) -> tuple[boo
             counts[label] = counts.get(label, 0) + 1
         listed = ", ".join(f"{n} tensors {label}" for label, n in counts.items())
         warnings.append(f"rows too short or uneven for {request.type.name}: {listed}")
-    mixed = total > 0 and got * 2 < total
+    mixed = total > 0 and got * 2 < total and not request.allocated  # its label says as much
     if mixed:
         warnings.append(
             f"MIXED: only {got / total:.0%} of the {whose} weights are stored as "

@@ -74,6 +74,8 @@ class Recipe:
             storage dtype in lower case where no row describes the numbers.
         name: base name of the file it was read from, for reasons.
         notes: what the file it was read from could not say.
+        why: what reasons say of it, "" for `recipe NAME`; a recipe that was made here and speaks
+            of a part of the tensors only, on purpose, has a reason of its own.
     """
 
     architecture: str
@@ -81,6 +83,7 @@ class Recipe:
     formats: Mapping[str, Mapping[str, str]]
     name: str = ""
     notes: tuple[str, ...] = field(default=())
+    why: str = ""
 
     def part(self, name: str) -> Mapping[str, str]:
         """Formats of one part; empty where the recipe does not speak of it."""
@@ -224,7 +227,9 @@ def recipe_rules(
         if why:
             refused[one.key] = f"{recipe.name} has {name} here, but {why}"
         elif one.dtype and holds[name]:
-            rules[one.key] = Rule(re.escape(one.key), name, f"recipe {recipe.name}".rstrip())
+            rules[one.key] = Rule(
+                re.escape(one.key), name, recipe.why or f"recipe {recipe.name}".rstrip()
+            )
     return rules, refused
 
 
@@ -280,7 +285,7 @@ def recipe_warnings(
     unnamed = [key for part, key in stored if recipe.part(part) and (part, key) not in asked]
     absent = [key for part, key in asked if part in parts and (part, key) not in stored]
     out = list(recipe.notes)
-    if unnamed:
+    if unnamed and not recipe.why:
         out.append(
             f"the recipe does not name {len(unnamed)} tensors, which the type decides: "
             f"{shorten(unnamed, 3)}"

@@ -45,6 +45,8 @@ class Request:
         changes: part name -> canonical key -> what is done to the weight before it is stored.
         shard_nbytes: bytes of tensors that a file may hold before it is split; 0 for one file.
         transfer: a difference of two other checkpoints that is added to the weights.
+        allocated: what the recipe's formats were chosen for, as the header says it; "" where
+            nothing was chosen.
         arch: the architecture to take the source for, "generic" for any transformer; "" finds out.
     """
 
@@ -69,3 +71,4 @@ class Request:
     changes: Mapping[str, Mapping[str, tuple[Adapter, ...]]] = field(default_factory=dict)
     shard_nbytes: int = 0
     transfer: Transfer | None = None
+    allocated: str = ""

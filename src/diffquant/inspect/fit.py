@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.generic import GENERIC
 from diffquant.convert.footprint import CONTEXT_NBYTES as CONTEXTS
 from diffquant.convert.footprint import (
@@ -25,20 +24,19 @@ from diffquant.convert.footprint import (
     needs,
     with_denoiser,
 )
+from diffquant.convert.footprint.native import LARGEST_SIDE, native_size
 from diffquant.convert.footprint.weights import plan_weights
 from diffquant.convert.plan import Request, make_plan
 from diffquant.core.errors import DiffquantError, UsageError
 from diffquant.inspect.subject import Subject
 from diffquant.quant.types import type_named
 
-__all__ = ["CONTEXT_NBYTES", "FitLevel", "FitReport", "FitStage", "Smaller", "fit"]
+__all__ = ["CONTEXT_NBYTES", "FitLevel", "FitReport", "FitStage", "Smaller", "fit", "levels_of"]
 
 # The budget is a GPU's, and Triton decodes there.
 CONTEXT_NBYTES = CONTEXTS["cuda"]
 _DECODES = "packed weights are decoded by Triton's kernels; without Triton a weight takes more"
 
-_LARGEST_SIDE = 1 << 16
-_USUAL_SIDE = 1024
 _LARGEST_BATCH = 1 << 10
 _TYPES = ("q8_0", "q6_k", "q5_k_s", "q4_k_s")
 
@@ -188,7 +186,7 @@ def fit(
     if not found.stages:
         reason = "none of its parts can be estimated: " + "; ".join(found.notes)
         return _report(subject, picture, vram, reason=reason)
-    levels = tuple(_levels(found, vram))
+    levels = tuple(levels_of(found, vram))
     level = next((one.name for one in levels if one.fits), "")
     notes = [*found.notes, *_encoder_decides(found, levels)]
     if any(stage.scratch for stage in found.stages):
@@ -247,24 +245,12 @@ def _size(subject: Subject, width: int | None, height: int | None) -> tuple[int,
     """The size asked for, else the one its configs state, else the architecture's."""
     if width is not None and height is not None:
         return width, height
-    match = subject.match
-    row = ARCHITECTURES.get(match.architecture) if match else None
-    if match is None or row is None:
-        return _USUAL_SIDE, _USUAL_SIDE
-    for name, factor in (("denoiser", row.latent.downscale), ("vae", 1)):
-        part = match.part(name)
-        stated = part.hyper.get("sample_size") if part is not None else None
-        if stated is None or stated.origin not in ("config.json", "diffquant.config"):
-            continue
-        if isinstance(stated.value, int) and 0 < stated.value * factor <= _LARGEST_SIDE:
-            return stated.value * factor, stated.value * factor
-    native = row.sampling_for(match.variant)
-    return native.width, native.height
+    return native_size(subject.match)
 
 
 def _check(*, width: int, height: int, batch: int, vram: int | None) -> None:
-    if not (0 < width <= _LARGEST_SIDE and 0 < height <= _LARGEST_SIDE):
-        raise UsageError(f"a picture of {width}x{height}: a side is 1 to {_LARGEST_SIDE} pixels")
+    if not (0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE):
+        raise UsageError(f"a picture of {width}x{height}: a side is 1 to {LARGEST_SIDE} pixels")
     if not 0 < batch <= _LARGEST_BATCH:
         raise UsageError(f"a batch of {batch}: expected 1 to {_LARGEST_BATCH}")
     if vram is not None and vram <= 0:
@@ -316,7 +302,7 @@ def _stage(stage: Stage) -> FitStage:
     )
 
 
-def _levels(found: Footprint, vram: int | None) -> Iterator[FitLevel]:
+def levels_of(found: Footprint, vram: int | None) -> Iterator[FitLevel]:
     """Levels in the order to try; one that needs no less than a faster one is left out."""
     least: int | None = None
     for need in needs(found):
@@ -370,6 +356,6 @@ def _advice(subject: Subject, found: Footprint, vram: int, notes: list[str]) -> 
         weights = plan_weights(steps, compute=found.picture.compute)
         if weights.nbytes >= denoise.weights.nbytes:
             continue
-        levels = _levels(with_denoiser(found, weights), vram)
+        levels = levels_of(with_denoiser(found, weights), vram)
         level = next((one.name for one in levels if one.fits), "")
         yield Smaller(name, weights.nbytes, level)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ __all__ = [
     "Container",
     "GgufArray",
     "GgufValue",
+    "file_nbytes",
     "open_resumable",
     "open_sink",
     "open_source",
@@ -56,6 +57,8 @@ class Container:
         sniff: (path, first 64 bytes) -> whether it is one, by content.
         open: path -> source.
         create: (path, specs, metadata, force=...) -> sink; None where we only read.
+        sized: (specs, metadata) -> bytes of the file that `create` makes; None where that is more
+            than one file.
     """
 
     name: str
@@ -63,19 +66,21 @@ class Container:
     sniff: Callable[[Path, bytes], bool]
     open: Callable[[Path], TensorSource]
     create: Callable[..., TensorSink] | None = None
+    sized: Callable[[Sequence[TensorSpec], Mapping[str, Any]], int] | None = None
 
 
 # In the order in which content is tried.
 CONTAINERS: dict[str, Container] = {
     row.name: row
     for row in (
-        Container("gguf", (".gguf",), gguf.sniff, gguf.open_file, gguf.create),
+        Container("gguf", (".gguf",), gguf.sniff, gguf.open_file, gguf.create, gguf.file_nbytes),
         Container(
             "safetensors",
             (".safetensors", ".sft"),
             safetensors.sniff,
             safetensors.open_file,
             safetensors.create,
+            safetensors.file_nbytes,
         ),
         Container(
             "torch_pickle",
@@ -214,6 +219,18 @@ def open_sink(
             raise UsageError(f"{target}: only safetensors files are cut into shards here")
         return shard_sink.create(target, planned, metadata, limit=shard_nbytes, force=force)
     return row.create(target, planned, metadata, force=force)
+
+
+def file_nbytes(container: str, specs: Sequence[TensorSpec], metadata: Mapping[str, Any]) -> int:
+    """Bytes of the single file that `open_sink` makes of these: header, padding and all.
+
+    Raises:
+        UsageError: the container is no single file that is written here.
+    """
+    sized = CONTAINERS[container].sized
+    if sized is None:
+        raise UsageError(f"{container}: not a single file, whose size can be told beforehand")
+    return sized(specs, metadata)
 
 
 def open_resumable(

@@ -19,7 +19,7 @@ Sources: ggml-org/ggml docs/gguf.md; gguf-py 0.19.0 gguf/gguf_reader.py:120-330;
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ __all__ = [
     "GgufSource",
     "TensorInfo",
     "create",
+    "file_nbytes",
     "open_file",
     "read_header",
     "sniff",
@@ -377,11 +378,7 @@ def create(
             )
     if _ALIGNMENT_KEY in metadata:
         raise PlanMismatch(f"{path}: {_ALIGNMENT_KEY} is always {_ALIGNMENT} here: leave it out")
-    begins: dict[str, int] = {}
-    total = 0
-    for spec in planned:
-        begins[spec.key] = total
-        total += _padded(spec.nbytes)
+    begins, total = _lay_out(planned)
 
     def render(metadata: Mapping[str, Any]) -> bytes:
         return _render(planned, begins, metadata)
@@ -397,6 +394,22 @@ def create(
         force=force,
         file=file,
     )
+
+
+def file_nbytes(specs: Sequence[TensorSpec], metadata: Mapping[str, Any]) -> int:
+    """Bytes of the file that `create` makes of them."""
+    begins, total = _lay_out(specs)
+    return len(_render(tuple(specs), begins, metadata)) + total
+
+
+def _lay_out(specs: Sequence[TensorSpec]) -> tuple[dict[str, int], int]:
+    """Where each tensor begins behind the header, and where the last one ends."""
+    begins: dict[str, int] = {}
+    total = 0
+    for spec in specs:
+        begins[spec.key] = total
+        total += _padded(spec.nbytes)
+    return begins, total
 
 
 def _padded(nbytes: int) -> int:

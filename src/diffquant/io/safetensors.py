@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ __all__ = [
     "MAX_HEADER_NBYTES",
     "checked_entry",
     "create",
+    "file_nbytes",
     "open_file",
     "parse_json",
     "read_header",
@@ -263,6 +264,13 @@ def create(
         force=force,
         file=file,
     )
+
+
+def file_nbytes(specs: Sequence[TensorSpec], metadata: Mapping[str, Any]) -> int:
+    """Bytes of the file that `create` makes of them."""
+    planned = tuple(specs)
+    begins, total = _lay_out(planned)
+    return len(_render(planned, begins, metadata)) + total
 
 
 def _lay_out(specs: tuple[TensorSpec, ...]) -> tuple[dict[str, int], int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffquant.convert.output_names import published_name
+from diffquant.convert.output_names import output_name
 from diffquant.core.errors import DiffquantError, UsageError
 from diffquant.publish.batch.plan_file import BatchFile, Model
 from diffquant.quant.types import dialect_for, type_named
@@ -62,7 +62,7 @@ def _of_model(model: Model, folder: Path, problems: list[str]) -> tuple[Item, ..
             except DiffquantError as error:
                 problems.append(f"{model.where}: {error}")
                 continue
-            relative = f"{place}{published_name(settings.name, kind, container)}"
+            relative = f"{place}{output_name(settings.name, kind, container)}"
             found.append(Item(relative, folder / relative, name, target, container))
     return tuple(found)
 

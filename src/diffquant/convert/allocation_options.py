@@ -1,0 +1,197 @@
+"""Which formats a tensor of the denoiser could have, and what each takes in the file.
+
+The same policy decides here that decides for a named type: each candidate format is planned as a
+type of its own, one format throughout, and a tensor's options are what these plans store it as. So
+keep lists, user rules, shapes, reshapes and fallbacks hold, and sizes are those that are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from diffquant.convert.architectures.base import Architecture
+from diffquant.convert.dialects import own_dialect
+from diffquant.convert.logical import LogicalSource
+from diffquant.convert.match import Match, PartMatch
+from diffquant.convert.recipes import Recipe
+from diffquant.convert.request import Request
+from diffquant.convert.step import Step
+from diffquant.convert.steps import part_steps
+from diffquant.convert.targets import Target, candidates
+from diffquant.core.errors import UnknownFormat, UsageError
+from diffquant.quant.formats import FORMATS
+from diffquant.quant.types import ALIASES, TYPES, QuantType
+
+__all__ = ["Among", "among_from", "label_type", "step_nbytes", "tensor_options"]
+
+_CASTS = ("bf16", "f16")
+# Without --among: formats with a published mix, whose encoders are fast; then what readers have.
+_USUAL: Mapping[str, tuple[str, ...]] = {
+    "gguf": (
+        "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl",
+        "iq4_xs", *_CASTS,
+    ),
+    "safetensors": ("asym_w4a8_int8", "fp8_e4m3_scaled", "int8_rowwise", "int8_convrot", *_CASTS),
+}  # fmt: skip
+_GGUF_ALIGNMENT = 32
+_ENTRY_NBYTES = 70  # of a tensor in a safetensors header, its name aside
+
+
+@dataclass(frozen=True, slots=True)
+class Among:
+    """The formats that may be chosen from.
+
+    Attributes:
+        packed: quantized formats, the smallest first.
+        casts: floating point formats.
+        dialect: that writes them side by side.
+        target: that reads them all.
+    """
+
+    packed: tuple[str, ...]
+    casts: tuple[str, ...]
+    dialect: str
+    target: Target
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.packed, *self.casts)
+
+
+def among_from(names: Sequence[str], container: str, target: str) -> Among:
+    """Look the formats up that were named, or take the usual ones of a container.
+
+    Args:
+        names: formats, or types, which stand for their base format; empty for the usual ones.
+        container: "gguf" or "safetensors".
+        target: as asked for, "" for the first that reads all of them.
+
+    Raises:
+        UnknownFormat: a name that is neither.
+        UsageError: formats that no such file, or no one reader, has side by side.
+    """
+    rows = candidates(target, container)
+    if not names:
+        first = rows[0]
+        held = [name for name in _USUAL[container] if name in first.reads[container]]
+        if container == "safetensors" and not any(own_dialect(one) == "comfy" for one in held):
+            held = [name for name in ("nf4", *_CASTS) if name in first.reads[container]]
+        return _among(held, container, first)
+    found = list(dict.fromkeys(_format_of(name, container) for name in names))
+    for row in rows:
+        if all(name in row.reads[container] for name in found):
+            return _among(found, container, row)
+    readable = sorted({name for row in rows for name in row.reads[container]} & _offered(container))
+    odd = [name for name in found if not any(name in row.reads[container] for row in rows)]
+    what = f"no reader of it has {', '.join(odd)}" if odd else "no one reader has them all"
+    named = f" for {target}" if target else ""
+    raise UsageError(
+        f"--among {','.join(names)}: {what} in a {container} file{named}; it may be among "
+        f"{', '.join(readable)}"
+    )
+
+
+def _format_of(name: str, container: str) -> str:
+    key = ALIASES.get(name.lower(), name.lower()) if name.lower() not in FORMATS else name.lower()
+    offered = _offered(container)
+    if key in FORMATS and (FORMATS[key].is_cast or key in offered):
+        return key
+    kind = TYPES.get(key)
+    if kind is not None:
+        return kind.base
+    if key in FORMATS:
+        raise UsageError(f"--among {name}: {key} is a format of no type that is written")
+    raise UnknownFormat(name, sorted(offered), what="format in --among:")
+
+
+def _offered(container: str) -> frozenset[str]:
+    """Formats that some type of the container is based on."""
+    return frozenset(kind.base for kind in TYPES.values() if container in kind.dialects)
+
+
+def _among(names: Sequence[str], container: str, target: Target) -> Among:
+    packed = sorted((n for n in names if not FORMATS[n].is_cast), key=lambda n: FORMATS[n].bits)
+    casts = tuple(name for name in names if FORMATS[name].is_cast)
+    if not packed:
+        raise UsageError(
+            f"--among {','.join(names)}: nothing quantized to choose; name a format such as "
+            f"{next(n for n in _USUAL[container] if n not in _CASTS)}"
+        )
+    dialects = {own_dialect(name) for name in packed} - {"plain"}
+    if len(dialects) > 1:
+        raise UsageError(
+            f"--among {','.join(names)}: {' and '.join(sorted(dialects))} layers do not go into "
+            "one file"
+        )
+    dialect = "gguf" if container == "gguf" else next(iter(dialects), "plain")
+    return Among(tuple(packed), casts, dialect, target)
+
+
+def label_type(fmt: str, container: str) -> QuantType | None:
+    """The plainest type that is based on a format; None for one that rows fall back to only."""
+    kinds = [one for one in TYPES.values() if one.base == fmt and container in one.dialects]
+    return min(kinds, key=lambda one: len(one.mix), default=None)
+
+
+def tensor_options(
+    logical: LogicalSource,
+    match: Match,
+    architecture: Architecture,
+    request: Request,
+    among: Among,
+) -> dict[str, dict[str, Step]]:
+    """Options of every weight of the denoiser that a type would pack.
+
+    Tensors that user rules or the architecture's keep list decide have none.
+
+    Returns:
+        Canonical key -> stored format -> the step that stores it so, in file order.
+    """
+    part = next(one for one in match.parts if one.name == "denoiser")
+    count = 1 if request.container == "gguf" or request.parts else len(match.parts)
+    asked = replace(request, pure=True, target=among.target.name, recipe=None)
+    options: dict[str, dict[str, Step]] = {}
+    for name in among.packed:
+        kind = QuantType(name, name, {request.container: among.dialect}, "", convs=_convs(name))
+        one = replace(asked, type=kind)
+        for step in part_steps(logical, architecture, part, one, among.target, count):
+            asked_for = step.stored == name or step.decision.wanted == name
+            if asked_for and not step.decision.reason.startswith(("--tensor-type", "--exclude")):
+                options.setdefault(step.key, {}).setdefault(step.stored, step)
+    for name, step in _cast_steps(logical, architecture, part, asked, among, count, options):
+        options[step.key].setdefault(name, step)
+    return options
+
+
+def _convs(name: str) -> bool:
+    return any(kind.convs for kind in TYPES.values() if kind.base == name)
+
+
+def _cast_steps(
+    logical: LogicalSource,
+    architecture: Architecture,
+    part: PartMatch,
+    request: Request,
+    among: Among,
+    count: int,
+    options: Mapping[str, object],
+) -> Iterator[tuple[str, Step]]:
+    """The same weights as floating point numbers: what a recipe that says so would store."""
+    base = among.packed[0]
+    kind = QuantType(base, base, {request.container: among.dialect}, "", convs=_convs(base))
+    for name in among.casts:
+        recipe = Recipe(architecture.slug, "", {part.name: dict.fromkeys(options, name)})
+        asked = replace(request, type=kind, recipe=recipe)
+        for step in part_steps(logical, architecture, part, asked, among.target, count):
+            if step.key in options and step.stored == name:
+                yield name, step
+
+
+def step_nbytes(step: Step, container: str) -> int:
+    """Bytes that a step takes in a file: alignment, and about what its header entries take."""
+    if container == "gguf":
+        return sum(-(-one.spec.nbytes // _GGUF_ALIGNMENT) * _GGUF_ALIGNMENT for one in step.packed)
+    names = sum(len(one.spec.key.encode()) + _ENTRY_NBYTES for one in step.packed)
+    return step.nbytes + names

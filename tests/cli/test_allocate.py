@@ -1,0 +1,205 @@
+"""`quantize --max-size`, `--bpw`, `--vram`: what is written, how it is called, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from diffquant.convert.jobs import opened
+from diffquant.convert.output import fingerprint
+from diffquant.convert.sensitivity import Sensitivity, cache_path, write_sensitivity
+from diffquant.io import open_source
+from diffquant.io.quant_label import quant_label
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """Work in an empty folder."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flux(examples):
+    return examples / "flux1-shapes"
+
+
+def test_a_file_of_that_size_is_named_by_its_bits_and_as_the_hub_reads_it(command, flux, here):
+    ran = command("quantize", flux, "--max-size", "2.9MB", "--json")
+    assert ran.code == 0, ran.err
+    (file,) = here.iterdir()
+    found = ran.result["allocation"]
+    assert file.stat().st_size == found["nbytes"] <= 2_900_000
+    assert file.stat().st_size >= 0.99 * 2_900_000
+    most = max(found["formats"], key=lambda name: found["formats"][name])
+    assert file.name.startswith(f"flux1-shapes-{found['bits_per_weight']:.2f}bpw-")
+    assert quant_label(file.name) == most.upper()
+    assert file.name == Path(ran.result["output"]).name
+    with open_source(file) as source:
+        header = source.metadata
+    assert header["diffquant.policy"] == "allocated"
+    assert header["diffquant.type"] == f"{found['bits_per_weight']:.2f}bpw"
+    assert header["diffquant.allocation"].startswith("--max-size 2.9MB; among: q2_k, ")
+    assert "sensitivity: weights of " in header["diffquant.allocation"]
+    assert str(flux) not in json.dumps(dict(header), default=str)
+
+
+def test_the_recipe_of_a_mix_makes_the_same_tensors(command, flux, here, digest_tensors):
+    made = command("quantize", flux, "-o", "a.gguf", "--bpw", 6, "--emit-recipe", "r.txt", "--json")
+    assert made.code == 0, made.err
+    again = command("quantize", flux, "-o", "b.gguf", "--recipe-from", "r.txt", "--json")
+    assert again.code == 0, again.err
+    assert digest_tensors("a.gguf") == digest_tensors("b.gguf")
+    assert not any("recipe" in text for text in again.json["warnings"])
+
+
+@pytest.fixture
+def digest_tensors():
+    def of(path):
+        with open_source(path) as source:
+            return {key: source.read(key).tobytes() for key in source.specs}
+
+    return of
+
+
+def test_an_interrupted_run_is_continued_to_the_same_bytes(command, flux, here, monkeypatch):
+    words = ("quantize", flux, "-o", "a.gguf", "--max-size", "3MB")
+    assert command(*words, "--threads", 1).code == 0
+    whole = Path("a.gguf").read_bytes()
+    Path("a.gguf").unlink()
+    from diffquant.convert import engine
+
+    write, left = engine.write_chunk, [20]
+
+    def broken(*args, **kwargs):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "write_chunk", broken)
+    assert command(*words, "--threads", 1, "--resume").code == 130
+    assert not Path("a.gguf").exists()
+    monkeypatch.setattr(engine, "write_chunk", write)
+    ran = command(*words, "--resume", "--json")
+    assert ran.result["continued"] > 0
+    assert Path("a.gguf").read_bytes() == whole
+
+
+def test_a_dry_run_shows_the_curve_and_reasons_and_writes_nothing(command, flux, here):
+    ran = command("quantize", flux, "--bpw", 5.5, "--dry-run", "--explain")
+    assert ran.code == 0
+    assert not list(here.iterdir())
+    assert "least predicted error" in ran.out
+    assert "best mix of its size" in ran.out
+    assert "q4_k_m" in ran.out
+    assert "errors from weights alone" in ran.out
+    (row,) = (x for x in ran.out.splitlines() if "single_blocks.0.linear1.weight" in x)
+    assert ": saves " in row
+    assert ": costs " in row
+
+
+def test_safetensors_formats_choose_the_container(command, flux, here):
+    words = ("quantize", flux, "--bpw", 10, "--among", "fp8_scaled,int8_rowwise,bf16", "--json")
+    ran = command(*words)
+    assert ran.code == 0, ran.err
+    (file,) = here.iterdir()
+    assert file.suffix == ".safetensors"
+    assert "_" in file.stem.removeprefix("flux1-shapes")
+    stored = {row["stored"] for row in ran.result["tensors"] if "allocated" in row["reason"]}
+    assert stored <= {"fp8_e4m3_scaled", "int8_rowwise", "bf16"}
+    assert len(stored) > 1
+
+
+def test_a_placeholder_is_filled_with_bits_and_formats(command, flux, here):
+    ran = command("quantize", flux, "-o", "x-{type}.gguf", "--bpw", 6, "--dry-run", "--json")
+    assert re.fullmatch(r"x-[56]\.\d\dbpw-\d+Q\d_K-\d+Q\d_K\.gguf", ran.result["output"])
+
+
+def test_a_sensitivity_of_this_source_is_found_and_another_is_not(command, flux, here):
+    with opened(flux) as (source, _, _match):
+        mark = fingerprint(source)
+    first = command("quantize", flux, "--bpw", 6, "--dry-run", "--json").result["allocation"]
+    assert first["method"] == "weights"
+    errors = {one["key"]: {"q4_k": 1.0, "q8_0": 0.5} for one in first["tensors"]}
+    for name, method in (("b" * 64, "weights"), (mark, "outputs")):
+        path = cache_path(mark)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_sensitivity(path, Sensitivity("flux1", "outputs", "u", name, errors, {}))
+        found = command("quantize", flux, "--bpw", 7, "--dry-run", "--json").result["allocation"]
+        assert found["method"] == method
+        assert any("another checkpoint" in text for text in found["notes"]) is (name != mark)
+
+
+@pytest.mark.slow
+def test_pictures_judge_an_allocated_file(command, flux, here):
+    Path("p.txt").write_text("a red circle\n")
+    ran = command(
+        "quantize", flux, "-o", "a.gguf", "--bpw", 9, "--verify", "image", "--prompts", "p.txt",
+        "--json",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert ran.result["image"]["verdict"] == "pass"
+    assert ran.result["allocation"]["method"] == "weights"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--max-size", "3MB", "--bpw", 5), "two budgets: give one"),
+        (("--max-size", "3MB", "-t", "q4_k_s"), "both choose formats"),
+        (("--bpw", 5, "--pure"), "both choose formats"),
+        (("--bpw", 5, "--set", "q2-q8"), "both choose formats"),
+        (("--bpw", 0), "expected bits per weight"),
+        (("--bpw", "nan"), "expected bits per weight"),
+        (("--bpw", 33), "expected bits per weight"),
+        (("--max-size", "small"), "expected an amount"),
+        (("--max-size", "3MB", "--among", ","), "expected formats with commas"),
+        (("--max-size", "3MB", "--among", "q4_k,nf4"), "no reader of it has nf4"),
+        (("--max-size", "1MB"), "cannot be met"),
+        (("--max-size", "3MB", "-o", "x"), "single files"),
+        (("--max-size", "3MB", "-o", "x/"), "writes one file"),
+        (("-t", "q4_k_s", "--among", "q4_k"), "--among is for a budget"),
+        (("-t", "q4_k_s", "--explain"), "--explain is for a budget"),
+        (("-t", "q4_k_s", "--sensitivity", "f"), "--sensitivity is for a budget"),
+    ],
+)
+def test_wrong_requests_are_usage_errors(command, flux, here, words, message):
+    ran = command("quantize", flux, *words)
+    assert ran.code == 2
+    assert message in ran.err
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [("{", 1, "not valid JSON"), (None, 1, "No such file"), ("{}", 1, "no sensitivity file")],
+)
+def test_a_sensitivity_that_is_none_stops_the_run(command, flux, here, text, code, message):
+    if text is not None:
+        Path("s.json").write_text(text)
+    ran = command("quantize", flux, "-o", "a.gguf", "--bpw", 6, "--sensitivity", "s.json")
+    assert ran.code == code
+    assert message in ran.err
+    assert not Path("a.gguf").exists()
+
+
+def test_the_folder_one_stands_in_is_a_source(command, flux, monkeypatch):
+    monkeypatch.chdir(flux)
+    ran = command("quantize", ".", "--bpw", 6, "--dry-run", "--json")
+    assert ran.code == 0, ran.err
+
+
+def test_an_output_that_is_there_is_left_before_anything_is_measured(command, flux, here):
+    Path("a.gguf").write_bytes(b"mine")
+    ran = command("quantize", flux, "-o", "a.gguf", "--bpw", 6)
+    assert ran.code == 2
+    assert "use --force" in ran.err
+    assert Path("a.gguf").read_bytes() == b"mine"
+    assert os.listdir() == ["a.gguf"]  # noqa: PTH208 - names alone
