@@ -13,6 +13,9 @@ matrix; parts are keyed as the FORMATS row names them:
 
 `fmt` is the FORMATS name: one codec may serve several (`cast`).
 
+On device "cuda", `encode(weight, stats=None, *, fmt)` takes and returns torch tensors on a card:
+the same parts with the same bytes, without importance. Only codecs for which that pays have it.
+
 A function is named "module:attribute" and loaded when asked for.
 """
 
@@ -28,6 +31,16 @@ from diffquant.quant.formats import FORMATS
 __all__ = ["BACKENDS", "backend"]
 
 _ROOM = "diffquant.quant.codecs"
+_ON_CARDS = {
+    "q8_0": "blocks_32",
+    "q4_0": "blocks_32",
+    "q4_1": "blocks_32",
+    "q5_0": "blocks_32",
+    "q5_1": "blocks_32",
+    "q4_k": "k_affine",
+    "q5_k": "k_affine",
+    "q6_k": "q6_k",
+}  # codec -> module of its encoder
 
 # device "reference" is the plain specification, "cpu" what the engine runs.
 BACKENDS: dict[tuple[str, str, str], str] = {
@@ -40,6 +53,9 @@ BACKENDS: dict[tuple[str, str, str], str] = {
         *(("reduce",) if row.passes == 2 else ()),
     )
     for device in ("reference", "cpu")
+} | {
+    (codec, "encode", "cuda"): f"{_ROOM}.triton.{module}:{codec}"
+    for codec, module in _ON_CARDS.items()
 }
 
 
