@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
+import triton
 from torch import Tensor
 
-__all__ = ["LANES", "Lanes", "lanes", "launch"]
+__all__ = ["LANES", "Lanes", "lanes", "launch", "unavailable"]
+
+_OLDEST = 80  # compute capability 8.0: what Triton supports
 
 
 class _Kernel(Protocol):
@@ -55,3 +59,18 @@ def launch(
     here = torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext()
     with here:
         kernel[(programs,)](weight, *args, **constants, num_warps=warps, enable_fp_fusion=False)
+
+
+def unavailable() -> str:
+    """Why kernels cannot run on this machine; empty if they can.
+
+    Triton compiles its link to the driver with a C compiler and Python's headers, once.
+    """
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
+        return f"triton cannot reach a card ({error})"
+    if target.backend == "cuda" and target.arch < _OLDEST:
+        found = f"{target.arch // 10}.{target.arch % 10}"
+        return f"triton needs compute capability 8.0, this card has {found}"
+    return ""
