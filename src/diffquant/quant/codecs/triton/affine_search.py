@@ -51,14 +51,14 @@ def _error(x, base, levels, scale, low, ABSOLUTE: tl.constexpr):
 
 
 @triton.jit
-def affine_search(x, base, grids, count, TOP: tl.constexpr, ABSOLUTE: tl.constexpr):
+def affine_search(x, base, grids, COUNT: tl.constexpr, TOP: tl.constexpr, ABSOLUTE: tl.constexpr):
     """Find scale and minimum so that x is near `scale * level + low`, level in 0..TOP.
 
     Args:
         x: elements of every lane.
         base: what an element's magnitude is added to for its weight.
-        grids: (count,) float32, intervals of the candidates after the plain one.
-        count: of candidates.
+        grids: (COUNT,) float32, intervals of the candidates after the plain one.
+        COUNT: of candidates.
         TOP: largest level.
         ABSOLUTE: compare fits by absolute instead of squared errors.
 
@@ -83,7 +83,7 @@ def affine_search(x, base, grids, count, TOP: tl.constexpr, ABSOLUTE: tl.constex
     fit_factor, fit_low = usable(plain), low
     levels = affine_levels(x, fit_factor, low, TOP)
     error = _error(x, base, levels, scale, low, ABSOLUTE)
-    for at in range(count):
+    for at in range(COUNT):
         intervals = tl.zeros_like(low) + tl.load(grids + at)
         factor = usable(tl.div_rn(intervals, high - low))
         levels = affine_levels(x, factor, low, TOP)

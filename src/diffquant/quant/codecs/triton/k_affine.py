@@ -73,8 +73,8 @@ def _super_blocks(
     src,
     dst,
     grids,
-    count,
     blocks,
+    COUNT: tl.constexpr,
     TOP: tl.constexpr,
     NBYTES: tl.constexpr,
     LANES: tl.constexpr,
@@ -86,7 +86,7 @@ def _super_blocks(
     lane = tl.arange(0, LANES)
     x = elements(src, lane, lane // 8 < blocks - first, 32)
     base = spread_weights(x)
-    scale, low, factor, start = affine_search(x, base, grids, count, TOP, False)
+    scale, low, factor, start = affine_search(x, base, grids, COUNT, TOP, False)
 
     block = tl.arange(0, BLOCKS)
     mask = block < blocks - first
@@ -150,8 +150,8 @@ def _encode(
         weight,
         packed,
         grids_of(candidates, top, weight.device),
-        candidates.steps + 1,
         blocks,
+        COUNT=candidates.steps + 1,
         TOP=top,
         NBYTES=nbytes,
         LANES=count,

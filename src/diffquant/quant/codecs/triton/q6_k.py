@@ -43,7 +43,7 @@ def _quarters(level, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _super_blocks(src, dst, grids, count, blocks, LANES: tl.constexpr):
+def _super_blocks(src, dst, grids, blocks, COUNT: tl.constexpr, LANES: tl.constexpr):
     BLOCKS: tl.constexpr = LANES // 16
     first = tl.program_id(0).to(tl.int64) * BLOCKS  # 64 bits: weights beyond 2**31 bytes
     src += first * 256
@@ -51,7 +51,7 @@ def _super_blocks(src, dst, grids, count, blocks, LANES: tl.constexpr):
     lane = tl.arange(0, LANES)
     exists = lane // 16 < blocks - first
     x = elements(src, lane, exists, 16)
-    scale, factor, nothing = symmetric_search(x, grids, count, 32)
+    scale, factor, nothing = symmetric_search(x, grids, COUNT, 32)
 
     block = tl.arange(0, BLOCKS)
     mask = block < blocks - first
@@ -111,8 +111,8 @@ def q6_k(weight: Tensor, stats: None = None, *, fmt: str) -> dict[str, Tensor]:
         weight,
         packed,
         _grids(weight.device),
-        len(_STEPS),
         blocks,
+        COUNT=len(_STEPS),
         LANES=count,
     )
     return {"weight": packed}

@@ -33,13 +33,13 @@ def _sums(x, factor, HALF: tl.constexpr):
 
 
 @triton.jit
-def symmetric_search(x, grids, count, HALF: tl.constexpr):
+def symmetric_search(x, grids, COUNT: tl.constexpr, HALF: tl.constexpr):
     """Find a scale so that x is near `scale * level`, level in -HALF..HALF - 1.
 
     Args:
         x: elements of every lane.
-        grids: (count,) float32, minus the intervals to the middle of every candidate.
-        count: of candidates.
+        grids: (COUNT,) float32, minus the intervals to the middle of every candidate.
+        COUNT: of candidates.
         HALF: minus the lowest level.
 
     Returns:
@@ -54,7 +54,7 @@ def symmetric_search(x, grids, count, HALF: tl.constexpr):
     sum_lx, sum_l2 = _sums(x, fit_factor, HALF)
     scale = tl.where(sum_l2 != 0.0, tl.div_rn(sum_lx, sum_l2), 0.0)
     best = scale * sum_lx
-    for at in range(1, count):
+    for at in range(1, COUNT):
         factor = tl.div_rn(tl.zeros_like(peak) + tl.load(grids + at), peak)
         sum_lx, sum_l2 = _sums(x, factor, HALF)
         fit = tl.div_rn(sum_lx, sum_l2)
