@@ -40,6 +40,8 @@ _ON_CARDS = {
     "q4_k": "k_affine",
     "q5_k": "k_affine",
     "q6_k": "q6_k",
+    "q2_k": "q2_k",
+    "q3_k": "q3_k",
 }  # codec -> module of its encoder
 
 # device "reference" is the plain specification, "cpu" what the engine runs.

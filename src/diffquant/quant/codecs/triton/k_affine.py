@@ -27,45 +27,21 @@ from diffquant.quant.codecs.triton.numbers import (
     nearest_int,
     store_bytes,
     store_half,
-    usable,
 )
+from diffquant.quant.codecs.triton.super_blocks import halves_of, round_steps
 
 __all__ = ["grids_of", "q4_k", "q5_k"]
 
 
 @triton.jit
-def _six_bits(values, BLOCKS: tl.constexpr):
-    """(8 B,) -> 6-bit steps (8 B,), and the size of a step (B,): the largest is 63 steps."""
-    values = tl.reshape(values, (BLOCKS, 8))
-    most = tl.maximum(tl.max(values, axis=1), 0.0)
-    factor = tl.div_rn(tl.full(most.shape, 63.0, tl.float32), most)
-    factor = tl.where(most > 0.0, usable(factor), 0.0)
-    steps = tl.minimum(nearest_int(factor[:, None] * values) & 255, 63)
-    size = tl.div_rn(most, tl.full(most.shape, 63.0, tl.float32))
-    return tl.reshape(steps, (8 * BLOCKS,)), size
-
-
-@triton.jit
-def _upper_and_lower(steps, BLOCKS: tl.constexpr):
-    """(8 B,) -> those of sub-blocks 0 to 3 and those of 4 to 7, (B, 4) each."""
-    return tl.split(tl.permute(tl.reshape(steps, (BLOCKS, 2, 4)), (0, 2, 1)))
-
-
-@triton.jit
 def _store_steps(dst, block, scale, low, mask, BLOCKS: tl.constexpr):
-    scale_first, scale_last = _upper_and_lower(scale, BLOCKS)
-    low_first, low_last = _upper_and_lower(low, BLOCKS)
+    scale_first, scale_last = halves_of(scale, BLOCKS, 8)
+    low_first, low_last = halves_of(low, BLOCKS, 8)
     place = dst + block[:, None] + tl.arange(0, 4)[None, :]
     mask = mask[:, None]
     tl.store(place + 4, (scale_first | scale_last >> 4 << 6).to(tl.uint8), mask=mask)
     tl.store(place + 8, (low_first | low_last >> 4 << 6).to(tl.uint8), mask=mask)
     tl.store(place + 12, (scale_last & 15 | low_last << 4 & 240).to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def _per_lane(values, BLOCKS: tl.constexpr):
-    """(B,) -> (8 B,)."""
-    return tl.reshape(tl.broadcast_to(values[:, None], (BLOCKS, 8)), (8 * BLOCKS,))
 
 
 @triton.jit
@@ -90,15 +66,16 @@ def _super_blocks(
 
     block = tl.arange(0, BLOCKS)
     mask = block < blocks - first
-    scales, size = _six_bits(scale, BLOCKS)
-    lows, low_size = _six_bits(-low, BLOCKS)
+    scales, size = round_steps(scale, BLOCKS, 8, 63)
+    lows, low_size = round_steps(-low, BLOCKS, 8, 63)
+    scales, lows = tl.minimum(scales, 63), tl.minimum(lows, 63)
     size = store_half(dst, block * NBYTES, size, mask)
     low_size = store_half(dst, block * NBYTES + 2, low_size, mask)
     _store_steps(dst, block * NBYTES, scales, lows, mask, BLOCKS)
 
     # Levels against what is stored; where the scale rounded to 0, those that the search found.
-    d = _per_lane(size, BLOCKS) * scales.to(tl.float32)
-    minimum = _per_lane(low_size, BLOCKS) * lows.to(tl.float32)
+    d = tl.reshape(size[:, None] * scales.to(tl.float32), (LANES,))
+    minimum = tl.reshape(low_size[:, None] * lows.to(tl.float32), (LANES,))
     searched = affine_levels(x, factor, start, TOP)
     divisor = tl.where(d != 0.0, d, 1.0)
     low_nibbles, fifth = (), ()
