@@ -104,16 +104,22 @@ def test_nothing_is_told_where_no_card_was_looked_for(examples):
 
 
 @pytest.mark.parametrize(
-    ("source", "name"), [("flux1-shapes", "q4_k_s"), ("sd15-shapes", "q5_k_m")]
+    ("source", "name", "container"),
+    [
+        ("flux1-shapes", "q4_k_s", "gguf"),
+        ("sd15-shapes", "q5_k_m", "gguf"),
+        ("flux1-shapes", "nf4", "safetensors"),
+        ("flux1-shapes", "int8_convrot", "safetensors"),
+    ],
 )
 def test_files_are_the_same_and_the_report_says_who_encoded(
-    examples, tmp_path, digest, card, monkeypatch, source, name
+    examples, tmp_path, digest, card, monkeypatch, source, name, container
 ):
     monkeypatch.setattr(cutting, "CHUNK", 1 << 14)
     monkeypatch.setattr(staging, "_SLAB", 1 << 12)  # chunks are cut once more
-    request, found = Request("gguf", type=type_named(name)), {}
+    request, found = Request(container, type=type_named(name)), {}
     for device in ("cpu", "auto"):
-        out = tmp_path / f"{device}.gguf"
+        out = tmp_path / f"{device}.{container}"
         report = run_job(examples / source, out, request, device=device, workers=3)
         assert report.verdict == "pass"
         found[device] = (list(digest(out).values()), report.error)

@@ -17,6 +17,7 @@ from diffquant.convert.plan import Request
 from diffquant.quant.backends import BACKENDS, backend
 from diffquant.quant.cards import cards_for
 from diffquant.quant.codecs.triton import launch
+from diffquant.quant.formats import FORMATS
 from diffquant.quant.staging import Stages
 from diffquant.quant.types import type_named
 
@@ -25,21 +26,21 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 pytestmark = pytest.mark.gpu
-CODECS = [codec for codec, _, device in BACKENDS if device == "cuda"]
+NAMES = [name for name, row in FORMATS.items() if (row.codec, "encode", "cuda") in BACKENDS]
 CPU = "cpu" if importlib.util.find_spec("numba") else "reference"
 
 
-def wanted(codec, weight):
+def wanted(name, weight):
     with np.errstate(all="ignore"):
-        return backend(codec, "encode", CPU)(weight, None, fmt=codec)
+        return backend(FORMATS[name].codec, "encode", CPU)(weight, None, fmt=name)
 
 
-def different(codec, weight):
+def different(name, weight):
     there = torch.from_numpy(weight).cuda()
-    found = backend(codec, "encode", "cuda")(there, None, fmt=codec)
+    found = backend(FORMATS[name].codec, "encode", "cuda")(there, None, fmt=name)
     return {
-        name: int((found[name].cpu().numpy().view(np.uint8) != part.view(np.uint8)).sum())
-        for name, part in wanted(codec, weight).items()
+        key: int((found[key].cpu().numpy().view(np.uint8) != part.view(np.uint8)).sum())
+        for key, part in wanted(name, weight).items()
     }
 
 
@@ -48,17 +49,17 @@ def awkward():
     return awkward_weights()
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_bytes_of_awkward_weights_are_the_cpus(codec, awkward):
-    found = {name: different(codec, weight) for name, weight in awkward.items()}
-    assert {name: parts for name, parts in found.items() if any(parts.values())} == {}
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_of_awkward_weights_are_the_cpus(name, awkward):
+    found = {kind: different(name, weight) for kind, weight in awkward.items()}
+    assert {kind: parts for kind, parts in found.items() if any(parts.values())} == {}
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_bytes_of_a_layer_are_the_cpus(codec):
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_of_a_layer_are_the_cpus(name):
     rows = 1031 if CPU == "cpu" else 67  # odd: the last program is partly empty
     weight = np.random.default_rng(3).standard_normal((rows, 3072), np.float32) * np.float32(0.02)
-    assert not any(different(codec, weight).values())
+    assert not any(different(name, weight).values())
 
 
 @pytest.mark.parametrize("lanes", [(64, 1), (64, 2), (256, 4), (256, 8)])

@@ -16,25 +16,27 @@ from awkward_weights import awkward_weights
 
 from diffquant.quant.backends import BACKENDS, backend
 from diffquant.quant.codecs.triton import launch
+from diffquant.quant.formats import FORMATS
 
-CODECS = [codec for codec, operation, device in BACKENDS if device == "cuda"]
+NAMES = [name for name, row in FORMATS.items() if (row.codec, "encode", "cuda") in BACKENDS]
 ROWS, COLUMNS = 12, 1024  # of every kind of weight
 LANES = 1 << 14
 
 
-def different(codec, weight):
+def different(name, weight):
     """How many bytes of each part differ, where any does."""
-    wanted = backend(codec, "encode")(weight, None, fmt=codec)
+    codec = FORMATS[name].codec
+    wanted = backend(codec, "encode")(weight, None, fmt=name)
     there = torch.from_numpy(weight.copy())
-    found = backend(codec, "encode", "cuda")(there, None, fmt=codec)
+    found = backend(codec, "encode", "cuda")(there, None, fmt=name)
     assert found.keys() == wanted.keys()
     result = {}
-    for name, part in wanted.items():
-        got = found[name].numpy()
+    for key, part in wanted.items():
+        got = found[key].numpy()
         if got.shape != part.shape or got.dtype != part.dtype:
-            result[name] = f"{got.dtype} {got.shape}, not {part.dtype} {part.shape}"
+            result[key] = f"{got.dtype} {got.shape}, not {part.dtype} {part.shape}"
         elif count := int((got.view(np.uint8) != part.view(np.uint8)).sum()):
-            result[name] = f"{count} of {part.nbytes} bytes differ"
+            result[key] = f"{count} of {part.nbytes} bytes differ"
     return result
 
 
@@ -43,15 +45,19 @@ def main():
     everything = np.concatenate(list(weights.values()))
     results = {}
     with np.errstate(all="ignore"):
-        for codec in CODECS:
-            launch.LANES[codec] = launch.Lanes(LANES, 4)
-            found = different(codec, everything)
+        for name in NAMES:
+            launch.LANES[name] = launch.Lanes(LANES, 4)
+            found = different(name, everything)
             if found:  # say which
-                found = {name: different(codec, array) for name, array in weights.items()}
-            launch.LANES[codec] = launch.Lanes(64, 4)  # programs that end inside the weight
-            found["odd rows"] = different(codec, weights["gaussian"][:5, :256].copy())
-            found["no rows"] = different(codec, everything[:0])
-            results[codec] = {case: what for case, what in found.items() if what}
+                found = {kind: different(name, array) for kind, array in weights.items()}
+            launch.LANES[name] = launch.Lanes(64, 4)  # programs that end inside the weight
+            found["odd rows"] = different(name, weights["gaussian"][:5, :256].copy())
+            found["no rows"] = different(name, everything[:0])
+            if name == "nf4":
+                for n in (33, 64, 65, 100, 127):  # blocks that end with the weight, odd ones too
+                    found[f"{n} weights"] = different(name, weights["gaussian"][:1, :n].copy())
+                    found[f"{n} zeros"] = different(name, np.zeros((1, n), np.float32))
+            results[name] = {case: what for case, what in found.items() if what}
     json.dump(results, sys.stdout)
 
 

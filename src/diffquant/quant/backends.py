@@ -42,6 +42,8 @@ _ON_CARDS = {
     "q6_k": "q6_k",
     "q2_k": "q2_k",
     "q3_k": "q3_k",
+    "int8_convrot": "int8_convrot",
+    "nf4": "nf4",
 }  # codec -> module of its encoder
 
 # device "reference" is the plain specification, "cpu" what the engine runs.
