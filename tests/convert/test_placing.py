@@ -72,10 +72,10 @@ def test_searches_go_to_cards_and_casts_stay(examples):
 
 
 def test_what_has_no_encoder_for_cards_stays_and_is_told(examples):
-    request = q4_k_s(rules=(Rule("img_attn.qkv", "iq4_nl", "test"),))
+    request = q4_k_s(rules=(Rule("img_attn.qkv", "mxfp4", "test"),))
     plan = planned(examples / "flux1-shapes", ONE, request)
-    assert {s.encoder for s in plan.steps if s.decision.format == "iq4_nl"} == {"cpu"}
-    assert "iq4_nl has no encoder for cards" in plan.notes[-1]
+    assert {s.encoder for s in plan.steps if s.decision.format == "mxfp4"} == {"cpu"}
+    assert "mxfp4 has no encoder for cards" in plan.notes[-1]
 
 
 def test_importance_and_searched_scales_stay_with_the_cpu(examples):

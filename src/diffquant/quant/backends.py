@@ -43,6 +43,8 @@ _ON_CARDS = {
     "q2_k": "q2_k",
     "q3_k": "q3_k",
     "int8_convrot": "int8_convrot",
+    "iq4_nl": "iq4",
+    "iq4_xs": "iq4",
     "nf4": "nf4",
 }  # codec -> module of its encoder
 

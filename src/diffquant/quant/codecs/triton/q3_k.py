@@ -93,7 +93,7 @@ def _super_blocks(src, dst, blocks, ROUNDS: tl.constexpr, LANES: tl.constexpr):
 
     block = tl.arange(0, BLOCKS)
     mask = block < blocks - first
-    most = largest_of(scale, BLOCKS)
+    most = largest_of(scale, BLOCKS, 16)
     empty = most == 0.0
     inverse = tl.div_rn(tl.full(most.shape, -32.0, tl.float32), tl.where(empty, 1.0, most))
     scales = nearest_int(inverse[:, None] * tl.reshape(scale, (BLOCKS, 16)))

@@ -41,7 +41,7 @@ def _super_blocks(src, dst, grids, blocks, COUNT: tl.constexpr, LANES: tl.conste
 
     block = tl.arange(0, BLOCKS)
     mask = block < blocks - first
-    most = largest_of(scale, BLOCKS)
+    most = largest_of(scale, BLOCKS, 16)
     empty = tl.abs(most) < 1e-15  # stored as zeros throughout
     inverse = tl.div_rn(tl.full(most.shape, -128.0, tl.float32), tl.where(empty, 1.0, most))
     size = tl.div_rn(tl.full(most.shape, 1.0, tl.float32), inverse)

@@ -27,12 +27,12 @@ def round_steps(values, BLOCKS: tl.constexpr, SUB: tl.constexpr, TOP: tl.constex
 
 
 @triton.jit
-def largest_of(scale, BLOCKS: tl.constexpr):
-    """(16 B,) -> (B,): the first scale of largest magnitude of every super-block."""
-    scale = tl.reshape(scale, (BLOCKS, 16))
+def largest_of(scale, BLOCKS: tl.constexpr, SUB: tl.constexpr):
+    """(SUB B,) -> (B,): the first scale of largest magnitude of every super-block."""
+    scale = tl.reshape(scale, (BLOCKS, SUB))
     size = tl.abs(scale)
-    place = tl.arange(0, 16)[None, :]
-    first = tl.min(tl.where(size == tl.max(size, axis=1)[:, None], place, 16), axis=1)
+    place = tl.arange(0, SUB)[None, :]
+    first = tl.min(tl.where(size == tl.max(size, axis=1)[:, None], place, SUB), axis=1)
     return tl.sum(tl.where(place == first[:, None], scale, 0.0), axis=1)  # one, and zeros: exact
 
 
