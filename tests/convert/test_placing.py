@@ -41,16 +41,17 @@ def planned(source, found, request, **given):
 
 @pytest.fixture
 def card(monkeypatch):
-    """`cards_for` finds what is asked for; what "cards" encoded is counted by thread."""
+    """`cards_for` finds what is asked for; what "cards" encoded is noted."""
     calls = []
 
     def on_card(codec, operation, device="cpu"):
         if device != "cuda":
             return backend(codec, operation, device)
 
-        def encode(weight, stats=None, *, fmt):
-            calls.append((threading.get_ident(), fmt, tuple(weight.shape)))
-            parts = backend(codec, operation)(weight.numpy(), stats, fmt=fmt)
+        def encode(weight, stats=None, *, fmt, **weigh):
+            calls.append((fmt, tuple(weight.shape), bool(weigh)))
+            weigh = {name: one.numpy() for name, one in weigh.items()}
+            parts = backend(codec, operation)(weight.numpy(), stats, fmt=fmt, **weigh)
             return {name: torch.from_numpy(part) for name, part in parts.items()}
 
         return encode
@@ -78,18 +79,37 @@ def test_what_has_no_encoder_for_cards_stays_and_is_told(examples):
     assert "mxfp4 has no encoder for cards" in plan.notes[-1]
 
 
-def test_importance_and_searched_scales_stay_with_the_cpu(examples):
-    matrix = ImportanceMatrix({QKV: Entry(np.ones((1, 256)), np.array([2]))}, files=("m.gguf",))
-    plan = planned(examples / "flux1-shapes", ONE, q4_k_s(), matrix=matrix)
+def matrix():
+    return ImportanceMatrix(
+        {QKV: Entry(np.arange(1.0, 257).reshape(1, -1), np.array([2]))}, files=("m.gguf",)
+    )
+
+
+def test_importance_goes_along_where_a_card_weighs_by_it(examples):
+    source = examples / "flux1-shapes"
+    plan = planned(source, ONE, q4_k_s(), matrix=matrix())
+    assert {step.key: step.encoder for step in plan.steps}[QKV] == "cuda"
+    q3_k = Request("gguf", type=type_named("q3_k_s"), pure=True)
+    plan = planned(source, ONE, q3_k, matrix=matrix())
     by_key = {step.key: step.encoder for step in plan.steps}
     assert by_key[QKV] == "cpu"
     assert "cuda" in by_key.values()
-    assert "weighed by the importance matrix" in plan.notes[-1]
-    plan = planned(
-        examples / "flux1-shapes",
-        ONE,
-        Request("safetensors", type=type_named("nf4"), rounding="search"),
-    )
+    assert "q3_k weighed by the importance matrix" in plan.notes[-1]
+
+
+def test_files_weighed_by_importance_are_the_same(examples, tmp_path, digest, card):
+    found = []
+    for device in ("cpu", "auto"):
+        out = tmp_path / f"{device}.gguf"
+        run_job(examples / "flux1-shapes", out, q4_k_s(), device=device, matrix=matrix())
+        found.append(list(digest(out).values()))
+    assert found[0] == found[1]
+    assert [weighed for *_, weighed in card].count(True) == 1  # one chunk of one weight
+
+
+def test_searched_scales_stay_with_the_cpu(examples):
+    request = Request("safetensors", type=type_named("nf4"), rounding="search")
+    plan = planned(examples / "flux1-shapes", ONE, request)
     searched = [step for step in plan.steps if step.rounding == "search"]
     assert searched
     assert {step.encoder for step in searched} == {"cpu"}
@@ -127,7 +147,7 @@ def test_files_are_the_same_and_the_report_says_who_encoded(
         assert encoders >= ({"cuda"} if device == "auto" else {"cpu"})
     assert found["cpu"] == found["auto"]
     assert card
-    assert max(rows * columns for _, _, (rows, columns) in card) <= 1 << 14
+    assert max(rows * columns for _, (rows, columns), _ in card) <= 1 << 14
 
 
 def test_several_outputs_share_the_card(examples, tmp_path, digest, card):
@@ -141,7 +161,7 @@ def test_several_outputs_share_the_card(examples, tmp_path, digest, card):
         return digest(folder)
 
     assert run(tmp_path / "cpu", "cpu") == run(tmp_path / "card", "cuda")
-    assert {fmt for _, fmt, _ in card} == {"q8_0", "q5_0"}
+    assert {fmt for fmt, _, _ in card} == {"q8_0", "q5_0"}
 
 
 def test_a_dry_run_says_where_weights_would_be_encoded(examples, tmp_path, card):
@@ -185,7 +205,7 @@ def test_threads_are_spread_over_cards_and_stay_there(monkeypatch):
         def __init__(self, device):
             made.append(device.index)
 
-        def encode(self, codec, weight, stats, fmt):
+        def encode(self, weight, stats, fmt, importance):
             return {"weight": np.zeros(1)}
 
     monkeypatch.setattr(staging, "_CardStage", Stage)
@@ -211,6 +231,9 @@ def test_no_memory_on_a_card_is_told(monkeypatch):
         Stages(("cpu",)).encode(np.zeros((1, 32), np.float32), None, fmt="q8_0")
     with pytest.raises(UnsupportedShape):
         Stages(("cpu",)).encode(np.zeros((1, 33), np.float32), None, fmt="q8_0")
+    short = np.ones(32, np.float32)
+    with pytest.raises(UnsupportedShape, match="importance of shape"):
+        Stages(("cpu",)).encode(np.zeros((1, 256), np.float32), None, fmt="q4_k", importance=short)
 
 
 @pytest.fixture

@@ -50,3 +50,15 @@ def awkward_weights() -> dict[str, np.ndarray]:
         "from bf16": (normal().view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32),
         "from f16": normal().astype(np.float16).astype(np.float32),
     }
+
+
+def importance_rows() -> dict[str, np.ndarray]:
+    """Importance of COLUMNS columns: ones as sd.cpp passes, and such as layers really have."""
+    rng = np.random.default_rng(12)
+    squares = rng.standard_normal(COLUMNS, dtype=np.float32) ** 2
+    return {
+        "ones": np.ones(COLUMNS, np.float32),
+        "mean squares": squares,
+        "a few columns": np.where(rng.random(COLUMNS) < 0.1, squares, np.float32(0)),
+        "of all sizes": np.exp(rng.standard_normal(COLUMNS, dtype=np.float32) * np.float32(5)),
+    }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from awkward_weights import COLUMNS, awkward_weights
+from awkward_weights import awkward_weights, importance_rows
 
 from diffquant.core.dtypes import STORAGE
 
@@ -23,14 +23,7 @@ def awkward() -> Mapping[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def importances() -> Mapping[str, np.ndarray]:
     """Importance rows of COLUMNS values: ones as sd.cpp passes, and such as layers really have."""
-    rng = np.random.default_rng(12)
-    squares = rng.standard_normal(COLUMNS, dtype=np.float32) ** 2
-    return {
-        "ones": np.ones(COLUMNS, np.float32),
-        "mean squares": squares,
-        "a few columns": np.where(rng.random(COLUMNS) < 0.1, squares, np.float32(0)),
-        "of all sizes": np.exp(rng.standard_normal(COLUMNS, dtype=np.float32) * np.float32(5)),
-    }
+    return importance_rows()
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
-from awkward_weights import awkward_weights
+from awkward_weights import awkward_weights, importance_rows
 
-from diffquant.quant.backends import BACKENDS, backend
-from diffquant.quant.codecs.triton import launch
+from diffquant.quant.backends import BACKENDS, WEIGHTED_ON_CARDS, backend
+from diffquant.quant.codecs.triton import importance, launch, weighted
 from diffquant.quant.formats import FORMATS
 
 NAMES = [name for name, row in FORMATS.items() if (row.codec, "encode", "cuda") in BACKENDS]
@@ -23,12 +23,15 @@ ROWS, COLUMNS = 12, 1024  # of every kind of weight
 LANES = 1 << 14
 
 
-def different(name, weight):
+def different(name, weight, importance=None):
     """How many bytes of each part differ, where any does."""
     codec = FORMATS[name].codec
-    wanted = backend(codec, "encode")(weight, None, fmt=name)
-    there = torch.from_numpy(weight.copy())
-    found = backend(codec, "encode", "cuda")(there, None, fmt=name)
+    here, there = {}, {}
+    if importance is not None:
+        here, there = {"importance": importance}, {"importance": torch.from_numpy(importance)}
+    wanted = backend(codec, "encode")(weight, None, fmt=name, **here)
+    rows = torch.from_numpy(weight.copy())
+    found = backend(codec, "encode", "cuda")(rows, None, fmt=name, **there)
     assert found.keys() == wanted.keys()
     result = {}
     for key, part in wanted.items():
@@ -43,13 +46,18 @@ def different(name, weight):
 def main():
     weights = {name: array[:ROWS] for name, array in awkward_weights().items()}
     everything = np.concatenate(list(weights.values()))
+    columns = np.concatenate(list(importance_rows().values()))  # every kind, side by side
+    wide = everything.reshape(-1, columns.size)
     results = {}
+    importance._LANES, weighted._FITS = LANES, launch.Lanes(LANES, 1)
     with np.errstate(all="ignore"):
         for name in NAMES:
             launch.LANES[name] = launch.Lanes(LANES, 4)
             found = different(name, everything)
             if found:  # say which
                 found = {kind: different(name, array) for kind, array in weights.items()}
+            if FORMATS[name].codec in WEIGHTED_ON_CARDS:
+                found["importance"] = different(name, wide, columns)
             launch.LANES[name] = launch.Lanes(64, 4)  # programs that end inside the weight
             found["odd rows"] = different(name, weights["gaussian"][:5, :256].copy())
             found["no rows"] = different(name, everything[:0])

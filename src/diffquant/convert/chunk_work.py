@@ -31,7 +31,14 @@ __all__ = ["Encoder", "reduce_chunk", "statistic_of", "write_chunk"]
 class Encoder(Protocol):
     """What encodes on cards: quant/staging.py's Stages, which imports torch."""
 
-    def encode(self, weight: NDArray[np.float32], stats: float | None, *, fmt: str) -> Any:  # noqa: ANN401 - parts
+    def encode(
+        self,
+        weight: NDArray[np.float32],
+        stats: float | None,
+        *,
+        fmt: str,
+        importance: NDArray[np.float32] | None = None,
+    ) -> Any:  # noqa: ANN401 - parts
         """Encode (R, K) rows to the parts of `fmt`."""
         ...
 
@@ -110,7 +117,7 @@ def _encoded(
         weight = weight.reshape(-1, step.flat[1])
     if step.encoder == "cuda":
         assert cards is not None
-        parts = cards.encode(weight, state.stats, fmt=fmt.name)
+        parts = cards.encode(weight, state.stats, fmt=fmt.name, **weigh)
     elif step.rounding == "nearest":
         parts = backend(fmt.codec, "encode")(weight, state.stats, fmt=fmt.name, **weigh)
     else:

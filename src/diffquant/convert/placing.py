@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from diffquant.convert.plan import Plan
 from diffquant.convert.step import Step
-from diffquant.quant.backends import BACKENDS
+from diffquant.quant.backends import BACKENDS, WEIGHTED_ON_CARDS
 from diffquant.quant.cards import Cards
 from diffquant.quant.formats import format_named
 
@@ -52,6 +52,7 @@ def _why_cpu(step: Step, plan: Plan) -> str:
         return "plain casts cost less than the way to a card"
     if (fmt.codec, "encode", "cuda") not in BACKENDS:
         return f"{fmt.name} has no encoder for cards"
-    if fmt.importance != "unused" and not step.flat and step.key in plan.importance:
-        return "weighed by the importance matrix"
+    weighed = fmt.importance != "unused" and not step.flat and step.key in plan.importance
+    if weighed and fmt.codec not in WEIGHTED_ON_CARDS:
+        return f"{fmt.name} weighed by the importance matrix"
     return ""

@@ -14,7 +14,8 @@ matrix; parts are keyed as the FORMATS row names them:
 `fmt` is the FORMATS name: one codec may serve several (`cast`).
 
 On device "cuda", `encode(weight, stats=None, *, fmt)` takes and returns torch tensors on a card:
-the same parts with the same bytes, without importance. Only codecs for which that pays have it.
+the same parts with the same bytes; codecs in WEIGHTED_ON_CARDS take `importance` too. Only codecs
+for which the way to a card pays have it.
 
 A function is named "module:attribute" and loaded when asked for.
 """
@@ -28,7 +29,7 @@ from typing import Any
 from diffquant.core.errors import UnknownFormat
 from diffquant.quant.formats import FORMATS
 
-__all__ = ["BACKENDS", "backend"]
+__all__ = ["BACKENDS", "WEIGHTED_ON_CARDS", "backend"]
 
 _ROOM = "diffquant.quant.codecs"
 _ON_CARDS = {
@@ -47,6 +48,9 @@ _ON_CARDS = {
     "iq4_xs": "iq4",
     "nf4": "nf4",
 }  # codec -> module of its encoder
+
+# Codecs whose encoder for cards weighs errors by importance, (K,) float32, too.
+WEIGHTED_ON_CARDS = frozenset({"q4_k", "q5_k", "q6_k"})
 
 # device "reference" is the plain specification, "cpu" what the engine runs.
 BACKENDS: dict[tuple[str, str, str], str] = {

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffquant.core.errors import ResourceError
+from diffquant.core.errors import ResourceError, UnsupportedShape
 from diffquant.quant.backends import backend
 from diffquant.quant.formats import format_named
 
@@ -38,7 +38,12 @@ class Stages:
         self._lock = threading.Lock()
 
     def encode(
-        self, weight: NDArray[np.float32], stats: float | None, *, fmt: str
+        self,
+        weight: NDArray[np.float32],
+        stats: float | None,
+        *,
+        fmt: str,
+        importance: NDArray[np.float32] | None = None,
     ) -> dict[str, NDArray[Any]]:
         """Encode rows as `backend(codec, "encode")` does on the CPU, with the same bytes.
 
@@ -46,20 +51,25 @@ class Stages:
             weight: (R, K) float32, C-contiguous, finite.
             stats: as the codec's `encode` takes it.
             fmt: FORMATS name; its codec has an encoder for cards.
+            importance: (K,) float32; the codec is one of WEIGHTED_ON_CARDS.
 
         Raises:
-            UnsupportedShape: K does not divide into blocks.
+            UnsupportedShape: K does not divide into blocks, or importance has another length.
             ResourceError: the card or the host has no memory for it.
         """
         row = format_named(fmt)
         row.demand(weight.shape)
+        if importance is not None and importance.shape != weight.shape[1:]:
+            raise UnsupportedShape(
+                f"importance of shape {importance.shape} for rows of {weight.shape[1]}"
+            )
         multiple = row.row_multiple(weight.shape)
         rows = max(_SLAB // max(weight.shape[1], 1) // multiple, 1) * multiple
         whole = len(weight) <= rows or not all(part.per_row for part in row.parts)
         starts = (0,) if whole else range(0, len(weight), rows)
         slabs = [weight if whole else weight[at : at + rows] for at in starts]
         try:
-            found = [self._stage().encode(row.codec, slab, stats, fmt) for slab in slabs]
+            found = [self._stage().encode(slab, stats, fmt, importance) for slab in slabs]
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"no memory on the card for {weight.nbytes} bytes of weights: {error}; use fewer "
@@ -82,10 +92,13 @@ class _Stage:
     """On the CPU, where Triton's interpreter takes the card's place (tests)."""
 
     def encode(
-        self, codec: str, weight: NDArray[np.float32], stats: float | None, fmt: str
+        self,
+        weight: NDArray[np.float32],
+        stats: float | None,
+        fmt: str,
+        importance: NDArray[np.float32] | None,
     ) -> dict[str, NDArray[Any]]:
-        there = torch.from_numpy(np.require(weight, requirements="W"))
-        parts = backend(codec, "encode", "cuda")(there, stats, fmt=fmt)
+        parts = _encode(_tensor(weight), stats, fmt, importance)
         return {name: part.numpy() for name, part in parts.items()}
 
 
@@ -101,13 +114,17 @@ class _CardStage(_Stage):
         self._back = _Pinned()
 
     def encode(
-        self, codec: str, weight: NDArray[np.float32], stats: float | None, fmt: str
+        self,
+        weight: NDArray[np.float32],
+        stats: float | None,
+        fmt: str,
+        importance: NDArray[np.float32] | None,
     ) -> dict[str, NDArray[Any]]:
         staged = self._there.take(weight.nbytes).view(torch.float32).view(weight.shape)
         np.copyto(staged.numpy(), weight)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             rows = staged.to(self._device, non_blocking=True)
-            parts = backend(codec, "encode", "cuda")(rows, stats, fmt=fmt)
+            parts = _encode(rows, stats, fmt, importance)
             back = self._fetch(parts)
             self._done.record(self._stream)
         self._done.synchronize()
@@ -145,6 +162,23 @@ class _Pinned:
                     "--threads or --device cpu"
                 ) from None
         return self._memory[:nbytes]
+
+
+def _tensor(array: NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(np.require(array, requirements="W"))  # torch warns of read-only memory
+
+
+def _encode(
+    rows: Tensor, stats: float | None, fmt: str, importance: NDArray[np.float32] | None
+) -> dict[str, Tensor]:
+    """Encode rows where they are; importance follows them there, a few kilobytes."""
+    weigh = {}
+    if importance is not None:
+        columns = np.ascontiguousarray(importance, dtype=np.float32)
+        weigh["importance"] = _tensor(columns).to(rows.device)
+    encode = backend(format_named(fmt).codec, "encode", "cuda")
+    found: dict[str, Tensor] = encode(rows, stats, fmt=fmt, **weigh)
+    return found
 
 
 def _asleep() -> torch.cuda.Event:

@@ -41,40 +41,54 @@ def affine_levels(x, factor, low, TOP: tl.constexpr):
 
 
 @triton.jit
-def _error(x, base, levels, scale, low, ABSOLUTE: tl.constexpr):
+def _weight(x, weight, AT: tl.constexpr, WEIGHTED: tl.constexpr):
+    return weight[AT] if WEIGHTED else weight + tl.abs(x[AT])
+
+
+@triton.jit
+def _error(x, weight, levels, scale, low, ABSOLUTE: tl.constexpr, WEIGHTED: tl.constexpr):
     total = tl.zeros_like(low)
     for i in tl.static_range(len(x)):
         diff = scale * levels[i] + low - x[i]
         distance = tl.abs(diff) if ABSOLUTE else diff * diff
-        total = total + (base + tl.abs(x[i])) * distance
+        total = total + _weight(x, weight, i, WEIGHTED) * distance
     return total
 
 
 @triton.jit
-def affine_search(x, base, grids, COUNT: tl.constexpr, TOP: tl.constexpr, ABSOLUTE: tl.constexpr):
+def affine_search(
+    x,
+    weight,
+    grids,
+    COUNT: tl.constexpr,
+    TOP: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
     """Find scale and minimum so that x is near `scale * level + low`, level in 0..TOP.
 
     Args:
         x: elements of every lane.
-        base: what an element's magnitude is added to for its weight.
+        weight: of every element's error, a tuple; or what its magnitude is added to for it.
         grids: (COUNT,) float32, intervals of the candidates after the plain one.
         COUNT: of candidates.
         TOP: largest level.
         ABSOLUTE: compare fits by absolute instead of squared errors.
+        WEIGHTED: whether `weight` is a tuple.
 
     Returns:
-        scale; low, not above 0; and what `affine_levels` makes the levels of the best candidate
-        from: factor and low.
+        scale; low, not above 0; what `affine_levels` makes the levels of the best candidate from,
+        factor and low; and the sum of weights.
     """
     first, high = x[0], x[0]
-    sum_w = base + tl.abs(x[0])
+    sum_w = _weight(x, weight, 0, WEIGHTED)
     sum_x = sum_w * x[0]
     for i in tl.static_range(1, len(x)):
-        weight = base + tl.abs(x[i])
+        w = _weight(x, weight, i, WEIGHTED)
         first = tl.where(x[i] < first, x[i], first)
         high = tl.where(x[i] > high, x[i], high)
-        sum_w = sum_w + weight
-        sum_x = sum_x + weight * x[i]
+        sum_w = sum_w + w
+        sum_x = sum_x + w * x[i]
     low = tl.where(first > 0.0, 0.0, first)
     flat = high == low
     start = low
@@ -82,7 +96,7 @@ def affine_search(x, base, grids, COUNT: tl.constexpr, TOP: tl.constexpr, ABSOLU
     scale = tl.div_rn(tl.full(low.shape, 1.0, tl.float32), plain)
     fit_factor, fit_low = usable(plain), low
     levels = affine_levels(x, fit_factor, low, TOP)
-    error = _error(x, base, levels, scale, low, ABSOLUTE)
+    error = _error(x, weight, levels, scale, low, ABSOLUTE, WEIGHTED)
     for at in range(COUNT):
         intervals = tl.zeros_like(low) + tl.load(grids + at)
         factor = usable(tl.div_rn(intervals, high - low))
@@ -91,7 +105,7 @@ def affine_search(x, base, grids, COUNT: tl.constexpr, TOP: tl.constexpr, ABSOLU
         sum_l2 = tl.zeros_like(low)
         sum_xl = tl.zeros_like(low)
         for i in tl.static_range(len(x)):
-            weighted = (base + tl.abs(x[i])) * levels[i]
+            weighted = _weight(x, weight, i, WEIGHTED) * levels[i]
             sum_l = sum_l + weighted
             sum_l2 = sum_l2 + weighted * levels[i]
             sum_xl = sum_xl + weighted * x[i]
@@ -101,7 +115,7 @@ def affine_search(x, base, grids, COUNT: tl.constexpr, TOP: tl.constexpr, ABSOLU
         above = trial_low > 0.0  # then refitted through 0
         trial_scale = tl.where(above, tl.div_rn(sum_xl, sum_l2), trial_scale)
         trial_low = tl.where(above, 0.0, trial_low)
-        trial_error = _error(x, base, levels, trial_scale, trial_low, ABSOLUTE)
+        trial_error = _error(x, weight, levels, trial_scale, trial_low, ABSOLUTE, WEIGHTED)
         better = (determinant > 0.0) & (trial_error < error)
         fit_factor = tl.where(better, factor, fit_factor)
         fit_low = tl.where(better, low, fit_low)
@@ -111,4 +125,4 @@ def affine_search(x, base, grids, COUNT: tl.constexpr, TOP: tl.constexpr, ABSOLU
     scale = tl.where(flat, 0.0, scale)
     low = tl.where(flat, start, low)
     fit_factor = tl.where(flat, 0.0, fit_factor)
-    return scale, low, fit_factor, fit_low
+    return scale, low, fit_factor, fit_low, sum_w

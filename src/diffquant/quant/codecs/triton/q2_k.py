@@ -36,7 +36,8 @@ def _super_blocks(src, dst, grids, blocks, COUNT: tl.constexpr, LANES: tl.conste
     lane = tl.arange(0, LANES)
     x = elements(src, lane, lane // 16 < blocks - first, 16)
     # An element weighs its magnitude; fits are compared by absolute errors.
-    scale, low, factor, start = affine_search(x, tl.zeros_like(x[0]), grids, COUNT, 3, True)
+    base = tl.zeros_like(x[0])
+    scale, low, factor, start, _ = affine_search(x, base, grids, COUNT, 3, True, False)
 
     block = tl.arange(0, BLOCKS)
     mask = block < blocks - first

@@ -1,18 +1,16 @@
-"""Encoder of Q6_K; layout as in codecs/q6_k.py. Without importance.
+"""Encoder of Q6_K; layout as in codecs/q6_k.py. Importance is the weight of an error.
 
 One lane is a sub-block of 16, sixteen neighbouring lanes are a super-block.
 """
 
 from __future__ import annotations
 
-import functools
-
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffquant.quant.codecs.triton.importance import column_weights
 from diffquant.quant.codecs.triton.launch import lanes, launch
 from diffquant.quant.codecs.triton.numbers import elements, nearest_int, store_bytes, store_half
 from diffquant.quant.codecs.triton.super_blocks import (
@@ -21,15 +19,23 @@ from diffquant.quant.codecs.triton.super_blocks import (
     per_lane,
     quarters,
 )
-from diffquant.quant.codecs.triton.symmetric_search import symmetric_search
+from diffquant.quant.codecs.triton.symmetric_search import symmetric_grids, symmetric_search
 
 __all__ = ["q6_k"]
 
-_STEPS = (0, *range(-9, 0), *range(1, 10))
-
 
 @triton.jit
-def _super_blocks(src, dst, grids, blocks, COUNT: tl.constexpr, LANES: tl.constexpr):
+def _super_blocks(
+    src,
+    dst,
+    grids,
+    importance,
+    blocks,
+    columns,
+    COUNT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    LANES: tl.constexpr,
+):
     BLOCKS: tl.constexpr = LANES // 16
     first = tl.program_id(0).to(tl.int64) * BLOCKS  # 64 bits: weights beyond 2**31 bytes
     src += first * 256
@@ -37,7 +43,10 @@ def _super_blocks(src, dst, grids, blocks, COUNT: tl.constexpr, LANES: tl.conste
     lane = tl.arange(0, LANES)
     exists = lane // 16 < blocks - first
     x = elements(src, lane, exists, 16)
-    scale, factor, nothing = symmetric_search(x, grids, COUNT, 32)
+    weight = x
+    if WEIGHTED:
+        weight = column_weights(importance, first * 16 + lane, columns, exists, 16)
+    scale, factor, nothing = symmetric_search(x, weight, grids, COUNT, 32, WEIGHTED)
 
     block = tl.arange(0, BLOCKS)
     mask = block < blocks - first
@@ -72,29 +81,27 @@ def _super_blocks(src, dst, grids, blocks, COUNT: tl.constexpr, LANES: tl.conste
     store_bytes(dst, part_places(BLOCKS, 210, 128, 32), upper, mask, tl.int16, 2)
 
 
-@functools.cache
-def _grids(device: torch.device) -> Tensor:
-    """Minus the intervals of every candidate, rounded as the CPU's search rounds them."""
-    step, half = np.float32(0.1), np.float32(32)
-    found = np.array([-(half + step * np.float32(i)) for i in _STEPS], np.float32)
-    return torch.from_numpy(found).to(device)
-
-
-def q6_k(weight: Tensor, stats: None = None, *, fmt: str) -> dict[str, Tensor]:
+def q6_k(
+    weight: Tensor, stats: None = None, *, fmt: str, importance: Tensor | None = None
+) -> dict[str, Tensor]:
     """Encode (R, K) rows, K a multiple of 256; see quant/backends.py."""
     del stats
     rows, width = weight.shape
     blocks, (count, warps) = weight.numel() // 256, lanes(fmt)
     packed = torch.empty((rows, width // 256 * 210), dtype=torch.uint8, device=weight.device)
+    grids = symmetric_grids(32, weight.device)
     launch(
         _super_blocks,
         -(-blocks * 16 // count),
         warps,
         weight,
         packed,
-        _grids(weight.device),
+        grids,
+        importance if importance is not None else weight,
         blocks,
-        COUNT=len(_STEPS),
+        width // 16,
+        COUNT=grids.numel(),
+        WEIGHTED=importance is not None,
         LANES=count,
     )
     return {"weight": packed}
