@@ -10,11 +10,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from awkward_weights import awkward_weights
+from awkward_weights import awkward_weights, importance_rows
 
 from diffquant.convert.jobs import run_job
 from diffquant.convert.plan import Request
-from diffquant.quant.backends import BACKENDS, backend
+from diffquant.quant.backends import BACKENDS, WEIGHTED_ON_CARDS, backend
 from diffquant.quant.cards import cards_for
 from diffquant.quant.codecs.triton import launch
 from diffquant.quant.formats import FORMATS
@@ -30,17 +30,18 @@ NAMES = [name for name, row in FORMATS.items() if (row.codec, "encode", "cuda") 
 CPU = "cpu" if importlib.util.find_spec("numba") else "reference"
 
 
-def wanted(name, weight):
+def wanted(name, weight, **weigh):
     with np.errstate(all="ignore"):
-        return backend(FORMATS[name].codec, "encode", CPU)(weight, None, fmt=name)
+        return backend(FORMATS[name].codec, "encode", CPU)(weight, None, fmt=name, **weigh)
 
 
-def different(name, weight):
-    there = torch.from_numpy(weight).cuda()
-    found = backend(FORMATS[name].codec, "encode", "cuda")(there, None, fmt=name)
+def different(name, weight, **weigh):
+    rows = torch.from_numpy(weight).cuda()
+    there = {key: torch.from_numpy(one).cuda() for key, one in weigh.items()}
+    found = backend(FORMATS[name].codec, "encode", "cuda")(rows, None, fmt=name, **there)
     return {
         key: int((found[key].cpu().numpy().view(np.uint8) != part.view(np.uint8)).sum())
-        for key, part in wanted(name, weight).items()
+        for key, part in wanted(name, weight, **weigh).items()
     }
 
 
@@ -60,6 +61,14 @@ def test_bytes_of_a_layer_are_the_cpus(name):
     rows = 1031 if CPU == "cpu" else 67  # odd: the last program is partly empty
     weight = np.random.default_rng(3).standard_normal((rows, 3072), np.float32) * np.float32(0.02)
     assert not any(different(name, weight).values())
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if FORMATS[n].codec in WEIGHTED_ON_CARDS])
+def test_bytes_with_importance_are_the_cpus(name, awkward):
+    for kind, importance in importance_rows().items():
+        for what in ("gaussian", "outlier columns", "signed zeros", "blocks of all sizes"):
+            found = different(name, awkward[what], importance=importance)
+            assert not any(found.values()), (kind, what)
 
 
 @pytest.mark.parametrize("lanes", [(64, 1), (64, 2), (256, 4), (256, 8)])

@@ -20,17 +20,27 @@ CODECS = [codec for codec, _, device in BACKENDS if device == "cuda"]
 NAMES = [name for name, row in FORMATS.items() if row.codec in CODECS]
 
 
-@pytest.fixture(scope="module")
-def interpreted():
+def interpret(*arguments):
     script = Path(__file__).with_name("encoders_interpreter.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return interpret()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_are_the_cpus(name, interpreted):
     assert interpreted[name] == {}
+
+
+@pytest.mark.slow
+def test_bytes_of_every_case_are_the_cpus():
+    assert interpret("all") == {name: {} for name in NAMES}
 
 
 @pytest.fixture

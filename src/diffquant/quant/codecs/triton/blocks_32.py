@@ -1,6 +1,6 @@
 """Encoders of ggml's blocks of 32 weights; layouts as in codecs/q8_0.py and its siblings.
 
-One lane is one block. Without importance: with it, the CPU's searches serve.
+One lane is one block. With importance blocks are searched: weighted_32.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from diffquant.quant.codecs.triton.launch import lanes, launch
 from diffquant.quant.codecs.triton.numbers import (
     elements,
+    fifth_bits,
     inverse,
     nibbles,
     round_half_away,
@@ -22,6 +23,7 @@ from diffquant.quant.codecs.triton.numbers import (
     store_half,
     truncate,
 )
+from diffquant.quant.codecs.triton.weighted_32 import encode_weighted
 
 __all__ = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 
@@ -43,18 +45,6 @@ def _spread(x):
         low = tl.where(x[i] < low, x[i], low)
         high = tl.where(x[i] > high, x[i], high)
     return low, high
-
-
-@triton.jit
-def _fifth_bits(levels):
-    """Bit 4 of 32 levels as four bytes: the lowest bits belong to the first ones."""
-    found = ()
-    for at in tl.static_range(0, 32, 8):
-        byte = levels[at] >> 4 & 1
-        for i in tl.static_range(1, 8):
-            byte = byte | (levels[at + i] >> 4 & 1) << i
-        found = found + (byte,)
-    return found
 
 
 @triton.jit
@@ -86,7 +76,7 @@ def _symmetric(dst, at, x, mask, HALF: tl.constexpr, FIVE: tl.constexpr):
     store_half(dst, at, scale, mask)
     levels = _quantized(x, inverse(scale), 0.0, HALF + 0.5, 2 * HALF - 1)
     if FIVE:
-        store_bytes(dst, at + 2, _fifth_bits(levels), mask, tl.int16, 2)
+        store_bytes(dst, at + 2, fifth_bits(levels), mask, tl.int16, 2)
         at += 4
     store_bytes(dst, at + 2, nibbles(levels), mask, tl.int16, 2)
 
@@ -99,7 +89,7 @@ def _affine(dst, at, x, mask, TOP: tl.constexpr, FIVE: tl.constexpr):
     store_half(dst, at + 2, low, mask)
     levels = _quantized(x, inverse(scale), low, 0.5, TOP)
     if FIVE:
-        store_bytes(dst, at + 4, _fifth_bits(levels), mask, tl.int16, 2)
+        store_bytes(dst, at + 4, fifth_bits(levels), mask, tl.int16, 2)
         at += 4
     store_bytes(dst, at + 4, nibbles(levels), mask, tl.int16, 2)
 
@@ -135,29 +125,40 @@ def _blocks(src, dst, blocks, ENCODE: tl.constexpr, NBYTES: tl.constexpr, LANES:
 
 
 def _encode(
-    kernel: object, nbytes: int, weight: Tensor, stats: None = None, *, fmt: str
+    kernel: object,
+    nbytes: int,
+    top: int,
+    affine: bool,
+    weight: Tensor,
+    stats: None = None,
+    *,
+    fmt: str,
+    importance: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Encode (R, K) rows, K a multiple of 32; see quant/backends.py."""
     del stats
     rows, width = weight.shape
-    blocks, (count, warps) = weight.numel() // 32, lanes(fmt)
+    blocks, (number, warps) = weight.numel() // 32, lanes(fmt)
     packed = torch.empty((rows, width // 32 * nbytes), dtype=torch.uint8, device=weight.device)
+    if importance is not None:
+        encode_weighted(weight, importance, packed, fmt=fmt, top=top, affine=affine)
+        return {"weight": packed}
     launch(
         _blocks,
-        -(-blocks // count),
+        -(-blocks // number),
         warps,
         weight,
         packed,
         blocks,
         ENCODE=kernel,
         NBYTES=nbytes,
-        LANES=count,
+        LANES=number,
     )
     return {"weight": packed}
 
 
-q8_0 = functools.partial(_encode, _q8_0, 34)
-q4_0 = functools.partial(_encode, _q4_0, 18)
-q4_1 = functools.partial(_encode, _q4_1, 20)
-q5_0 = functools.partial(_encode, _q5_0, 22)
-q5_1 = functools.partial(_encode, _q5_1, 24)
+q8_0 = functools.partial(_encode, _q8_0, 34, 0, False)  # has no mode with importance
+q4_0 = functools.partial(_encode, _q4_0, 18, 15, False)
+q4_1 = functools.partial(_encode, _q4_1, 20, 15, True)
+q5_0 = functools.partial(_encode, _q5_0, 22, 31, False)
+q5_1 = functools.partial(_encode, _q5_1, 24, 31, True)

@@ -1,6 +1,6 @@
 """Encoders of IQ4_NL and IQ4_XS: layouts as in their codecs, search as in codecs/iq4_search.py.
 
-Without importance. One lane is a sub-block of 32; of IQ4_XS eight neighbouring lanes are a
+One lane is a sub-block of 32; of IQ4_XS eight neighbouring lanes are a
 super-block.
 """
 
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffquant.quant.codecs.iq4_search import MIDPOINTS, STEPS, VALUES
+from diffquant.quant.codecs.triton.importance import mean_squares, spread_columns
 from diffquant.quant.codecs.triton.launch import lanes, launch
 from diffquant.quant.codecs.triton.numbers import (
     elements,
@@ -56,13 +57,15 @@ def _levels(x, scale):
 
 
 @triton.jit
-def _find_scale(x, offsets, COUNT: tl.constexpr):
-    """Scale of either sign by least squares, elements weighed by their squares; 0 for an empty one.
+def _find_scale(x, weight, offsets, COUNT: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Scale of either sign by weighted least squares; 0 for an empty sub-block.
 
     Args:
         x: elements of every lane.
+        weight: of their squared errors, a tuple; anything where these are the elements squared.
         offsets: (COUNT,) float32, where the candidates after the first put the peak.
         COUNT: of these candidates.
+        WEIGHTED: whether `weight` is a tuple.
     """
     peak = largest(x)
     empty = tl.abs(peak) < 1e-15  # GROUP_MAX_EPS
@@ -77,7 +80,7 @@ def _find_scale(x, offsets, COUNT: tl.constexpr):
         sum_qx, sum_q2 = tl.zeros_like(peak), tl.zeros_like(peak)
         for i in tl.static_range(len(x)):
             value = _value(factor * x[i])
-            weighted = x[i] * x[i] * value
+            weighted = (weight[i] if WEIGHTED else x[i] * x[i]) * value
             sum_qx = sum_qx + weighted * x[i]
             sum_q2 = sum_q2 + weighted * value
         better = (sum_q2 > 0.0) & ((at < 0) | (sum_qx * sum_qx > best * sum_q2))
@@ -88,20 +91,45 @@ def _find_scale(x, offsets, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _iq4_nl(src, dst, offsets, blocks, COUNT: tl.constexpr, LANES: tl.constexpr):
+def _iq4_nl(
+    src,
+    dst,
+    offsets,
+    importance,
+    sigma2,
+    blocks,
+    columns,
+    COUNT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    LANES: tl.constexpr,
+):
     first = tl.program_id(0).to(tl.int64) * LANES  # 64 bits: weights beyond 2**31 bytes
     src += first * 32
     dst += first * 18
     lane = tl.arange(0, LANES)
     mask = lane < blocks - first
     x = elements(src, lane, mask, 32)
-    scale = _find_scale(x, offsets, COUNT)
+    weight = x
+    if WEIGHTED:
+        weight = spread_columns(x, importance, first + lane, columns, sigma2, 1, mask)
+    scale = _find_scale(x, weight, offsets, COUNT, WEIGHTED)
     store_half(dst, lane * 18, scale, mask)
     store_bytes(dst, lane * 18 + 2, nibbles(_levels(x, scale)), mask, tl.int16, 2)
 
 
 @triton.jit
-def _iq4_xs(src, dst, offsets, blocks, COUNT: tl.constexpr, LANES: tl.constexpr):
+def _iq4_xs(
+    src,
+    dst,
+    offsets,
+    importance,
+    sigma2,
+    blocks,
+    columns,
+    COUNT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    LANES: tl.constexpr,
+):
     BLOCKS: tl.constexpr = LANES // 8
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     src += first * 256
@@ -109,7 +137,10 @@ def _iq4_xs(src, dst, offsets, blocks, COUNT: tl.constexpr, LANES: tl.constexpr)
     lane = tl.arange(0, LANES)
     exists = lane // 8 < blocks - first
     x = elements(src, lane, exists, 32)
-    scale = _find_scale(x, offsets, COUNT)
+    weight = x
+    if WEIGHTED:
+        weight = spread_columns(x, importance, first * 8 + lane, columns, sigma2, 8, exists)
+    scale = _find_scale(x, weight, offsets, COUNT, WEIGHTED)
 
     block = tl.arange(0, BLOCKS)
     mask = block < blocks - first
@@ -145,6 +176,7 @@ def _encode(
     stats: None = None,
     *,
     fmt: str,
+    importance: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Encode (R, K) rows, K a multiple of the block's size; see quant/backends.py."""
     del stats
@@ -152,7 +184,7 @@ def _encode(
     blocks, (number, warps) = weight.numel() // size, lanes(fmt)
     packed = torch.empty((rows, width // size * nbytes), dtype=torch.uint8, device=weight.device)
     programs = -(-blocks * (size // 32) // number)
-    offsets = _offsets(weight.device)
+    offsets, weighted = _offsets(weight.device), importance is not None
     launch(
         kernel,  # type: ignore[arg-type]
         programs,
@@ -160,8 +192,12 @@ def _encode(
         weight,
         packed,
         offsets,
+        importance if importance is not None else weight,
+        mean_squares(weight, size, 2.0) if weighted else weight,
         blocks,
+        width // 32,
         COUNT=2 * STEPS + 1,
+        WEIGHTED=weighted,
         LANES=number,
     )
     return {"weight": packed}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -30,9 +29,15 @@ from diffquant.quant.codecs.triton.numbers import (
     store_half,
 )
 from diffquant.quant.codecs.triton.super_blocks import halves_of, round_steps
-from diffquant.quant.codecs.triton.weighted import fit_steps, load_levels, search_sub_blocks
+from diffquant.quant.codecs.triton.weighted import (
+    fit_steps,
+    grids_of,
+    load_levels,
+    load_steps,
+    search_sub_blocks,
+)
 
-__all__ = ["grids_of", "q4_k", "q5_k"]
+__all__ = ["q4_k", "q5_k"]
 
 
 @triton.jit
@@ -151,25 +156,12 @@ def _finish(
     dst += first * NBYTES
     count = blocks * 8
     blocks -= first
-    lane, block = tl.arange(0, LANES), tl.arange(0, BLOCKS)
-    exists, mask = lane // 8 < blocks, block < blocks
+    lane = tl.arange(0, LANES)
+    exists = lane // 8 < blocks
     x = elements(src + first * 256, lane, exists, 32)
     factor, start = load_levels(found, first * 8 + lane, count, exists)
-    place = (first + block)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    scales = tl.load(steps + place, mask=mask[:, None], other=0).to(tl.int32)
-    lows = tl.load(steps + count + place, mask=mask[:, None], other=0).to(tl.int32)
-    size = tl.load(sizes + first + block, mask=mask, other=0.0)
-    low_size = tl.load(sizes + count // 8 + first + block, mask=mask, other=0.0)
+    scales, lows, size, low_size = load_steps(steps, sizes, first, count, blocks, BLOCKS, 8)
     _store(dst, x, scales, lows, size, low_size, factor, start, blocks, TOP, NBYTES, LANES)
-
-
-@functools.cache
-def grids_of(candidates: Candidates, top: int, device: torch.device) -> Tensor:
-    """Intervals of every candidate, rounded as the CPU's search rounds them: (n,) float32."""
-    first, step = np.float32(candidates.first), np.float32(candidates.step)
-    offsets = [first + step * np.float32(i) for i in range(candidates.steps + 1)]
-    found = np.array([offset + np.float32(top) for offset in offsets], np.float32)
-    return torch.from_numpy(found).to(device)
 
 
 def _encode(

@@ -19,6 +19,7 @@ import triton.language as tl
 
 __all__ = [
     "elements",
+    "fifth_bits",
     "inverse",
     "nearest_int",
     "nibbles",
@@ -111,4 +112,16 @@ def nibbles(levels):
     for j in tl.static_range(16):
         both = (levels[j] & 15) | (levels[j + 16] & 15) << 4
         found = found + (both,)
+    return found
+
+
+@triton.jit
+def fifth_bits(levels):
+    """Bit 4 of 32 levels as four bytes: the lowest bits belong to the first ones."""
+    found = ()
+    for at in tl.static_range(0, 32, 8):
+        byte = levels[at] >> 4 & 1
+        for i in tl.static_range(1, 8):
+            byte = byte | (levels[at + i] >> 4 & 1) << i
+        found = found + (byte,)
     return found

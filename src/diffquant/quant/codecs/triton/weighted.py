@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffquant.quant.codecs.affine_search import Candidates
 from diffquant.quant.codecs.triton.affine_search import affine_search
 from diffquant.quant.codecs.triton.importance import spread_columns
 from diffquant.quant.codecs.triton.launch import Lanes, launch
 from diffquant.quant.codecs.triton.numbers import elements
 from diffquant.quant.codecs.triton.positive_search import positive_search
 
-__all__ = ["fit_steps", "load_levels", "search_sub_blocks"]
+__all__ = ["fit_steps", "grids_of", "load_levels", "load_steps", "search_sub_blocks"]
 
 _FITS = Lanes(32, 1)
 
@@ -65,6 +66,22 @@ def load_levels(found, lane, count, mask):
 
 
 @triton.jit
+def load_steps(steps, sizes, first, count, blocks, BLOCKS: tl.constexpr, SUB: tl.constexpr):
+    """Steps of scales and of minima (B, SUB), and their sizes (B,) each, of a program's blocks.
+
+    `first` is its first super-block, `count` that of all sub-blocks, `blocks` what is left.
+    """
+    block = tl.arange(0, BLOCKS)
+    mask = block < blocks
+    place = (first + block)[:, None] * SUB + tl.arange(0, SUB)[None, :]
+    scales = tl.load(steps + place, mask=mask[:, None], other=0).to(tl.int32)
+    lows = tl.load(steps + count + place, mask=mask[:, None], other=0).to(tl.int32)
+    size = tl.load(sizes + first + block, mask=mask, other=0.0)
+    low_size = tl.load(sizes + count // SUB + first + block, mask=mask, other=0.0)
+    return scales, lows, size, low_size
+
+
+@triton.jit
 def _fit(
     found,
     grids,
@@ -86,6 +103,15 @@ def _fit(
     for j in tl.static_range(SUB):
         step = tl.minimum(level[j], CLAMP)
         tl.store(steps + lane * SUB + j, step.to(tl.uint8), mask=mask)
+
+
+@functools.cache
+def grids_of(candidates: Candidates, top: int, device: torch.device) -> Tensor:
+    """Intervals of every candidate, rounded as the CPU's search rounds them: (n,) float32."""
+    first, step = np.float32(candidates.first), np.float32(candidates.step)
+    offsets = [first + step * np.float32(i) for i in range(candidates.steps + 1)]
+    found = np.array([offset + np.float32(top) for offset in offsets], np.float32)
+    return torch.from_numpy(found).to(device)
 
 
 @functools.cache
