@@ -15,6 +15,7 @@ from diffquant.runtime.kernels import best, table
 
 pytest.importorskip("triton")
 
+import triton
 from triton_compiled import compiled
 
 from diffquant.runtime.kernels import triton as fast
@@ -135,7 +136,7 @@ class Driver:
 def test_cards_are_served_by_triton_where_it_runs(
     arch, name, backend, reason, fresh_table, monkeypatch
 ):
-    monkeypatch.setattr(fast.triton.runtime, "driver", Driver(arch))
+    monkeypatch.setattr(triton.runtime, "driver", Driver(arch))
     found = best(name, "cuda", torch.bfloat16)
     assert (found.backend, reason in found.reason) == (backend, True)
     assert found.kernel is (fast.KERNELS if backend == "triton" else REFERENCE)[name]

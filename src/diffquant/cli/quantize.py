@@ -174,6 +174,14 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
 @click.option(
     "--prompts", type=click.Path(path_type=Path), help="A prompt per line, for --verify image."
 )
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="DEVICE",
+    help="What encodes: auto (cards where there are any), cpu, cuda (all cards) or cuda:N. The "
+    "bytes are the same.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @resumable
@@ -207,6 +215,7 @@ def command(
     base: Path | None,
     verify: str,
     prompts: Path | None,
+    device: str,
     dry_run: bool,
     force: bool,
     resume: bool,
@@ -276,6 +285,7 @@ def command(
             "base": base,
             "force": force,
             "dry_run": dry_run,
+            "device": device,
             "workers": options.threads,
             "verify": "tensors" if verify == "image" else verify,
             "progress": options.bar(),

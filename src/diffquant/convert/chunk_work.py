@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,22 @@ from diffquant.quant.backends import backend
 from diffquant.quant.formats import QuantFormat, format_named
 from diffquant.quant.metrics import ErrorStats
 
-__all__ = ["reduce_chunk", "statistic_of", "write_chunk"]
+__all__ = ["Encoder", "reduce_chunk", "statistic_of", "write_chunk"]
+
+
+class Encoder(Protocol):
+    """What encodes on cards: quant/staging.py's Stages, which imports torch."""
+
+    def encode(
+        self,
+        weight: NDArray[np.float32],
+        stats: float | None,
+        *,
+        fmt: str,
+        importance: NDArray[np.float32] | None = None,
+    ) -> Any:  # noqa: ANN401 - parts
+        """Encode (R, K) rows to the parts of `fmt`."""
+        ...
 
 
 def reduce_chunk(state: StepState, index: int, chunk: ChunkRows) -> None:
@@ -47,7 +62,13 @@ def statistic_of(state: StepState) -> Any:  # noqa: ANN401 - what the codec's re
 
 
 def write_chunk(
-    state: StepState, index: int, chunk: ChunkRows, *, check: bool, hashes: bool
+    state: StepState,
+    index: int,
+    chunk: ChunkRows,
+    *,
+    check: bool,
+    hashes: bool,
+    cards: Encoder | None = None,
 ) -> None:
     """Write every part of a chunk.
 
@@ -57,13 +78,14 @@ def write_chunk(
         chunk: its rows; several outputs are written from the same.
         check: decode what was encoded and measure the error.
         hashes: take the sha256 of what is written.
+        cards: encodes where the step says so.
 
     Raises:
         QuantError: a weight has values its format cannot hold; names the tensor.
     """
     step = state.step
     if step.decision.format:
-        written = _encoded(state, index, chunk, check=check)
+        written = _encoded(state, index, chunk, check=check, cards=cards)
     elif step.copies_packed:
         written = _copied(state, index, chunk.logical)
     else:
@@ -78,13 +100,13 @@ def write_chunk(
 
 
 def _encoded(
-    state: StepState, index: int, chunk: ChunkRows, *, check: bool
+    state: StepState, index: int, chunk: ChunkRows, *, check: bool, cards: Encoder | None
 ) -> list[tuple[Packed, ByteArray]]:
     asked = encoding_of(state)
     last = chunk.encoded
     if last is None or asked is None or last.asked != asked:
         chunk.encoded = last = None  # not two at once
-        last = _made(state, index, chunk, check=check, asked=asked)
+        last = _made(state, index, chunk, check=check, asked=asked, cards=cards)
         chunk.encoded = last
     if last.errors is not None:
         state.errors[index] = last.errors
@@ -96,7 +118,13 @@ def _encoded(
 
 
 def _made(
-    state: StepState, index: int, chunk: ChunkRows, *, check: bool, asked: Hashable
+    state: StepState,
+    index: int,
+    chunk: ChunkRows,
+    *,
+    check: bool,
+    asked: Hashable,
+    cards: Encoder | None,
 ) -> Encoded:
     """Encode a chunk, and look at what came of it."""
     step = state.step
@@ -112,7 +140,10 @@ def _made(
         weigh["importance"] = state.output.importance.get(step.key)
     if step.flat:
         weight = weight.reshape(-1, step.flat[1])
-    if step.rounding == "nearest":
+    if step.encoder == "cuda":
+        assert cards is not None
+        parts = cards.encode(weight, state.stats, fmt=fmt.name, **weigh)
+    elif step.rounding == "nearest":
         parts = backend(fmt.codec, "encode")(weight, state.stats, fmt=fmt.name, **weigh)
     else:
         parts = _rounded(state, weight, fmt)

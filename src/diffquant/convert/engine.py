@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffquant.convert.chunk_work import reduce_chunk, statistic_of, write_chunk
+from diffquant.convert.chunk_work import Encoder, reduce_chunk, statistic_of, write_chunk
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.once import reading_once
 from diffquant.convert.peak import peak_nbytes, peak_together
@@ -38,6 +38,7 @@ from diffquant.convert.workers import Task, default_workers, run_tasks
 from diffquant.core.heap import keep_freed_pages
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.core.tensors import TensorSink
+from diffquant.quant.cards import NO_CARDS, Cards
 
 __all__ = ["Output", "StepResult", "peak_nbytes", "peak_together", "run_plan", "run_plans"]
 
@@ -54,11 +55,18 @@ def run_plan(
     hashes: bool = True,
     kept: Mapping[int, StepResult] | None = None,
     finished: Callable[[int, StepResult], None] | None = None,
+    cards: Cards = NO_CARDS,
 ) -> tuple[StepResult, ...]:
     """Run one plan; arguments as `Output` and `run_plans` have them, and its errors."""
     output = Output(plan, sink, importance or {}, kept or {}, finished)
     (results,) = run_plans(
-        logical, (output,), workers=workers, progress=progress, check=check, hashes=hashes
+        logical,
+        (output,),
+        workers=workers,
+        progress=progress,
+        check=check,
+        hashes=hashes,
+        cards=cards,
     )
     return results
 
@@ -71,6 +79,7 @@ def run_plans(
     progress: Progress = NO_PROGRESS,
     check: bool = True,
     hashes: bool = True,
+    cards: Cards = NO_CARDS,
 ) -> tuple[tuple[StepResult, ...], ...]:
     """Run every step of every output and write every byte; the caller commits the sinks.
 
@@ -81,6 +90,7 @@ def run_plans(
         progress: told about source bytes, for each output that they went into.
         check: decode each chunk again and measure the error before it is written.
         hashes: take the sha256 of every chunk written.
+        cards: that the plans were placed on (convert/placing.py).
 
     Returns:
         Per output, a result per step.
@@ -97,7 +107,7 @@ def run_plans(
                 step = one.plan.steps[index]
                 progress.advance(step.source_nbytes * step.passes, step.target)
         groups = _groups(logical, outputs, count)
-        job = _Job(logical, progress, check, hashes)
+        job = _Job(logical, progress, check, hashes, _on_cards(cards))
         with keep_freed_pages():
             run_tasks(job.tasks(groups), count)
     finally:
@@ -134,6 +144,14 @@ def _groups(logical: LogicalSource, outputs: Sequence[Output], workers: int) -> 
     return tuple(groups)
 
 
+def _on_cards(cards: Cards) -> Encoder | None:
+    if not cards.devices:
+        return None
+    from diffquant.quant.staging import Stages  # torch
+
+    return Stages(cards.devices)
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """The work on chunks; everything it touches is thread-safe or owned by one chunk."""
@@ -142,6 +160,7 @@ class _Job:
     progress: Progress
     check: bool
     hashes: bool
+    cards: Encoder | None
 
     def tasks(self, groups: Sequence[Group]) -> Iterator[Task]:
         """Every chunk in order; a second pass follows from a group's last reduction.
@@ -194,7 +213,7 @@ class _Job:
         return more
 
     def _write(self, state: StepState, index: int, chunk: ChunkRows) -> list[Task]:
-        write_chunk(state, index, chunk, check=self.check, hashes=self.hashes)
+        write_chunk(state, index, chunk, check=self.check, hashes=self.hashes, cards=self.cards)
         self._advance(state, index)
         with state.lock:
             state.left_to_write -= 1

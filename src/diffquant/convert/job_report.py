@@ -23,7 +23,8 @@ class TensorRow:
     """One weight of the output.
 
     `error` is its relative RMSE, None where bytes were copied; `weighted_error` that of the layer's
-    output on measured inputs, where it was rounded by feedback.
+    output on measured inputs, where it was rounded by feedback; `encoder` what encoded it, "cpu" or
+    "cuda", "" where nothing was.
     """
 
     key: str
@@ -38,6 +39,7 @@ class TensorRow:
     verdict: str | None = None
     rounding: str = "nearest"
     weighted_error: float | None = None
+    encoder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,7 @@ def job_report(
                 verdict=_verdict(results[index], gaussian) if judged else None,
                 rounding=step.rounding,
                 weighted_error=results[index].weighted if results else None,
+                encoder=step.encoder if step.decision.format else "",
             )
         )
     weighed = [(step.stored, row.error) for step, row in zip(plan.steps, rows, strict=True)]

@@ -22,6 +22,7 @@ from diffquant.convert.lora.error import write_error_lora
 from diffquant.convert.lora.error_plan import check_lora_target, plan_error_lora, planned
 from diffquant.convert.match import Match
 from diffquant.convert.output import fingerprint
+from diffquant.convert.placing import place
 from diffquant.convert.plan import Request, make_plan
 from diffquant.convert.recognise import recognise, recognise_part
 from diffquant.convert.remember import remember
@@ -41,6 +42,7 @@ from diffquant.core.tensors import TensorSource
 from diffquant.io import open_sink, open_source
 from diffquant.io.importance import ImportanceMatrix
 from diffquant.io.inputs import InputsFile
+from diffquant.quant.cards import cards_for
 
 __all__ = ["container_for", "opened", "run_job"]
 
@@ -119,6 +121,7 @@ def run_job(
     inputs: InputsFile | None = None,
     error_lora: Path | None = None,
     beside: Sequence[Path] = (),
+    device: str = "cpu",
 ) -> JobReport:
     """Plan, and unless `dry_run` write, one output.
 
@@ -140,6 +143,7 @@ def run_job(
             the error LoRA.
         error_lora: file to write a LoRA of the quantization error to; of `request.lora_rank`.
         beside: further files that are read meanwhile, and must not be written to.
+        device: what encodes, as quant/cards.py's `cards_for` takes it; the bytes are the same.
 
     Raises:
         DiffquantError: see core/errors.py; nothing is left behind unless `resume`.
@@ -161,6 +165,7 @@ def run_job(
         check_lora_target(error_lora, (src, out, base), force=force or dry_run)
     count = workers or default_workers()
     check = verify == "tensors"
+    cards = cards_for(device)
     sources = opened(
         src,
         arch=request.arch,
@@ -179,6 +184,7 @@ def run_job(
         if error_lora is not None:
             lora = plan_error_lora(plan, match, error_lora, matrix=matrix, inputs=inputs)
             plan = replace(plan, notes=(*plan.notes, lora.note))
+        plan = place(plan, cards)
         around = surroundings(plan, match, source, base)
         plan = replace(plan, notes=(*plan.notes, *around.notes))
         memory = peak_nbytes(plan, count, beside=lora.peak_nbytes if lora else 0)
@@ -191,6 +197,7 @@ def run_job(
                 "progress": progress,
                 "check": check,
                 "importance": plan.importance,
+                "cards": cards,
             }
             if resume:
                 done = run_resumable(logical, plan, out, metadata, force=force, **common)

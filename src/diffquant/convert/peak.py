@@ -19,6 +19,8 @@ __all__ = ["peak_nbytes", "peak_together"]
 _FIXED_NBYTES = 80 << 20
 _BYTES_PER_WEIGHT = 16
 _BYTES_PER_WHOLE_WEIGHT = 28
+# Page-locked rows on their way to a card, and parts on the way back.
+_BYTES_PER_STAGED_WEIGHT = 8
 # Rows before and after, the change, and what it is computed from.
 _BYTES_PER_ADAPTED_WEIGHT = 20
 # Scales per element, candidates of every run, columns in another order (quant/rounding).
@@ -60,6 +62,8 @@ def _chunk_nbytes(step: Step) -> int:
     nbytes = weights * (_BYTES_PER_WHOLE_WEIGHT if copied else _BYTES_PER_WEIGHT)
     if step.adapters:
         nbytes += weights * _BYTES_PER_ADAPTED_WEIGHT
+    if step.encoder != "cpu":
+        nbytes += weights * _BYTES_PER_STAGED_WEIGHT
     return nbytes + (weights * _BYTES_PER_ROUNDED_WEIGHT if step.rounding != "nearest" else 0)
 
 

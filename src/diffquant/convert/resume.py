@@ -38,6 +38,7 @@ from diffquant.io import open_resumable, open_source
 from diffquant.io.atomic import FlatSink
 from diffquant.io.kept import Claim, journal_path, kept_path
 from diffquant.io.locations import is_remote
+from diffquant.quant.cards import NO_CARDS, Cards
 
 __all__ = [
     "Resumed",
@@ -154,6 +155,7 @@ def run_resumable(
     check: bool,
     progress: Progress = NO_PROGRESS,
     importance: Mapping[str, NDArray[np.float32]] | None = None,
+    cards: Cards = NO_CARDS,
 ) -> Resumed:
     """Begin or continue an output, and commit it.
 
@@ -167,6 +169,7 @@ def run_resumable(
         check: measure errors, as run_plan does.
         progress: told about bytes.
         importance: as for run_plan.
+        cards: as for run_plan.
 
     Raises:
         UsageError: what was kept belongs to another request, another process is at it, or the
@@ -204,6 +207,7 @@ def run_resumable(
                     importance=importance,
                     kept=kept,
                     finished=finished,
+                    cards=cards,
                 )
                 journal.close()
                 sink.commit()

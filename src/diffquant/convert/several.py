@@ -18,6 +18,7 @@ from diffquant.convert.job_report import JobReport, job_report
 from diffquant.convert.jobs import opened
 from diffquant.convert.match import Match
 from diffquant.convert.output import fingerprint
+from diffquant.convert.placing import place
 from diffquant.convert.plan import Plan, Request, make_plan
 from diffquant.convert.remember import remember
 from diffquant.convert.reread import verify_output
@@ -38,6 +39,7 @@ from diffquant.io import open_sink
 from diffquant.io.atomic import check_disk
 from diffquant.io.importance import ImportanceMatrix
 from diffquant.io.inputs import InputsFile
+from diffquant.quant.cards import cards_for
 
 __all__ = ["SeveralReport", "Wanted", "run_jobs"]
 
@@ -91,6 +93,7 @@ def run_jobs(
     matrix: ImportanceMatrix | None = None,
     inputs: InputsFile | None = None,
     beside: Sequence[Path] = (),
+    device: str = "cpu",
 ) -> SeveralReport:
     """Plan, and unless `dry_run` write, several outputs in one pass over the source.
 
@@ -107,6 +110,7 @@ def run_jobs(
         matrix: importance matrix, for formats that weigh errors by one.
         inputs: statistics of layer inputs, as for run_job.
         beside: further files that are read meanwhile, and must not be written to.
+        device: what encodes, as for run_job.
 
     Raises:
         UsageError: two outputs have one path, requests read the source differently, or as run_job.
@@ -120,6 +124,7 @@ def run_jobs(
     if any(_reading(one.request) != _reading(first) for one in wanted):
         raise UsageError("outputs of one pass read one source in one way: run them one by one")
     count = workers or default_workers()
+    cards = cards_for(device)
     sources = opened(
         src,
         arch=first.arch,
@@ -135,6 +140,7 @@ def run_jobs(
         )
         if isinstance(source, ComposedSource):
             plans = tuple(replace(plan, notes=(*source.notes, *plan.notes)) for plan in plans)
+        plans = tuple(place(plan, cards) for plan in plans)
         around = [surroundings(plan, match, source, base) for plan in plans]
         planned = [
             _Planned(one.path, replace(plan, notes=(*plan.notes, *beside.notes)), beside)
@@ -158,6 +164,7 @@ def run_jobs(
                     progress=progress,
                     check=verify == "tensors",
                     hashes=verify == "tensors",
+                    cards=cards,
                 )
                 for sink in sinks:
                     sink.commit()

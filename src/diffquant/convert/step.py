@@ -30,6 +30,7 @@ class Step:
         adapters: LoRA and kin, applied to float32 rows before the codec.
         flat: (rows, length) the weight is stored in where that is not its own shape; else ().
         rounding: how it is rounded, one of ROUNDINGS.
+        encoder: "cpu", or "cuda" where cards encode it (placing.py).
         cut: rows that chunk borders must be multiples of beside the format's own (sharing.py).
     """
 
@@ -45,6 +46,7 @@ class Step:
     flat: Shape = ()
     rounding: str = "nearest"
     cut: int = 1
+    encoder: str = "cpu"
 
     @property
     def row_multiple(self) -> int:

@@ -13,6 +13,10 @@ matrix; parts are keyed as the FORMATS row names them:
 
 `fmt` is the FORMATS name: one codec may serve several (`cast`).
 
+On device "cuda", `encode(weight, stats=None, *, fmt)` takes and returns torch tensors on a card:
+the same parts with the same bytes; codecs in WEIGHTED_ON_CARDS take `importance` too. Only codecs
+for which the way to a card pays have it.
+
 A function is named "module:attribute" and loaded when asked for.
 """
 
@@ -25,9 +29,30 @@ from typing import Any
 from diffquant.core.errors import UnknownFormat
 from diffquant.quant.formats import FORMATS
 
-__all__ = ["BACKENDS", "backend"]
+__all__ = ["BACKENDS", "WEIGHTED_ON_CARDS", "backend"]
 
 _ROOM = "diffquant.quant.codecs"
+_ON_CARDS = {
+    "q8_0": "blocks_32",
+    "q4_0": "blocks_32",
+    "q4_1": "blocks_32",
+    "q5_0": "blocks_32",
+    "q5_1": "blocks_32",
+    "q4_k": "k_affine",
+    "q5_k": "k_affine",
+    "q6_k": "q6_k",
+    "q2_k": "q2_k",
+    "q3_k": "q3_k",
+    "int8_convrot": "int8_convrot",
+    "iq4_nl": "iq4",
+    "iq4_xs": "iq4",
+    "nf4": "nf4",
+}  # codec -> module of its encoder
+
+# Codecs whose encoder for cards weighs errors by importance, (K,) float32, too.
+WEIGHTED_ON_CARDS = frozenset(
+    {"q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"}
+)
 
 # device "reference" is the plain specification, "cpu" what the engine runs.
 BACKENDS: dict[tuple[str, str, str], str] = {
@@ -40,6 +65,9 @@ BACKENDS: dict[tuple[str, str, str], str] = {
         *(("reduce",) if row.passes == 2 else ()),
     )
     for device in ("reference", "cpu")
+} | {
+    (codec, "encode", "cuda"): f"{_ROOM}.triton.{module}:{codec}"
+    for codec, module in _ON_CARDS.items()
 }
 
 

@@ -17,12 +17,11 @@ The modules import triton; kernels/table.py loads them when a weight on a card i
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping
 
 import torch
-import triton
 
+from diffquant.quant.codecs.triton.launch import unavailable
 from diffquant.runtime.kernels.fields import Kernel
 from diffquant.runtime.kernels.triton import (
     blocks_32,
@@ -37,8 +36,6 @@ from diffquant.runtime.kernels.triton import (
 
 __all__ = ["CASTS", "DTYPES", "KERNELS", "unavailable"]
 
-_OLDEST = 80  # compute capability 8.0: what Triton supports
-
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 CASTS = frozenset({"f32", "f16", "bf16", "fp8_e4m3", "fp8_e5m2"})
 KERNELS: Mapping[str, Kernel] = {
@@ -51,18 +48,3 @@ KERNELS: Mapping[str, Kernel] = {
     **tiled.KERNELS,
     **rotated.KERNELS,
 }
-
-
-def unavailable() -> str:
-    """Why kernels cannot run on this machine; empty if they can.
-
-    Triton compiles its link to the driver with a C compiler and Python's headers, once.
-    """
-    try:
-        target = triton.runtime.driver.active.get_current_target()
-    except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
-        return f"triton cannot reach a card ({error})"
-    if target.backend == "cuda" and target.arch < _OLDEST:
-        found = f"{target.arch // 10}.{target.arch % 10}"
-        return f"triton needs compute capability 8.0, this card has {found}"
-    return ""

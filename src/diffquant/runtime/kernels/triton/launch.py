@@ -1,23 +1,17 @@
-"""How kernels are launched: tile, warps, no fused multiply-add, the tensor's own device."""
+"""What a program takes: its tile, the width of its loads; launching is the encoders' too."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffquant.quant.codecs.triton.launch import launch
+
 __all__ = ["TILES", "Tile", "aligned", "group", "launch", "tile"]
 
 _WIDEST = 16  # bytes of the widest load
-
-
-class _Kernel(Protocol):
-    """A function under `triton.jit`: indexed by the number of programs, then called."""
-
-    def __getitem__(self, programs: tuple[int]) -> Callable[..., object]: ...
 
 
 class Tile(NamedTuple):
@@ -48,23 +42,3 @@ def aligned(part: Tensor) -> Tensor:
     """
     part = part.contiguous()
     return part.clone() if part.data_ptr() % _WIDEST else part
-
-
-def launch(
-    kernel: _Kernel,
-    programs: int,
-    warps: int,
-    weight: Tensor,
-    *args: Tensor | float,
-    **constants: object,
-) -> None:
-    """Run `programs` programs of `kernel` on the device of `weight`, its first argument.
-
-    A product and a sum are rounded one after the other, as the reference rounds them: the
-    compiler must not fuse them.
-    """
-    if not programs:
-        return
-    here = torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext()
-    with here:
-        kernel[(programs,)](weight, *args, **constants, num_warps=warps, enable_fp_fusion=False)

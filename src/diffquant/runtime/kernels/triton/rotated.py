@@ -1,8 +1,6 @@
 """ComfyUI's rotated integers: int8_convrot, convrot_w4a4 and asym_w4a8_int8; see rotated.py beside.
 
-A program takes whole groups. The rotation is done factor by factor, each on the fastest digit (base
-4) of a weight's place in its group; the digit then becomes the slowest, so that after all factors
-every weight is back where it was.
+A program takes whole groups. The rotation is the encoder's, and its own inverse.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffquant.quant.codecs.triton.int8_convrot import rotation_step
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels.fields import Kernel, Parts
 from diffquant.runtime.kernels.reference import KERNELS as REFERENCE
@@ -25,19 +24,6 @@ from diffquant.runtime.kernels.triton.launch import aligned, group, launch, tile
 __all__ = ["KERNELS"]
 
 _STEP = 16  # weights that share an s_rel
-
-
-@triton.jit
-def _turn(x, GROUPS: tl.constexpr, SIZE: tl.constexpr):
-    """One factor, on the fastest digit, which becomes the slowest: (GROUPS, SIZE)."""
-    even, odd = tl.split(tl.reshape(x, (GROUPS, SIZE // 4, 2, 2)))
-    a, c = tl.split(even)
-    b, d = tl.split(odd)
-    first, second, fourth = a + b, c - d, c + d
-    upper = tl.join((first + second) * 0.5, (a - b + fourth) * 0.5)
-    lower = tl.join((first - second) * 0.5, (b - a + fourth) * 0.5)
-    turned = tl.permute(tl.join(upper, lower), (0, 2, 3, 1))
-    return tl.reshape(turned, (GROUPS, SIZE))
 
 
 @triton.jit
@@ -87,8 +73,8 @@ def _rotated(
         level = tl.reshape(tl.join(low, high), (GROUPS, SIZE))
     x = level * factor[:, None]
     for _ in tl.static_range((SIZE > 4) + (SIZE > 16) + (SIZE > 64)):
-        x = _turn(x, GROUPS, SIZE)
-    x = _turn(x, GROUPS, SIZE)
+        x = rotation_step(x, GROUPS, SIZE)
+    x = rotation_step(x, GROUPS, SIZE)
     offset = turn[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     tl.store(dst + offset, x.to(dst.dtype.element_ty), mask=some[:, None])
 

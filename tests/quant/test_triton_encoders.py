@@ -1,0 +1,74 @@
+"""Encoders for cards, without a card: their bytes in the interpreter, their code as compiled."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffquant.quant.backends import BACKENDS, backend
+from diffquant.quant.formats import FORMATS
+
+pytest.importorskip("triton")
+
+from compiled_encoders import compiled
+
+CODECS = [codec for codec, _, device in BACKENDS if device == "cuda"]
+NAMES = [name for name, row in FORMATS.items() if row.codec in CODECS]
+
+
+def interpret(*arguments):
+    script = Path(__file__).with_name("encoders_interpreter.py")
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return interpret()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_are_the_cpus(name, interpreted):
+    assert interpreted[name] == {}
+
+
+@pytest.mark.slow
+def test_bytes_of_every_case_are_the_cpus():
+    assert interpret("all") == {name: {} for name in NAMES}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Compiled here and now, whatever the user's cache holds."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "codec", ["q5_1", "q6_k", "nf4", pytest.param("q4_k", marks=pytest.mark.slow)]
+)
+def test_arithmetic_is_exact_on_a_card(codec, cache, monkeypatch):
+    found = compiled(monkeypatch, codec, torch.zeros(16, 512)).asm["ptx"]
+    assert "div.rn.f32" in found
+    # No approximation, no subnormal taken for zero, no product and sum rounded as one.
+    assert not re.findall(r"\S*(?:approx|\.full|\.ftz|\bfma\.)\S*", found)
+
+
+def test_a_fused_product_would_show(cache, monkeypatch):
+    found = compiled(monkeypatch, "q5_1", torch.zeros(16, 512), enable_fp_fusion=True)
+    assert re.search(r"\bfma\.", found.asm["ptx"])
+
+
+def test_a_codec_without_an_encoder_for_cards_is_not_served():
+    assert ("cast", "encode", "cuda") not in BACKENDS
+    assert not [key for key in BACKENDS if key[2] == "cuda" and key[1] != "encode"]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_row_loads(codec):
+    assert callable(backend(codec, "encode", "cuda"))
