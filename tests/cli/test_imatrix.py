@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from diffquant.convert.sensitivity import read_sensitivity
 from diffquant.io import open_source
 from diffquant.io.imatrix import read_imatrix
 from diffquant.quant.formats import FORMATS
@@ -32,6 +33,39 @@ def measured(command, flux, prompts, tmp_path):
     assert ran.result["pictures"] == ran.result["calls"] == 2
     assert ran.result["entries"] == ran.result["layers"]
     return out
+
+
+def test_a_sensitivity_is_written_beside_the_matrix(command, examples, prompts, tmp_path):
+    model, out = examples / "qwen-image-shapes", tmp_path / "model.sensitivity.json"
+    args = ("calibrate", model, "--prompts", prompts, "-o", tmp_path / "m.gguf", "--steps", 1)
+    args += ("--size", 64, "--sensitivity", out)
+    ran = command(*args, "--among", "iq2_xxs,q8_0", "--level", "latents", "--json")
+    assert ran.code == 0, ran.err
+    assert (ran.result["sensitivity"], ran.result["unused"]) == (str(out), 4)
+    found = read_sensitivity(out)
+    assert found.errors["proj_out.weight"].keys() == {"iq2_xxs", "q8_0"}
+    assert len(found.errors) == ran.result["layers"]
+    assert found.context["level"] == "latents"
+    again = command(*args)
+    assert again.code == 2
+    assert "use --force" in again.err
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("--among", "q4_k"), "--among: only with --sensitivity"),
+        (("--level", "latents"), "--level: only with --sensitivity"),
+        (("--sensitivity", "a.txt"), "written as .json"),
+        (("--sensitivity", "nowhere/a.json"), "nowhere"),
+        (("--sensitivity", "a.json", "--among", ","), "expected formats with commas"),
+        (("--sensitivity", "a.json", "--among", "q4_9"), "did you mean"),
+    ],
+)
+def test_a_sensitivity_that_cannot_be_made_is_refused_first(command, flux, prompts, args, told):
+    ran = command("calibrate", flux, "--prompts", prompts, "-o", "m.gguf", *args)
+    assert ran.code in (2, 4)
+    assert told in ran.err
 
 
 def test_from_prompts_to_a_packed_file(command, flux, measured, tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import click
 
 from diffquant.cli.frame import Options, Outcome, common, echo, run
-from diffquant.cli.values import check_device, prompts_from, size_from
+from diffquant.cli.values import check_device, check_free, prompts_from, size_from
+from diffquant.convert.sensitivity import write_sensitivity
 from diffquant.core.errors import UsageError
 from diffquant.io.imatrix import check_target, write_imatrix
 from diffquant.io.inputs import check_inputs_target, write_inputs
@@ -29,6 +31,8 @@ class CalibrateReport:
     chunk_size: int
     seconds: float
     inputs: str | None = None
+    sensitivity: str | None = None
+    unused: int = 0
 
 
 @click.command("calibrate")
@@ -50,6 +54,19 @@ class CalibrateReport:
     metavar="FILE",
     help="Write mean and covariance of each layer's input too (.safetensors), for `quantize "
     "--rounding feedback --inputs FILE`.",
+)
+@click.option(
+    "--sensitivity",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write what each format costs each tensor in pictures too (.json), for `quantize "
+    "--max-size SIZE --sensitivity FILE`.",
+)
+@click.option("--among", help="Formats to price, with commas (default: GGUF's and bf16, f16, f32).")
+@click.option(
+    "--level",
+    type=click.Choice(["pictures", "latents"]),
+    help="What is differentiated for --sensitivity; latents take less memory  [default: pictures]",
 )
 @click.option(
     "--seed",
@@ -80,6 +97,9 @@ def command(
     prompts: Path,
     output: Path,
     inputs: Path | None,
+    sensitivity: Path | None,
+    among: str | None,
+    level: Literal["pictures", "latents"] | None,
     seed: int,
     steps: int,
     cfg: float | None,
@@ -97,38 +117,40 @@ def command(
 
     `diffquant quantize --imatrix` spends bits where the measured inputs are strong. Prompts should
     look like those the model will be used with; runs on several prompt files can be merged with
-    `diffquant imatrix`.
+    `diffquant imatrix`. With --sensitivity every picture is made a second time and differentiated.
     """
 
     def work() -> Outcome:
         check_target(output, force=force)
         if inputs is not None:
             check_inputs_target(inputs, force=force)
+        asked = _asked(
+            sensitivity, among, level, taken=(model, prompts, output, inputs), force=force
+        )
         lines = prompts_from(prompts)
         wanted = size_from(size)
         if seed + len(lines) > 2**63:
             raise UsageError(f"--seed {seed}: too large for {len(lines)} prompts")
         check_device(device)
         from diffquant.runtime.calibrate import calibrate
+        from diffquant.runtime.pricing import AMONG, check_among
 
+        names = check_among(asked or AMONG, matrix=True) if sensitivity is not None else ()
         started = time.perf_counter()
-        made = calibrate(
-            model,
-            lines,
-            dataset=prompts.name,
-            seed=seed,
-            steps=steps,
-            cfg=cfg,
-            guidance=guidance,
-            size=wanted,
-            sampler=sampler,
-            device=device,
-            dtype=dtype,
-            base=base,
-            vae=vae,
-            moments=inputs is not None,
-            progress=options.bar(),
-        )
+        how: dict[str, Any] = {
+            "seed": seed,
+            "steps": steps,
+            "cfg": cfg,
+            "guidance": guidance,
+            "size": wanted,
+            "sampler": sampler,
+            "device": device,
+            "dtype": dtype,
+            "base": base,
+            "vae": vae,
+            "progress": options.bar(),
+        }
+        made = calibrate(model, lines, dataset=prompts.name, moments=inputs is not None, **how)
         write_imatrix(output, made.matrix, force=force)
         if inputs is not None:
             ran = {
@@ -139,6 +161,16 @@ def command(
             }
             write_inputs(inputs, made.inputs, ran, force=force)
         warnings = list(made.warnings)
+        unused = 0
+        if sensitivity is not None:
+            from diffquant.runtime.sensitivity import measure_sensitivity
+
+            priced = measure_sensitivity(
+                model, lines, among=names, level=level or "pictures", matrix=made.matrix, **how
+            )
+            write_sensitivity(sensitivity, priced.sensitivity)
+            unused = len(priced.unused)
+            warnings += [text for text in priced.warnings if text not in warnings]
         entries = len(made.matrix.entries)
         if entries < made.layers:
             warnings.append(f"{made.layers - entries} layers were never called: no entry for them")
@@ -155,6 +187,8 @@ def command(
             chunk_size=made.matrix.chunk_size,
             seconds=round(time.perf_counter() - started, 3),
             inputs=str(inputs) if inputs is not None else None,
+            sensitivity=str(sensitivity) if sensitivity is not None else None,
+            unused=unused,
         )
         return Outcome(report, warnings)
 
@@ -162,9 +196,34 @@ def command(
         echo(f"wrote {report.output} in {report.seconds:.1f} s")
         if report.inputs is not None:
             echo(f"wrote {report.inputs}, mean and covariance of the inputs")
+        if report.sensitivity is not None:
+            echo(f"wrote {report.sensitivity}, what each format costs each tensor")
         echo(
             f"  {report.entries} layers, measured in {report.calls} calls of the denoiser for "
             f"{report.pictures} pictures"
         )
 
     run("calibrate", options, work, render)
+
+
+def _asked(
+    path: Path | None,
+    among: str | None,
+    level: str | None,
+    *,
+    taken: tuple[Path | None, ...],
+    force: bool,
+) -> tuple[str, ...]:
+    """Formats named by --among; refuses what has no effect, and a file that cannot be written."""
+    if path is None:
+        given = [name for name, value in (("--among", among), ("--level", level)) if value]
+        if given:
+            raise UsageError(f"{' and '.join(given)}: only with --sensitivity FILE")
+        return ()
+    if path.suffix.lower() != ".json":
+        raise UsageError(f"{path}: sensitivities are written as .json")
+    check_free(path, taken, force=force)
+    names = tuple(one.strip() for one in (among or "").split(",") if one.strip())
+    if among is not None and not names:
+        raise UsageError("--among: expected formats with commas, such as q3_k,q4_k,q6_k")
+    return names

@@ -164,7 +164,21 @@ class Pipeline:
         on_latents: OnLatents | None = None,
         on_start: Callable[[int], None] | None = None,
     ) -> Denoised:
-        """Walk from noise, or from a picture, to latents.
+        """Walk from noise, or from a picture, to latents; see `walk` for arguments and errors."""
+        return self.walk(
+            request, latents=latents, on_step=on_step, on_latents=on_latents, on_start=on_start
+        )
+
+    def walk(
+        self,
+        request: PictureRequest,
+        *,
+        latents: Tensor | None = None,
+        on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
+        on_start: Callable[[int], None] | None = None,
+    ) -> Denoised:
+        """As `denoise`, with gradients where the caller has them on.
 
         Args:
             request: what is wanted.

@@ -1,0 +1,205 @@
+"""measure_sensitivity(): run the model, and price every tensor in every format in pixels.
+
+Each picture is differentiated once, all its steps and the autoencoder included
+(runtime/gradients.py); then every layer's weight is encoded in every format, and
+
+    error(t, f) = sum_nk r_n (W - Q_f(W))_nk^2 c_k / sum r
+
+with r and c the power of the gradient by row and by column. To first order, and for rounding errors
+that are independent, that is the mean squared error of the pixels in [0, 1] which this tensor alone
+would cause; errors of tensors add up. docs/sensitivity.md has what was compared with it.
+
+Large tensors are judged by some of their rows (runtime/pricing.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from diffquant.convert.sensitivity import Sensitivity
+from diffquant.core.errors import UsageError
+from diffquant.core.progress import NO_PROGRESS, Progress
+from diffquant.io.importance import ImportanceMatrix
+from diffquant.runtime.calibrate import layers_of
+from diffquant.runtime.devices import full_float32
+from diffquant.runtime.facts_of_run import hash_of_model
+from diffquant.runtime.gradients import GradientPower, recomputed
+from diffquant.runtime.opening import open_pipeline
+from diffquant.runtime.pipeline import Pipeline
+from diffquant.runtime.pricing import AMONG, check_among, format_errors
+from diffquant.runtime.request import PictureRequest
+
+__all__ = ["LEVELS", "Level", "MeasuredSensitivity", "measure_sensitivity"]
+
+Level: TypeAlias = Literal["pictures", "latents"]
+
+_UNITS: Mapping[Level, str] = {
+    "pictures": "mean squared error of pixels in [0, 1], to first order",
+    "latents": "mean squared error of the last latents, to first order",
+}
+LEVELS: tuple[Level, ...] = ("pictures", "latents")
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSensitivity:
+    """What was measured.
+
+    Attributes:
+        sensitivity: errors by canonical key and format.
+        unused: keys of layers that no picture depends on: their errors are 0.
+        pictures: how many were differentiated.
+        warnings: as the runtime has them.
+    """
+
+    sensitivity: Sensitivity
+    unused: tuple[str, ...]
+    pictures: int
+    warnings: tuple[str, ...]
+
+
+def measure_sensitivity(
+    model: Path,
+    prompts: Sequence[str],
+    *,
+    among: Sequence[str] = AMONG,
+    level: Level = "pictures",
+    matrix: ImportanceMatrix | None = None,
+    seed: int = 0,
+    steps: int = 10,
+    cfg: float | None = None,
+    guidance: float | None = None,
+    size: tuple[int, int] | None = None,
+    sampler: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    base: Path | None = None,
+    vae: Path | None = None,
+    progress: Progress = NO_PROGRESS,
+) -> MeasuredSensitivity:
+    """Differentiate one picture per prompt, and price the denoiser's layers.
+
+    Args:
+        model: what `generate` takes; use the unquantized source.
+        prompts: picture i starts from seed + i.
+        among: FORMATS names to price.
+        level: what is differentiated, the decoded picture or the last latents (less memory).
+        matrix: importance matrix that the tensors will be encoded with, by canonical key.
+        seed: of the first picture.
+        steps: sampler steps per picture.
+        cfg: guidance strength, None for the family's.
+        guidance: distilled guidance of Flux dev.
+        size: (width, height), None for the model's own.
+        sampler: None for the model's own.
+        device: torch device.
+        dtype: compute dtype.
+        base: where missing parts come from.
+        vae: VAE file to use instead.
+        progress: told about steps, then about tensors.
+
+    Raises:
+        DiffquantError: a part, a size or a value that does not fit; or gradients not finite.
+    """
+    if not prompts:
+        raise UsageError("no prompts to measure with")
+    names = check_among(among, matrix=matrix is not None)
+    opened = open_pipeline(model, base=base, vae=vae, dtype=getattr(torch, dtype), device=device)
+    denoiser = opened.pipeline.parts.denoiser
+    width, height = size or opened.size
+    power = GradientPower(dict(layers_of(denoiser)), seed)
+    warnings = list(opened.warnings)
+    elements = 0
+    progress.start("differentiate", steps * len(prompts), "step")
+    try:
+        with power.hooked(), recomputed(denoiser):
+            for index, prompt in enumerate(prompts):
+                request = PictureRequest(
+                    prompt,
+                    seed=seed + index,
+                    steps=steps,
+                    cfg=cfg,
+                    guidance=guidance,
+                    width=width,
+                    height=height,
+                    sampler=sampler,
+                )
+                elements, cut = _differentiate(opened.pipeline, request, level, progress)
+                power.finish_picture()
+                warnings += [f"the prompt was cut: {text!r}" for text in cut]
+    finally:
+        progress.stop()
+    errors, unused = _priced(power, names, elements, matrix, progress)
+    context = {
+        "level": level,
+        "pictures": str(len(prompts)),
+        "steps": str(steps),
+        "seed": str(seed),
+        "size": f"{width}x{height}",
+        "importance": "with, of the same run" if matrix is not None else "none",
+    }
+    made = Sensitivity(
+        opened.architecture, "outputs", _UNITS[level], hash_of_model(model), errors, context
+    )
+    return MeasuredSensitivity(
+        made, unused, len(prompts), tuple(dict.fromkeys((*warnings, *_told(unused, power))))
+    )
+
+
+def _told(unused: Sequence[str], power: GradientPower) -> Iterator[str]:
+    if unused:
+        yield (
+            f"{len(unused)} of {len(power.layers)} layers change no picture here, such as "
+            f"{unused[0]}: any format of theirs is priced 0"
+        )
+
+
+@full_float32()
+def _differentiate(
+    pipeline: Pipeline, request: PictureRequest, level: Level, progress: Progress
+) -> tuple[int, tuple[str, ...]]:
+    """Send one random direction back through a picture: its number of values, and cut prompts."""
+    with torch.enable_grad():
+        found = pipeline.walk(request, on_step=lambda _done, _total: progress.advance(1))
+        made = found.latents
+        if level == "pictures":
+            autoencoder = pipeline.parts.vae
+            weights = next(autoencoder.parameters())
+            z = autoencoder.unscale(made.to(weights.device, torch.float32)).to(weights.dtype)
+            made = autoencoder.decode(z).float() / 2  # [-1, 1] to a range of 1
+        seeded = torch.Generator().manual_seed(request.seeds[0])
+        direction = torch.randn(made.shape, generator=seeded).to(made.device)
+        if made.requires_grad:
+            (made * direction).sum().backward()  # type: ignore[no-untyped-call]
+    return made.numel(), found.truncated
+
+
+def _priced(
+    power: GradientPower,
+    names: Sequence[str],
+    elements: int,
+    matrix: ImportanceMatrix | None,
+    progress: Progress,
+) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
+    errors: dict[str, dict[str, float]] = {}
+    unused = []
+    progress.start("encode", len(power.layers), "tensor")
+    try:
+        for key, layer in power.layers.items():
+            known = power.power(key)
+            weight = layer.weight(torch.float32).cpu().numpy()
+            values = None
+            if matrix is not None and key in matrix.entries:
+                values = matrix.entries[key].values().astype(np.float32)
+            found = format_errors(weight, names, known, importance=values)
+            errors[key] = {name: float(error / elements) for name, error in found.items()}
+            if not known.total:
+                unused.append(key)
+            progress.advance(1, key)
+    finally:
+        progress.stop()
+    return {key: found for key, found in errors.items() if found}, tuple(unused)
