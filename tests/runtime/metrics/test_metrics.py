@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,3 +298,11 @@ def test_what_is_no_clip_model_is_said(tmp_path):
 
 def test_missing_is_said_and_not_raised():
     assert isinstance(JUDGE_ROWS["clip"].open(MetricNeeds()), Missing)
+
+
+def test_reports_tell_no_folder_of_this_machine(monkeypatch, tmp_path):
+    from diffquant.runtime.metrics import lpips
+
+    monkeypatch.setattr(lpips, "_checkpoints", lambda: tmp_path / "somewhere")
+    assert str(tmp_path) not in lpips._told(lpips._checkpoints())
+    assert lpips._told(Path.home() / "cache" / "x") == "~/cache/x"

@@ -123,14 +123,14 @@ def open_lpips(needs: MetricNeeds) -> Judge | Missing:
     if backbone is None:
         return Missing(
             f"no weights of AlexNet: give them with --lpips-weights FILE, or put {ALEXNET} where "
-            f"torchvision keeps its own ({_checkpoints()})"
+            f"torchvision keeps its own ({_told(_checkpoints())})"
         )
     heads = _of_package()
     weights = _read([backbone, *([heads] if heads else [])])
     if any(f"head{place}" not in weights for place in range(len(_CONVS))):
         return Missing(
-            f"{backbone} has AlexNet without LPIPS's heads: pip install --no-deps lpips (nothing "
-            "of it is run), or give a file of both with --lpips-weights"
+            f"{backbone.name} has AlexNet without LPIPS's heads: pip install --no-deps lpips "
+            "(nothing of it is run), or give a file of both with --lpips-weights"
         )
     metric = Lpips(weights, needs.device)
     return lambda reference, candidate, _prompt: metric(reference, candidate)
@@ -138,6 +138,14 @@ def open_lpips(needs: MetricNeeds) -> Judge | Missing:
 
 def _checkpoints() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _told(folder: Path) -> str:
+    """A folder as reports may tell it: they are published, and a path says whose machine it was."""
+    home = Path.home()
+    if folder.is_relative_to(home):
+        return f"~/{folder.relative_to(home).as_posix()}"
+    return "hub/checkpoints in TORCH_HOME"
 
 
 def _of_torchvision() -> Path | None:
