@@ -17,6 +17,9 @@ __all__ = ["peak_nbytes", "peak_together"]
 # Live bytes per weight in a worker: the stored row, float32, encoded bytes and the decoded check,
 # 11 measured; rows that are brought together or turned are copied more often.
 _FIXED_NBYTES = 80 << 20
+# What every further output adds: kernels of more formats, its plan and digests. 1.4 MiB measured
+# (benchmarks/several_types.py, fourteen types).
+_OUTPUT_NBYTES = 2 << 20
 _BYTES_PER_WEIGHT = 16
 _BYTES_PER_WHOLE_WEIGHT = 28
 # Page-locked rows on their way to a card, and parts on the way back.
@@ -41,8 +44,8 @@ def peak_nbytes(plan: Plan, workers: int, *, beside: int = 0) -> int:
 def peak_together(logical: LogicalSource, plans: Sequence[Plan], workers: int) -> int:
     """The same for several plans in one pass.
 
-    A worker holds a chunk's rows once and one output's bytes at a time, so that outputs do not add
-    up. What does: the state of error feedback, and stored bytes held between two passes.
+    A worker holds a chunk's rows and one encoding of them at a time, so that outputs hardly add up.
+    What does: the state of error feedback, and stored bytes held between two passes.
     """
     live, held = 0, 0
     for group in shared_steps(plans):
@@ -50,7 +53,8 @@ def peak_together(logical: LogicalSource, plans: Sequence[Plan], workers: int) -
         live = max(live, max(map(_chunk_nbytes, steps)) + sum(map(_carried_nbytes, steps)))
         if is_held(logical, steps, workers):
             held = max(held, *(step.source_nbytes for step in steps))
-    return _FIXED_NBYTES + workers * live + (workers + 1) * held
+    more = (len(plans) - 1) * _OUTPUT_NBYTES
+    return _FIXED_NBYTES + workers * live + (workers + 1) * held + more
 
 
 def _chunk_nbytes(step: Step) -> int:
