@@ -31,8 +31,9 @@ from diffquant.runtime.verify import worst_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = scorers.DEMO_PROMPTS[:4]
-# Guidance that each checkpoint's own card was judged with.
+# What each checkpoint's own card was judged with: guidance and sampler.
 CFG = {"sd15": 3.0, "sdxl": 3.0}
+SAMPLER = {"sd15": "ddim"}
 SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
 MIN_PSNR = 25.0
 
@@ -98,6 +99,7 @@ def _run_model(
         seeds=tuple(int(seed) for seed in options.seeds.split(",")),
         steps=20,
         cfg=CFG.get(architecture),
+        sampler=SAMPLER.get(architecture),
         size=(128, 128),
         metrics=default_metrics(PROMPTS),
         limits={"min_psnr": MIN_PSNR},

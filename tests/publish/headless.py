@@ -10,6 +10,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 
 __all__ = ["CHROMIUM", "Browser"]
 
@@ -28,6 +29,15 @@ _FLAGS = (
     "--remote-debugging-pipe",
 )
 _PATIENCE_S = 60.0
+# Puts both ends where the browser looks for them; a `preexec_fn` would fork beside threads.
+_LAUNCH = """
+import os, sys
+ends = [os.dup(int(one)) for one in sys.argv[1:3]]
+for place, one in zip((3, 4), ends):
+    os.dup2(one, place)
+    os.set_inheritable(place, True)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 _KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowUp": 38, "ArrowDown": 40, "Tab": 9, "Enter": 13}
 
 
@@ -37,17 +47,13 @@ class Browser:
     def __init__(self, profile):
         read, theirs_out = os.pipe()
         theirs_in, write = os.pipe()
-
-        def ends():
-            """In the child: both ends where the browser looks for them."""
-            first, second = os.dup(theirs_in), os.dup(theirs_out)
-            os.dup2(first, 3)
-            os.dup2(second, 4)
-
+        ends = [str(theirs_in), str(theirs_out)]
         self.process = subprocess.Popen(
-            [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            preexec_fn=ends,
-            pass_fds=(3, 4),
+            [
+                *(sys.executable, "-S", "-c", _LAUNCH, *ends),
+                *(CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"),
+            ],
+            pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -227,6 +227,7 @@ def _made(comparison: Comparison) -> tuple[tuple[str, str], ...]:
         ("Prompts", "\n".join(comparison.prompts)),
         ("Seeds", ", ".join(str(seed) for seed in comparison.seeds)),
         ("Steps", str(comparison.steps)),
+        ("Sampler", comparison.sampler),
         ("Guidance", "" if comparison.cfg is None else f"{comparison.cfg:g}"),
         ("Picture size", f"{width}×{height}"),
         ("Drawn by", comparison.engine),

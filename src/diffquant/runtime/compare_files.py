@@ -84,6 +84,7 @@ def compare_files(
             reference_peak_mib=run.reference_peak_mib,
             warnings=(*told, *run.warnings(rows)),
             synthetic=run.synthetic,
+            sampler=settings.sampler or "",
         ),
         ComparisonPictures(run.exact.pictures, run.pictures),
     )

@@ -63,6 +63,7 @@ class Run:
                 settings.steps,
                 settings.cfg,
                 settings.size or side.size,
+                settings.sampler,
             )
             self._open_judges()
             self.exact = draw_all(side, self.shots, "reference", self.progress)

@@ -28,6 +28,7 @@ class CompareSettings:
     Attributes:
         prompts, seeds: every prompt with every seed.
         steps, cfg, size: cfg and size None take the model's defaults.
+        sampler: as for `generate`; None takes the model's default.
         metrics: keys of METRICS, columns in this order; those of gates are added.
         limits: gates: key of GATES -> limit; none: nothing is judged but broken files.
         only: name of the part that is taken from candidates alone; None: all they have.
@@ -44,6 +45,7 @@ class CompareSettings:
     steps: int = 12
     cfg: float | None = None
     size: tuple[int, int] | None = None
+    sampler: str | None = None
     metrics: tuple[str, ...] = DEFAULT_METRICS
     limits: Mapping[str, float] = field(default_factory=dict)
     only: str | None = None

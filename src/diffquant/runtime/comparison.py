@@ -152,6 +152,7 @@ class Comparison:
         reference_values: of its own pictures, metrics that need no reference (clip, prompt).
         reference_seconds, reference_peak_mib: as in Row.
         warnings: what is odd about the comparison as a whole.
+        sampler: as asked for, "" for the model's default.
         synthetic: what stood for a text encoder and a VAE where there was none, else "".
     """
 
@@ -179,6 +180,7 @@ class Comparison:
     reference_peak_mib: float | None = None
     warnings: tuple[str, ...] = ()
     synthetic: str = ""
+    sampler: str = ""
 
     @property
     def candidates(self) -> tuple[Row, ...]:

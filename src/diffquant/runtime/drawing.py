@@ -38,6 +38,7 @@ class Shots:
     steps: int
     cfg: float | None
     size: tuple[int, int]
+    sampler: str | None = None
 
     @property
     def pairs(self) -> tuple[tuple[str, int], ...]:
@@ -72,7 +73,13 @@ def draw_all(side: Side, shots: Shots, label: str, progress: Progress) -> Drawn:
     progress.start(label, len(shots.pairs) * shots.steps, "step")
     for prompt, seed in shots.pairs:
         request = PictureRequest(
-            prompt, seed=seed, steps=shots.steps, cfg=shots.cfg, width=width, height=height
+            prompt,
+            seed=seed,
+            steps=shots.steps,
+            cfg=shots.cfg,
+            sampler=shots.sampler,
+            width=width,
+            height=height,
         )
         last: list[Picture] = []
         started = time.perf_counter()

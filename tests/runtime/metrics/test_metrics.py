@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from pathlib import Path
@@ -105,6 +106,15 @@ def test_what_cannot_run_is_missing_with_its_reason(name, needs, told):
     found = open_judges([name], needs)
     assert not found.judges
     assert told in found.missing[name]
+
+
+def test_flip_is_missing_where_its_program_is_not_installed(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "flip_evaluator" else find(name)
+    )
+    found = open_judges(["flip"], MetricNeeds())
+    assert "pip install flip-evaluator" in found.missing["flip"]
 
 
 def test_unknown_and_repeated_metrics_are_refused():

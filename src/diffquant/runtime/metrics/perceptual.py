@@ -12,6 +12,7 @@ Sources: NVlabs/flip 1.7 flip_python_api.py; ssimulacra2 0.3.0 (after cloudinary
 
 from __future__ import annotations
 
+import importlib.util
 import io
 
 import numpy as np
@@ -25,8 +26,13 @@ Picture = NDArray[np.float32]
 _LEAST = 8  # pixels along a side, of ssimulacra2's coarsest scale
 
 
-def open_flip(_needs: MetricNeeds) -> Judge:
+def open_flip(_needs: MetricNeeds) -> Judge | Missing:
     """Mean FLIP error, 0 for identical pictures."""
+    if importlib.util.find_spec("flip_evaluator") is None:
+        return Missing(
+            "flip-evaluator is not installed: pip install flip-evaluator (it is compiled where it "
+            "has no wheel, as for Python 3.14 and for Linux on ARM)"
+        )
     from flip_evaluator import evaluate
 
     def judge(reference: Picture, candidate: Picture, _prompt: str) -> float | None:
