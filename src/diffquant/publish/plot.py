@@ -20,7 +20,7 @@ from diffquant.runtime.comparison import METRICS, Comparison, Metric, Row
 
 __all__ = ["Line", "Mark", "Plot", "pareto_front", "plot_of"]
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 14.0, 34.0, 34.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 14.0, 34.0, 38.0
 _CHAR, _LINE = 6.7, 13.0  # width and height of a label's letter at 12 units
 _RADIUS = 5.0
 _LONGEST = 22  # letters of a label

@@ -13,6 +13,8 @@ __all__ = ["AXES", "Axis", "SizeAxis", "Tick", "size_axis", "value_axis", "value
 
 Axis = Callable[[float], float]
 
+_WIDE = 3.0  # bits that differ by more than this factor get a logarithmic axis
+
 
 @dataclass(frozen=True, slots=True)
 class SizeAxis:
@@ -50,9 +52,9 @@ def value_of(row: Row, metric: str) -> float | None:
 def size_axis(
     axis: str, sizes: Sequence[float], span: tuple[float, float]
 ) -> tuple[Axis, tuple[Tick, ...]]:
-    """Powers of two, or of their roots where fewer than three would fit; bits in whole steps."""
+    """Powers of two, or of their roots; bits in whole steps where they are not far apart."""
     left, right = span
-    logarithmic = axis == "size"
+    logarithmic = axis == "size" or max(sizes) > _WIDE * min(sizes)
     scale: Callable[[float], float] = math.log2 if logarithmic else float
     low, high = scale(min(sizes)), scale(max(sizes))
     pad = max(0.15 * (high - low), 0.2)  # room for labels beside the outermost marks
