@@ -144,7 +144,8 @@ def test_options_reach_the_comparison(command, drawn, tmp_path):
 
 
 def test_without_gates_the_exit_code_is_0_whatever_the_table_says(command, drawn):
-    assert command("compare", "ref", "a.gguf").code == 0
+    assert command("compare", "ref", "a.gguf", "--sampler", "ddim").code == 0
+    assert drawn[0][2].sampler == "ddim"
     assert drawn[0][2].metrics == ("psnr", "ssim", "flip", "ssimulacra2", "lpips")
 
 

@@ -19,7 +19,6 @@ from diffquant.cli.values import (
     size_from,
     write_text,
 )
-from diffquant.core.errors import UsageError
 from diffquant.io.atomic import partial_path
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ _PARTS = ("denoiser", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 class _Compare(Sectioned):
     sections: Mapping[str, tuple[str, ...]] = {
-        "Pictures": ("prompts", "seeds", "steps", "cfg", "size"),
+        "Pictures": ("prompts", "seeds", "steps", "cfg", "sampler", "size"),
         "What is compared": ("only", "base", "vae", "engine", "synthetic", "device"),
         "Metrics": ("metrics", "lpips_weights", "clip_model"),
         "Gates (exit code 3)": (
@@ -51,6 +50,9 @@ class _Compare(Sectioned):
 )
 @click.option("--steps", type=click.IntRange(1, 1000), default=12, show_default=True)
 @click.option("--cfg", type=float, help="Guidance strength (default: the family's).")
+@click.option(
+    "--sampler", metavar="NAME", help="As for generate, any spelling (default: the model's own)."
+)
 @click.option("--size", metavar="WxH", help="Picture size (default: the model's own).")
 @click.option(
     "--metrics",
@@ -102,6 +104,7 @@ def command(
     seeds: str,
     steps: int,
     cfg: float | None,
+    sampler: str | None,
     size: str | None,
     metrics: str | None,
     lpips_weights: Path | None,
@@ -144,6 +147,7 @@ def command(
             seeds=picked,
             steps=steps,
             cfg=cfg,
+            sampler=sampler,
             size=wanted,
             metrics=default_metrics(asked) if columns is None else columns,
             limits=limits,
@@ -181,26 +185,13 @@ def _check_outputs(
         if path is not None:
             check_free(path, taken, force=force)
             taken.append(path)
-    if outputs["html"] is not None:
-        _page()
-
-
-def _page() -> Any:  # noqa: ANN401 - publish.compare_page.render_comparison
-    """The function that draws the page, looked up before anything is drawn."""
-    import importlib
-
-    try:
-        return importlib.import_module("diffquant.publish.compare_page").render_comparison
-    except ModuleNotFoundError as error:
-        if error.name != "diffquant.publish.compare_page":
-            raise
-        raise UsageError("--html: this installation has no page; use --markdown or --csv") from None
 
 
 def _write(
     comparison: Comparison, pictures: ComparisonPictures, outputs: Mapping[str, Path | None]
 ) -> None:
     """Write what was asked for; each file exists only when it is whole."""
+    from diffquant.publish.compare_page import render_comparison
     from diffquant.publish.compare_tables import csv_text, markdown_text
 
     csv, markdown, html = (outputs[name] for name in ("csv", "markdown", "html"))
@@ -211,7 +202,7 @@ def _write(
     if html is not None:
         beside = partial_path(html)
         try:
-            _page()(comparison, pictures, beside)
+            render_comparison(comparison, pictures, beside)
             beside.replace(html)
         finally:
             beside.unlink(missing_ok=True)

@@ -30,6 +30,9 @@ __all__ = ["command"]
 )
 @click.option("--steps", type=click.IntRange(1, 1000), default=12, show_default=True)
 @click.option("--cfg", type=float, help="Guidance strength (default: the family's).")
+@click.option(
+    "--sampler", metavar="NAME", help="As for generate, any spelling (default: the model's own)."
+)
 @click.option("--size", metavar="WxH", help="Picture size (default: the model's own).")
 @click.option("--min-psnr", type=float, default=25.0, show_default=True, metavar="DB")
 @gate_options("min_psnr")
@@ -70,6 +73,7 @@ def command(
     seeds: str,
     steps: int,
     cfg: float | None,
+    sampler: str | None,
     size: str | None,
     min_psnr: float,
     limits: dict[str, float],
@@ -113,6 +117,7 @@ def command(
             seeds=picked,
             steps=steps,
             cfg=cfg,
+            sampler=sampler,
             size=wanted,
             min_psnr=min_psnr,
             device=device,
