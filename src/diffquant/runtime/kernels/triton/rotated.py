@@ -22,13 +22,13 @@ from diffquant.runtime.kernels.reference import KERNELS as REFERENCE
 from diffquant.runtime.kernels.triton.bits import at, byte, e4m3, int8, number
 from diffquant.runtime.kernels.triton.launch import aligned, group, launch, tile
 
-__all__ = ["KERNELS"]
+__all__ = ["KERNELS", "one_turn", "rounded"]
 
 _STEP = 16  # weights that share an s_rel
 
 
 @triton.jit
-def _turn(x, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+def one_turn(x, GROUPS: tl.constexpr, SIZE: tl.constexpr):
     """One factor, on the fastest digit, which becomes the slowest: (GROUPS, SIZE)."""
     even, odd = tl.split(tl.reshape(x, (GROUPS, SIZE // 4, 2, 2)))
     a, c = tl.split(even)
@@ -41,7 +41,7 @@ def _turn(x, GROUPS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _rounded(x):
+def rounded(x):
     """To whole numbers, half to even, and to +-127; NaN and the sign of 0 stay."""
     whole = (x + 12582912.0) - 12582912.0  # beyond 2**22 inexact, and cut to 127
     whole = tl.where(whole == 0.0, x * 0.0, whole)
@@ -82,13 +82,13 @@ def _rotated(
             low, high = number((packed & 15) ^ 8, 8), number(packed >> 4 ^ 8, 8)
         else:
             relative = e4m3(byte(step + first * (SIZE // STEP), run, live))[:, None]
-            low = _rounded(tl.load(book + (packed & 15)) * relative)
-            high = _rounded(tl.load(book + (packed >> 4)) * relative)
+            low = rounded(tl.load(book + (packed & 15)) * relative)
+            high = rounded(tl.load(book + (packed >> 4)) * relative)
         level = tl.reshape(tl.join(low, high), (GROUPS, SIZE))
     x = level * factor[:, None]
     for _ in tl.static_range((SIZE > 4) + (SIZE > 16) + (SIZE > 64)):
-        x = _turn(x, GROUPS, SIZE)
-    x = _turn(x, GROUPS, SIZE)
+        x = one_turn(x, GROUPS, SIZE)
+    x = one_turn(x, GROUPS, SIZE)
     offset = turn[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     tl.store(dst + offset, x.to(dst.dtype.element_ty), mask=some[:, None])
 
