@@ -1,7 +1,7 @@
 """Rows of activations in 8 bits, and products of 8-bit rows: the torch reference.
 
-A product in 8 bits is `y = (qx qw^T) * scale_x * scale_w + bias`. Weights come with their scales, one
-per row or one for all; activations get theirs call by call, one per row (token). The order of
+A product in 8 bits is `y = (qx qw^T) * scale_x * scale_w + bias`. Weights come with their scales,
+one per row or one for all; activations get theirs call by call, one per row (token). The order of
 roundings is fixed, so that a fast kernel can be held to it::
 
     amax    largest absolute value of a row, in float32
@@ -90,8 +90,10 @@ def multiply_rows(
     """`(a b^T) * a_scale * b_scale + bias`, rounded once.
 
     Args:
-        a: (M, K) of a kind; a_scale: (M, 1) float32.
-        b: (N, K) of the same; b_scale: (N, 1) or () float32.
+        a: (M, K) of a kind.
+        a_scale: (M, 1) float32.
+        b: (N, K) of the same kind.
+        b_scale: (N, 1) or () float32.
         bias: (N,) or None.
         dtype: of the result.
 

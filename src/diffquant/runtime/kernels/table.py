@@ -18,7 +18,7 @@ from diffquant.core.errors import UnknownFormat
 from diffquant.runtime.kernels.fields import Kernel
 from diffquant.runtime.kernels.reference import KERNELS
 
-__all__ = ["Service", "best", "is_stored"]
+__all__ = ["Service", "best", "fast_module", "is_stored"]
 
 _STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -77,6 +77,13 @@ def _loaded(backend: _Backend) -> tuple[ModuleType | None, str]:
         return None, f"{backend.name} cannot be loaded ({error})"
     reason: str = module.unavailable()
     return (None, reason) if reason else (module, "")
+
+
+def fast_module(device: str) -> tuple[ModuleType | None, str]:
+    """The module of fast kernels for a type of device, or why there is none here."""
+    if device not in _BACKENDS:
+        return None, f"no kernels for {device} yet"
+    return _loaded(_BACKENDS[device])
 
 
 def is_stored(name: str, dtype: torch.dtype) -> bool:

@@ -42,11 +42,10 @@ def _block_tile(src, scale, table, row, some, start, columns, per_row, DECODE: t
                 WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr, NBYTES: tl.constexpr,
                 N: tl.constexpr, K: tl.constexpr):  # fmt: skip
     # A run is WIDTH weights of one scale; those of a tile, row after row.
-    RUNS: tl.constexpr = K // WIDTH
-    run = tl.arange(0, N * RUNS)
-    place = start // WIDTH + run % RUNS
-    down = tl.reshape(tl.broadcast_to(row[:, None], (N, RUNS)), (N * RUNS,))
-    live = tl.reshape(tl.broadcast_to(some[:, None], (N, RUNS)), (N * RUNS,))
+    run = tl.arange(0, N * K // WIDTH)
+    place = start // WIDTH + run % (K // WIDTH)
+    down = tl.reshape(tl.broadcast_to(row[:, None], (N, K // WIDTH)), (N * K // WIDTH,))
+    live = tl.reshape(tl.broadcast_to(some[:, None], (N, K // WIDTH)), (N * K // WIDTH,))
     block = down.to(tl.int64) * per_row + place // PER_BLOCK * NBYTES
     mask = live & (place * WIDTH < columns)
     return tl.reshape(DECODE(src, block, place % PER_BLOCK, mask, table, 8), (N, K))

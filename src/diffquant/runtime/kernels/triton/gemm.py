@@ -190,9 +190,8 @@ def multiply_rows(
 ) -> Tensor:
     """See rows.multiply_rows: int8 the same numbers, fp8 to the order of float32 sums.
 
-    Args:
-        tile: instead of `tile_for`'s. Descriptors need K to be a multiple of 16 and, on a card,
-            capability 9.0: else tiles are loaded by their addresses, which gives the same numbers.
+    `tile` is instead of `tile_for`'s. Descriptors need K to be a multiple of 16 and, on a card,
+    capability 9.0: else tiles are loaded by their addresses, which gives the same numbers.
     """
     (rows, depth), columns = a.shape, b.shape[0]
     out = torch.empty((rows, columns), dtype=dtype, device=a.device)
