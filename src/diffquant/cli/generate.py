@@ -126,9 +126,8 @@ class GenerateReport:
 @click.option(
     "--compute",
     type=click.Choice(["auto", "exact", "fp8", "int8"]),
-    default="exact",
-    show_default=True,
-    help="Multiply the denoiser's blocks in 8 bits on a GPU; auto: as weights are stored.",
+    help="Multiply the denoiser's blocks in 8 bits on a GPU; auto: as weights are stored "
+    "(default: exact).",
 )
 @memory_options
 @click.option("--dry-run", is_flag=True, help="Show the memory plan; read no weight.")
@@ -149,7 +148,7 @@ def command(
     dtype: str,
     preview: str | None,
     compile_mode: str,
-    compute: str,
+    compute: str | None,
     memory: dict[str, Any],
     dry_run: bool,
     options: Options,
@@ -206,7 +205,7 @@ def command(
             recipe=recipe,
             memory=memory_from(memory),
             compile=cast("Mode", compile_mode),
-            compute=cast("ComputeMode", compute),
+            compute=cast("ComputeMode | None", compute),
         )
         if engine != "bundled" and (dry_run or job.memory != Asked()):
             raise UsageError(
@@ -215,7 +214,7 @@ def command(
             )
         if engine != "bundled" and compile_mode != "auto":
             raise UsageError("--compile is of the bundled engine")
-        if engine != "bundled" and compute != "exact":
+        if engine != "bundled" and compute is not None:
             raise UsageError("--compute is of the bundled engine")
         if dry_run:
             made = plan_pictures(job, options.bar())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -10,6 +11,9 @@ from diffquant.cli.frame import Options, Outcome, common, run
 from diffquant.cli.values import check_device, lora_pairs, prompts_from, seeds_from, size_from
 from diffquant.cli.verdict import render_verify, strip_pictures
 from diffquant.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from diffquant.runtime.compute import Mode
 
 __all__ = ["command"]
 
@@ -44,6 +48,13 @@ __all__ = ["command"]
     show_default=True,
     help="Program that draws both sides: the one that will load the file, if it is installed.",
 )
+@click.option(
+    "--compute",
+    type=click.Choice(["auto", "exact", "fp8", "int8"]),
+    default="exact",
+    show_default=True,
+    help="What CANDIDATE's denoiser multiplies in, on a GPU; the source is computed exactly.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
 @common
 def command(
@@ -60,6 +71,7 @@ def command(
     vae: Path | None,
     loras: tuple[str, ...],
     engine: str,
+    compute: str,
     device: str,
     options: Options,
 ) -> None:
@@ -73,6 +85,8 @@ def command(
             raise UsageError("--lora counts in pictures alone: use --level image")
         if engine != "bundled" and level != "image":
             raise UsageError("--engine draws pictures: use --level image")
+        if compute != "exact" and (level != "image" or engine != "bundled"):
+            raise UsageError("--compute draws pictures in the bundled engine: use --level image")
         picked = seeds_from(seeds)
         lines = prompts_from(prompts) if prompts else None
         wanted = size_from(size)
@@ -91,6 +105,7 @@ def command(
             device=device,
             loras=lora_pairs(loras),
             engine=engine,
+            compute=cast("Mode", compute),
         )
         report = verify(
             candidate,

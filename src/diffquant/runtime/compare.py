@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffquant.core.progress import NO_PROGRESS, Progress
+from diffquant.runtime.compute import Mode
 from diffquant.runtime.engines import EngineFiles, Side, open_side
 from diffquant.runtime.judges import Pair, Pooled, defects, ssim
 from diffquant.runtime.request import PictureRequest
@@ -45,6 +46,7 @@ class ImageSettings:
         min_psnr: gate in dB; also what the control must stay below.
         loras: (file, weight) attached to the candidate, and not to its source.
         engine: program that draws both sides, a key of ENGINES.
+        compute: what the candidate's denoiser multiplies in; its source's is computed exactly.
     """
 
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
@@ -59,6 +61,7 @@ class ImageSettings:
     dtype: str = "float32"
     loras: tuple[tuple[Path, float], ...] = ()
     engine: str = "bundled"
+    compute: Mode = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,13 @@ def compare_pictures(
         reference = make_reference(against, settings, vae=vae, progress=progress)
     settings = replace(settings, size=reference.size)
     files = EngineFiles(
-        candidate, base or against, vae, settings.loras, settings.dtype, settings.device
+        candidate,
+        base or against,
+        vae,
+        settings.loras,
+        settings.dtype,
+        settings.device,
+        settings.compute,
     )
     mine = open_side(settings.engine, files)
     pictures = _generate(mine, settings, "candidate", progress)

@@ -16,7 +16,17 @@ import torch
 from diffquant.core.errors import UnknownFormat
 from diffquant.runtime.kernels.table import fast_module
 
-__all__ = ["ENGINES", "MODES", "Card", "Engine", "Mode", "Refused", "card_of", "engine_for"]
+__all__ = [
+    "ENGINES",
+    "MODES",
+    "Card",
+    "Engine",
+    "Mode",
+    "Refused",
+    "card_of",
+    "engine_for",
+    "engines_for",
+]
 
 Mode = Literal["auto", "exact", "fp8", "int8"]
 MODES: tuple[Mode, ...] = ("auto", "exact", "fp8", "int8")
@@ -103,3 +113,17 @@ def engine_for(kind: str, card: Card) -> Engine | Refused:
     return Refused(
         f"{kind} needs compute capability {_KINDS[kind]} or later, this card has {found}"
     )
+
+
+def engines_for(mode: Mode, card: Card) -> tuple[dict[str, Engine], tuple[str, ...]]:
+    """What multiplies each kind that a mode may use; and why others are not multiplied.
+
+    Raises:
+        UnknownFormat: no such mode.
+    """
+    if mode not in MODES:
+        raise UnknownFormat(mode, MODES, what="way to compute")
+    kinds = {"exact": (), "auto": tuple(_KINDS)}.get(mode, (mode,))
+    found = {kind: engine_for(kind, card) for kind in kinds}
+    refused = tuple(one.reason for one in found.values() if isinstance(one, Refused))
+    return {kind: one for kind, one in found.items() if isinstance(one, Engine)}, refused

@@ -74,7 +74,8 @@ class Job:
         recipe: of a picture that is repeated; `fields` win over it.
         memory: what may be taken, and how weights are placed.
         compile: whether the denoiser's blocks are compiled, see compile_choice.py.
-        compute: what the denoiser's layers multiply in, see compute.py.
+        compute: what the denoiser's layers multiply in, see compute.py; None: the recipe's, else
+            exact.
     """
 
     model: Path
@@ -94,7 +95,7 @@ class Job:
     recipe: Recipe | None = None
     memory: Asked = field(default_factory=Asked)
     compile: Mode = "auto"
-    compute: computing.Mode = "exact"
+    compute: computing.Mode | None = None
 
 
 def further(job: Job) -> tuple[Path, ...]:

@@ -25,10 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffquant.core.errors import UnknownFormat
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.compiling import regions
-from diffquant.runtime.compute import MODES, Card, Engine, Mode, Refused, engine_for
+from diffquant.runtime.compute import Card, Engine, Mode, engines_for
 from diffquant.runtime.kernels import products
 from diffquant.runtime.kernels.rows import KINDS
 from diffquant.runtime.layers import PackedWeight, QuantLinear, Segment
@@ -276,18 +275,15 @@ def apply(denoiser: nn.Module, mode: Mode, card: Card) -> LowBit:
     Raises:
         UnknownFormat: no such mode.
     """
-    if mode not in MODES:
-        raise UnknownFormat(mode, MODES, what="way to compute")
-    if mode == "exact":
-        return LowBit(mode, {}, {}, 0)
-    kinds = ("fp8", "int8") if mode == "auto" else (mode,)
-    engines = {kind: engine_for(kind, card) for kind in kinds}
-    served = {kind: one for kind, one in engines.items() if isinstance(one, Engine)}
-    refused = tuple(one.reason for one in engines.values() if isinstance(one, Refused))
-    if not served:
-        told = () if mode == "auto" else (f"--compute {mode}: computed exactly, {refused[0]}",)
+    engines, refused = engines_for(mode, card)
+    if not engines:
+        told = (
+            ()
+            if mode in ("auto", "exact")
+            else (f"--compute {mode}: computed exactly, {refused[0]}",)
+        )
         return LowBit(mode, {}, {}, 0, told)
-    return assign(denoiser, mode, served)
+    return assign(denoiser, mode, engines)
 
 
 def assign(denoiser: nn.Module, mode: Mode, engines: Mapping[str, Engine]) -> LowBit:

@@ -19,7 +19,7 @@ from torch import Tensor
 from diffquant.core.errors import UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.runtime.compile_choice import Compiling
-from diffquant.runtime.compute import card_of
+from diffquant.runtime.compute import Mode, card_of
 from diffquant.runtime.facts_of_run import Files, facts_of
 from diffquant.runtime.hires import again
 from diffquant.runtime.job import (
@@ -194,7 +194,7 @@ def _prepared(job: Job, run: _Run, stack: contextlib.ExitStack) -> _Ready:
     run.warnings += said
     request = request_for(job, opened, settings, pictures)
     passes = tuple(passes_of(job, opened, extra, request, settings))
-    low_bit = _low_bit(job, passes, run)
+    low_bit = _low_bit(job.compute or asked.get("compute", "exact"), job.device, passes, run)
     plans = {
         one.label: plan_run(one.opened, one.request, job.memory, extra=low_bit[one.path].nbytes)
         for one in passes
@@ -204,12 +204,12 @@ def _prepared(job: Job, run: _Run, stack: contextlib.ExitStack) -> _Ready:
     )
 
 
-def _low_bit(job: Job, passes: tuple[Pass, ...], run: _Run) -> dict[Path, LowBit]:
+def _low_bit(mode: Mode, device: str, passes: tuple[Pass, ...], run: _Run) -> dict[Path, LowBit]:
     """How the layers of each model multiply."""
-    card, found = card_of(job.device), {}
+    card, found = card_of(device), {}
     for one in passes:
         if one.path not in found:
-            found[one.path] = apply(one.opened.pipeline.parts.denoiser, job.compute, card)
+            found[one.path] = apply(one.opened.pipeline.parts.denoiser, mode, card)
             run.warnings += found[one.path].warnings
     return found
 
@@ -227,6 +227,7 @@ def _generate(job: Job, ready: _Ready, run: _Run) -> Made:
         cfg=opened.pipeline.cfg if request.cfg is None else request.cfg,
         dtype=ready.dtype,
         preset=ready.preset.name if ready.preset and ready.preset.name != "default" else "none",
+        compute=ready.low_bit[job.model].mode,
     )
     embedded = []
     run.enter("save", len(paths), "picture")

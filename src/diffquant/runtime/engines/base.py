@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffquant.core.errors import UsageError
+from diffquant.runtime.compute import Mode
 from diffquant.runtime.prompts import parse
 from diffquant.runtime.request import PictureRequest
 
@@ -36,6 +37,7 @@ class EngineFiles:
         loras: (file, weight).
         dtype: compute dtype by torch's name.
         device: torch device.
+        compute: what the denoiser's layers multiply in; only the bundled runtime can be asked.
     """
 
     model: Path
@@ -44,6 +46,7 @@ class EngineFiles:
     loras: tuple[tuple[Path, float], ...] = ()
     dtype: str = "float32"
     device: str = "cpu"
+    compute: Mode = "exact"
 
 
 class Side(Protocol):
