@@ -36,6 +36,9 @@ def render_doctor(found: Diagnosis, *, explain: bool = False) -> None:
     echo()
     _decoders(found, explain=explain)
     echo()
+    if found.products:
+        _products(found)
+        echo()
     _models(found, explain=explain)
     echo()
     _problems(found)
@@ -128,6 +131,13 @@ def _decoders(found: Diagnosis, *, explain: bool) -> None:
         names = f": {', '.join(row.formats)}" if explain or len(row.formats) <= _FEW else ""
         told = f"{row.backend} to {row.dtype}, {count(len(row.formats), 'format')}{names}"
         _fact(row.device, f"{told} ({row.reason})")
+
+
+def _products(found: Diagnosis) -> None:
+    _title("Products in 8 bits (generate --compute)")
+    for row in found.products:
+        engine = f"{row.engine}, {row.reason}" if row.engine else f"no: {row.reason}"
+        _fact(row.device, f"{row.kind}: {engine}")
 
 
 def _models(found: Diagnosis, *, explain: bool) -> None:

@@ -18,6 +18,7 @@ from diffquant.runtime.kernels.table import fast_module
 
 __all__ = [
     "ENGINES",
+    "KINDS",
     "MODES",
     "Card",
     "Engine",
@@ -82,7 +83,7 @@ ENGINES: tuple[Engine, ...] = (
     Engine("int8", "triton", 80, True, _HALF, "scales and bias in the product itself"),
     Engine("int8", "torch._int_mm", 80, False, _HALF, "scaled afterwards: Triton is not usable"),
 )
-_KINDS: Mapping[str, str] = {"fp8": "8.9 (Ada, Hopper)", "int8": "8.0 (Ampere)"}
+KINDS: Mapping[str, str] = {"fp8": "8.9 (Ada, Hopper)", "int8": "8.0 (Ampere)"}
 
 
 def card_of(device: torch.device | str) -> Card:
@@ -100,8 +101,8 @@ def engine_for(kind: str, card: Card) -> Engine | Refused:
     Raises:
         UnknownFormat: no such kind.
     """
-    if kind not in _KINDS:
-        raise UnknownFormat(kind, _KINDS, what="kind of product")
+    if kind not in KINDS:
+        raise UnknownFormat(kind, KINDS, what="kind of product")
     if card.type != "cuda":
         return Refused(f"products in {kind} gain nothing on {card.type}: they are of CUDA cards")
     for row in ENGINES:
@@ -110,9 +111,7 @@ def engine_for(kind: str, card: Card) -> Engine | Refused:
                 continue
             return row
     found = f"{card.capability // 10}.{card.capability % 10}"
-    return Refused(
-        f"{kind} needs compute capability {_KINDS[kind]} or later, this card has {found}"
-    )
+    return Refused(f"{kind} needs compute capability {KINDS[kind]} or later, this card has {found}")
 
 
 def engines_for(mode: Mode, card: Card) -> tuple[dict[str, Engine], tuple[str, ...]]:
@@ -123,7 +122,7 @@ def engines_for(mode: Mode, card: Card) -> tuple[dict[str, Engine], tuple[str, .
     """
     if mode not in MODES:
         raise UnknownFormat(mode, MODES, what="way to compute")
-    kinds = {"exact": (), "auto": tuple(_KINDS)}.get(mode, (mode,))
+    kinds = {"exact": (), "auto": tuple(KINDS)}.get(mode, (mode,))
     found = {kind: engine_for(kind, card) for kind in kinds}
     refused = tuple(one.reason for one in found.values() if isinstance(one, Refused))
     return {kind: one for kind, one in found.items() if isinstance(one, Engine)}, refused

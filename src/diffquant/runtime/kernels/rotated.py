@@ -70,10 +70,12 @@ _LEVELS = {"convrot_w4a4": _signed, "asym_w4a8_int8": _looked_up}
 def levels_of(codec: str, parts: Parts, shape: tuple[int, ...]) -> Tensor:
     """The levels of a weight of 4 bits, which its row's scale multiplies: int8 (N, K).
 
+    A NaN, which no encoder writes, counts as 0; who multiplies levels compares with decoding first.
+
     Raises:
         KeyError: a codec without levels.
     """
-    return _LEVELS[codec](parts, shape).to(torch.int8)
+    return _LEVELS[codec](parts, shape).nan_to_num(nan=0.0).to(torch.int8)
 
 
 _CODECS = {"int8_convrot": _int8, "convrot_w4a4": _w4a4, "asym_w4a8_int8": _w4a8}

@@ -36,6 +36,7 @@ def _levels(src, step, book, dst, nbytes, LOOKED_UP: tl.constexpr, STEP: tl.cons
     if LOOKED_UP:
         code = tl.load(step + (first + place) // (STEP // 2), mask=mask, other=0)
         relative = e4m3(code.to(tl.int32))
+        relative = tl.where(relative == relative, relative, 0.0)  # NaN
         low = rounded(tl.load(book + (packed & 15)) * relative).to(tl.int8)
         high = rounded(tl.load(book + (packed >> 4)) * relative).to(tl.int8)
     else:
