@@ -1,6 +1,10 @@
 """Layers that multiply in 8 bits: which, how their weights change, what is measured and told."""
 
+import contextlib
 import dataclasses
+import gc
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,10 @@ from diffquant.runtime.compute import ENGINES, Card, Engine, Refused, engine_for
 from diffquant.runtime.control import damaged
 from diffquant.runtime.layers import LowRank, PackedWeight, QuantLinear, Segment
 from diffquant.runtime.low_bit import LowBitLayer, apply, assign
+from diffquant.runtime.opening import open_pipeline
+from diffquant.runtime.request import PictureRequest
+
+FLUX = Path(__file__).parents[2] / "examples" / "flux1-shapes"
 
 HERE = {
     kind: Engine(kind, "reference", 0, False, (torch.float32, torch.bfloat16), "a test")
@@ -310,3 +318,22 @@ def test_on_a_cpu_nothing_changes_and_that_is_said():
 
 def test_stored_formats_exist():
     assert low_bit.STORED.keys() <= FORMATS.keys()
+
+
+def test_placed_weights_that_were_quantized_again_go_and_come():
+    """Nothing of them stays when a model leaves the device; what comes again gives the same."""
+    with contextlib.ExitStack() as files:
+        opened = open_pipeline(FLUX, files=files, dtype=torch.float32, device="cpu")
+        parts = opened.pipeline.parts
+        found = assign(parts.denoiser, "int8", {"int8": HERE["int8"]})
+        request = PictureRequest("a large red circle", steps=1, width=64, height=64)
+        first = opened.pipeline.denoise(request).latents
+        name, chosen = next((n, one) for n, one in found.layers.items() if one.kind)
+        layer = parts.denoiser.get_submodule(name)
+        assert (chosen.state, layer.packed.formats) == ("on", ("int8_rowwise",))
+        alive = weakref.ref(layer.packed.segments[0].parts["weight"])
+        opened.placement.release()
+        gc.collect()
+        assert alive() is None
+        assert torch.equal(opened.pipeline.denoise(request).latents, first)
+        assert layer.packed.formats == ("int8_rowwise",)

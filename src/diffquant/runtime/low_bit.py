@@ -87,7 +87,10 @@ def is_stored(weight: PackedWeight, kind: str) -> bool:
 
 
 def requantized(weight: PackedWeight, kind: str) -> PackedWeight:
-    """The weight in 8 bits, one scale per row; segments that are so already stay as they are."""
+    """The weight in 8 bits, one scale per row; segments that are so already stay as they are.
+
+    Several that come out alike become one: a fused q, k and v is one product then.
+    """
 
     def again(one: Segment) -> Segment:
         if one.format in STORED and STORED[one.format].kind == kind:
@@ -96,7 +99,12 @@ def requantized(weight: PackedWeight, kind: str) -> PackedWeight:
         q, scale = products.quantize_rows(rows, kind)
         return Segment(KINDS[kind].rowwise, (*rows.shape,), {"weight": q, "scale": scale})
 
-    return PackedWeight(tuple(again(one) for one in weight.segments))
+    segments = tuple(again(one) for one in weight.segments)
+    if len(segments) == 1 or {one.format for one in segments} != {KINDS[kind].rowwise}:
+        return PackedWeight(segments)
+    parts = {name: torch.cat([one.parts[name] for one in segments]) for name in ("weight", "scale")}
+    shape = (sum(one.shape[0] for one in segments), *segments[0].shape[1:])
+    return PackedWeight((Segment(KINDS[kind].rowwise, shape, parts),))
 
 
 def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, kind: str) -> Tensor:
