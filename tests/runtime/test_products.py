@@ -167,25 +167,61 @@ def test_outlines_are_what_operators_return(name, args):
     torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_cards_multiply_on_tensor_cores(tmp_path, monkeypatch):
-    """Compiled for a card that is not here: int8 and fp8 go through Hopper's own instructions."""
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Kernels are compiled here and now, for cards that are not here."""
     pytest.importorskip("triton")
-    from triton import compile as compile_source
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(("kind", "word"), [("int8", "s8"), ("fp8", "e4m3")])
+def test_hopper_multiplies_with_its_own_instructions(kind, word, descriptors, cache, monkeypatch):
+    from triton_compiled import compiled_call
 
     from diffquant.runtime.kernels.triton import gemm
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, tile = gemm._pointers, gemm.GemmTile()
-    constants = {"M": tile.m, "N": tile.n, "K": tile.k, "GROUP_M": 8, "BIAS": True, "ONE": False}
-    for kind, word, whole in (("i8", "s8", True), ("fp8e4nv", "e4m3", False)):
-        types = (f"*{kind}", f"*{kind}", "*fp32", "*fp32", "*bf16", "*bf16", "i32", "i32", "i32")
-        signature = dict(zip(kernel.arg_names, types, strict=False))
-        every = constants | {"INT": whole}
-        signature |= dict.fromkeys(every, "constexpr")
-        aligned = {(at,): [["tt.divisibility", 16]] for at in range(9)}
-        source = ASTSource(kernel, signature, every, aligned)
-        options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
-        found = compile_source(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert re.search(rf"wgmma\.mma_async\.\S*\.{word}\.{word}", found.asm["ptx"]), kind
+    a, b = (rows.quantize_rows(torch.zeros(256, 512), kind) for _ in range(2))
+    tile, bias = gemm.GemmTile(descriptors=descriptors), torch.zeros(256, dtype=torch.bfloat16)
+    found = compiled_call(
+        monkeypatch,
+        gemm,
+        lambda: gemm.multiply_rows(*a, *b, bias, torch.bfloat16, tile=tile),
+        capability=90,
+        direct=("_pointers", "_descriptors"),
+    )
+    assert re.search(rf"wgmma\.mma_async\.\S*\.{word}\.{word}", found.asm["ptx"])
+    assert ("cp.async.bulk.tensor" in found.asm["ptx"]) == descriptors
+    assert found.metadata.shared <= 227 << 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rotation", [0, 256])
+def test_activations_are_quantized_on_the_oldest_cards(kind, rotation, cache, monkeypatch):
+    from triton_compiled import compiled_call
+
+    from diffquant.runtime.kernels.triton import rows as fast
+
+    x = torch.zeros(4, 3072, dtype=torch.bfloat16)
+    found = compiled_call(
+        monkeypatch,
+        fast,
+        lambda: fast.quantize_rows(x, kind, rotation=rotation),
+        capability=80,
+    )
+    assert "div.rn.f32" in found.asm["ptx"]  # IEEE division, as the reference's
+    assert not re.search(r"\bfma\.", found.asm["ptx"])
+
+
+@pytest.mark.parametrize("count", [1, 64])
+def test_few_rows_go_through_tensor_cores_and_fit_small_cards(count, cache, monkeypatch):
+    from triton_compiled import compiled_call
+
+    from diffquant.runtime.kernels.triton import few
+
+    parts, x = random_parts("q4_k", (64, 1024)), torch.zeros(count, 1024, dtype=torch.bfloat16)
+    found = compiled_call(
+        monkeypatch, few, lambda: few.few_rows(x, "q4_k", parts, (64, 1024), None), capability=80
+    )
+    assert "mma.sync" in found.asm["ptx"]
+    assert found.metadata.shared <= 99 << 10

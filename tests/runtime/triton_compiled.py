@@ -5,6 +5,7 @@ from packed_parts import random_parts
 from triton import compile as compile_source
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffquant.runtime.kernels.triton import KERNELS, blocks, flat, rotated, scaled, tiled
 
@@ -14,8 +15,9 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
-_OPTIONS = ("num_warps", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 class _Recorder:
@@ -32,13 +34,17 @@ class _Recorder:
 
 
 def _compiled(kernel, args, constants, capability, **changed):
-    options = {name: constants.pop(name) for name in _OPTIONS} | changed
+    options = {name: constants.pop(name) for name in _OPTIONS if name in constants} | changed
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
     signature, constexprs, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
         value = values[name]
         if kernel.params[at].is_constexpr or (isinstance(value, int) and value == 1):
             signature[name], constexprs[name] = "constexpr", value
+            continue
+        if isinstance(value, TensorDescriptor):
+            kind = _POINTERS[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{kind}{list(value.block_shape)}>"
             continue
         signature[name] = _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         if isinstance(value, torch.Tensor) or value % 16 == 0:
@@ -61,3 +67,22 @@ def compiled(monkeypatch, name, shape, dtype, *, capability=90, **changed):
     monkeypatch.undo()
     kernel, args, constants = calls[0]
     return _compiled(kernel, args, constants, capability, **changed)
+
+
+def compiled_call(monkeypatch, module, call, *, capability, direct=()):
+    """The kernel that `call` would launch: by `module.launch`, or one of the names `direct`."""
+    calls = []
+
+    def recording(kernel, programs, warps, *args, **constants):
+        constants |= {"num_warps": warps, "enable_fp_fusion": False}
+        calls.append((kernel, args, constants))
+
+    if direct:
+        for name in direct:
+            monkeypatch.setattr(module, name, _Recorder(getattr(module, name), calls))
+    else:
+        monkeypatch.setattr(module, "launch", recording)
+    call()
+    monkeypatch.undo()
+    ((kernel, args, constants),) = calls
+    return _compiled(kernel, args, constants, capability)

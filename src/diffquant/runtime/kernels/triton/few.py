@@ -34,7 +34,8 @@ __all__ = ["FORMATS_SERVED", "MOST_ROWS", "few_rows", "serves"]
 
 MOST_ROWS = 64
 _LEAST_ROWS = 16  # of a tensor core's tile
-_N, _K, _WARPS = 16, 256, 4  # rows of the weight and depth of a step of a program
+_N, _WARPS = 16, 4  # rows of the weight of a program
+_DEPTHS = {True: 256, False: 128}  # of a step, for up to 16 rows and more: tiles share 100 KB
 
 
 @triton.jit
@@ -206,6 +207,6 @@ def few_rows(
         BIAS=bias is not None,
         M=max(_LEAST_ROWS, triton.next_power_of_2(rows)),
         N=_N,
-        K=_K,
+        K=_DEPTHS[rows <= _LEAST_ROWS and x.dtype.itemsize == 2],
     )
     return out
