@@ -18,8 +18,12 @@ from diffquant.runtime.compile_choice import Compiling
 from diffquant.runtime.compiling import compiled
 from diffquant.runtime.compute import ENGINES, Card, Engine, Refused, engine_for, engines_for
 from diffquant.runtime.control import damaged
+from diffquant.runtime.engines import EngineFiles, bundled
 from diffquant.runtime.layers import LowRank, PackedWeight, QuantLinear, Segment
 from diffquant.runtime.low_bit import LowBitLayer, apply, assign
+from diffquant.runtime.memory.budget import Asked
+from diffquant.runtime.memory.planning import plan_run
+from diffquant.runtime.models.facts import param_dtype
 from diffquant.runtime.opening import open_pipeline
 from diffquant.runtime.request import PictureRequest
 
@@ -339,3 +343,27 @@ def test_placed_weights_that_were_quantized_again_go_and_come():
         assert alive() is None
         assert torch.equal(opened.pipeline.denoise(request).latents, first)
         assert layer.packed.formats == ("int8_rowwise",)
+
+
+def test_a_plan_counts_bytes_that_weights_take_more():
+    with contextlib.ExitStack() as files:
+        opened = open_pipeline(FLUX, files=files, dtype=torch.float32, device="cpu")
+        request = PictureRequest("x", steps=1, width=64, height=64)
+        asked = Asked(ram=8 << 30)
+        plain, more = (plan_run(opened, request, asked, extra=n) for n in (0, 5 << 20))
+    assert more.peak_nbytes - plain.peak_nbytes == 5 << 20
+
+
+def test_a_side_that_is_judged_runs_as_it_was_asked_to(monkeypatch):
+    """As on a card: the denoiser in bfloat16, its blocks in 8 bits, and `how` says so."""
+    monkeypatch.setattr(bundled, "card_of", lambda _device: HOPPER)
+    request = PictureRequest("a large red circle", steps=1, width=64, height=64)
+    side = bundled.open_side(EngineFiles(FLUX, compute="int8"))
+    denoiser = side.opened.pipeline.parts.denoiser
+    assert param_dtype(denoiser) == torch.bfloat16
+    assert "10 layers int8, not called yet" in side.how
+    made = side.draw(request)
+    assert "10 layers int8 (triton: scales and bias in the product itself), output" in side.how
+    exact = bundled.open_side(EngineFiles(FLUX))
+    assert exact.how == "read and run by diffquant"
+    assert 0 < abs(made - exact.draw(request)).mean() < 0.02
