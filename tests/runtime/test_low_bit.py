@@ -19,12 +19,14 @@ from diffquant.runtime.compiling import compiled
 from diffquant.runtime.compute import ENGINES, Card, Engine, Refused, engine_for, engines_for
 from diffquant.runtime.control import damaged
 from diffquant.runtime.engines import EngineFiles, bundled
+from diffquant.runtime.kernels.rows import KINDS
 from diffquant.runtime.layers import LowRank, PackedWeight, QuantLinear, Segment
 from diffquant.runtime.low_bit import LowBitLayer, apply, assign
 from diffquant.runtime.memory.budget import Asked
 from diffquant.runtime.memory.planning import plan_run
 from diffquant.runtime.models.facts import param_dtype
 from diffquant.runtime.opening import open_pipeline
+from diffquant.runtime.packed_rows import STORED
 from diffquant.runtime.request import PictureRequest
 
 FLUX = Path(__file__).parents[2] / "examples" / "flux1-shapes"
@@ -65,9 +67,9 @@ def tokens(columns=512, count=16):
     return torch.randn(2, count, columns, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("fmt", low_bit.STORED)
+@pytest.mark.parametrize("fmt", STORED)
 def test_a_weight_in_8_bits_is_multiplied_as_it_is_stored(fmt):
-    kind = low_bit.STORED[fmt].kind
+    kind = STORED[fmt].kind
     layer, x = layer_of(fmt), tokens()
     wanted, before = layer(x), layer.packed
     layer.product = product = LowBitLayer(kind, "", (torch.float32,))
@@ -90,7 +92,7 @@ def test_other_weights_are_quantized_once_and_replaced(fmt, kind):
     first, replaced = layer(x), layer.packed
     second = layer(x)
     assert (product.state, product.requantized) == ("on", True)
-    assert replaced.formats == (low_bit.KINDS[kind].rowwise,)
+    assert replaced.formats == (KINDS[kind].rowwise,)
     assert replaced.nbytes == 48 * (512 + 4)
     assert layer.packed is replaced
     assert torch.equal(first, second)
@@ -323,7 +325,7 @@ def test_on_a_cpu_nothing_changes_and_that_is_said():
 
 
 def test_stored_formats_exist():
-    assert low_bit.STORED.keys() <= FORMATS.keys()
+    assert STORED.keys() <= FORMATS.keys()
 
 
 def test_placed_weights_that_were_quantized_again_go_and_come():
