@@ -15,6 +15,7 @@ guided step is twice that). Rows of a family are made in one process, diffusers'
              as it is compiles Triton's kernels
     MiB      max_memory_reserved while steps are timed: weights, activations
     captured as it is, replayed as one CUDA graph: what is timed first runs as it is, then records
+    error    of the prediction, relative to the exact one of the same weights (type@compute rows)
     warm     `--warm`: first compiled call in another process, which finds the first one's cache
 
 `--profile` prints where a step as it is spends its time: kernels by time on the device, and the
@@ -41,7 +42,12 @@ from typing import Any
 
 from peak_memory import environment, mib, version
 
-TYPES = ("bf16", "q4_k_s", "q8_0", "nf4", "fp8_scaled", "int8_rowwise")
+TYPES = (
+    "bf16", "q4_k_s", "q8_0", "nf4", "fp8_scaled", "int8_rowwise",
+    # type@compute: products in 8 bits (runtime/low_bit.py)
+    "fp8_scaled@fp8", "q4_k_s@fp8", "nf4@fp8", "bf16@fp8",
+    "int8_rowwise@int8", "int8_convrot@int8", "q8_0@int8",
+)  # fmt: skip
 PEERS = ("bf16", "gguf q4_k", "gguf q8_0", "bnb nf4")
 FAMILIES = ("flux1", "sdxl", "qwen_image")
 DISCARDED = 3
@@ -155,23 +161,34 @@ def our_rows(run: Run, family: str, kind: str, device: Any) -> None:
         if "step" not in held:
             device.clean()
             start = time.perf_counter()
-            held["model"] = ours(family, kind, device.name, tiny=arguments.tiny)
+            name, _, compute = kind.partition("@")
+            held["model"] = ours(family, name, device.name, tiny=arguments.tiny)
             inputs = inputs_for(family, device.name, tiny=arguments.tiny)
             held["step"] = step_of(family, held["model"], inputs)
+            if compute:
+                exact = held["step"]()
+                held["low_bit"] = in_8_bits(held["model"], compute, tiny=arguments.tiny)
+                gap = (held["step"]() - exact).float().norm() / exact.float().norm()
+                held["step_error"] = float(gap)
             held["made_s"] = time.perf_counter() - start
         step: Callable[[], Any] = held["step"]
         return step
 
     def eager() -> dict[str, Any]:
         step = made()
-        return {**timed(step, device, arguments.rounds), "made_s": held["made_s"]}
+        return {**timed(step, device, arguments.rounds), "made_s": held["made_s"], **told()}
 
     def with_graphs() -> dict[str, Any]:
         step = made()
         step()  # Triton's own kernels are there: what is timed first is compiling
         with compiled(held["model"], backend=arguments.backend, least=arguments.least) as state:
             row = timed(step, device, arguments.rounds)
-            return row | {"kinds": state.kinds, "blocks": state.blocks}
+            return row | {"kinds": state.kinds, "blocks": state.blocks, **told()}
+
+    def told() -> dict[str, Any]:
+        if "low_bit" not in held:
+            return {}
+        return {"computed": held["low_bit"].said, "step_error": held["step_error"]}
 
     def as_one_graph() -> dict[str, Any]:
         step = made()
@@ -194,6 +211,20 @@ def our_rows(run: Run, family: str, kind: str, device: Any) -> None:
     held.clear()
     device.clean()
     device.torch.compiler.reset()
+
+
+def in_8_bits(model: Any, compute: str, *, tiny: bool) -> Any:
+    """Let a denoiser's blocks multiply in 8 bits; tiny ones by the reference, in any dtype."""
+    import torch
+
+    from diffquant.runtime import low_bit
+    from diffquant.runtime.compute import Engine, card_of
+
+    if not tiny:
+        return low_bit.apply(model, compute, card_of("cuda"))
+    low_bit.FEW = 3
+    engine = Engine(compute, "reference", 0, False, (torch.bfloat16,), "no card")
+    return low_bit.assign(model, compute, {compute: engine})
 
 
 def peer_rows(run: Run, family: str, kind: str, device: Any) -> None:
@@ -305,6 +336,7 @@ def show(row: dict[str, Any]) -> None:
     )
     memory = mib(row.get("reserved_nbytes"))
     odd = "" if row["finite"] else "  NOT FINITE"
+    odd += f"  error {row['step_error']:.2g}" if "step_error" in row else ""
     print(f"{name:46} {row['ms']:9.2f} {ratios} {row['first_s']:7.1f} {memory:>7}{odd}", flush=True)
 
 

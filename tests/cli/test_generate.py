@@ -352,6 +352,49 @@ def test_what_is_not_compiled_says_why(tmp_path, monkeypatch):
     refused(other, 2, "--compile is of the bundled engine")
 
 
+def test_products_in_8_bits_are_of_gpus_and_a_picture_remembers_them(tmp_path):
+    plain, asked = tmp_path / "a.png", tmp_path / "b.png"
+    assert generate(SD15, plain).exit_code == 0
+    result = generate(SD15, asked, "--compute", "int8", "--json")
+    body = json.loads(result.stdout)
+    assert body["result"]["computing"] == {}
+    (said,) = [text for text in body["warnings"] if "--compute" in text]
+    assert "computed exactly" in said
+    assert "gain nothing on cpu" in said
+    assert (pixels(plain) == pixels(asked)).all()
+    assert json.loads(Image.open(asked).text["diffquant"])["compute"] == "int8"
+    assert "compute" not in json.loads(Image.open(plain).text["diffquant"])
+    again = call("generate", SD15, "--from-image", asked, "-o", tmp_path / "c.png", "--json")
+    assert any("--compute int8" in text for text in json.loads(again.stdout)["warnings"])
+    other = generate(SD15, asked, "--force", "--compute", "fp8", "--engine", "diffusers")
+    refused(other, 2, "--compute is of the bundled engine")
+
+
+def test_verify_computes_in_8_bits_only_where_pictures_are_drawn_by_us():
+    for words in (("--level", "tensors"), ("--engine", "diffusers")):
+        result = call("verify", SD15, "--against", SD15, "--compute", "fp8", *words)
+        refused(result, 2, "--compute draws pictures in the bundled engine")
+
+
+def test_layers_in_8_bits_are_counted_and_said(tmp_path, monkeypatch):
+    """As on a card: what multiplies there is chosen, and here the reference stands for it."""
+    from diffquant.runtime import low_bit, session
+    from diffquant.runtime.compute import Card
+
+    monkeypatch.setattr(session, "card_of", lambda _device: Card("cuda", 90))
+    monkeypatch.setattr(low_bit, "FEW", 3)
+    out = tmp_path / "a.png"
+    result = generate(SD15, out, "--compute", "int8", "--dtype", "bfloat16", "--json")
+    assert result.exit_code == 0, result.output
+    (rows,) = json.loads(result.stdout)["result"]["computing"].values()
+    assert any("layers int8 (triton" in text and "output error up to" in text for text in rows)
+    told = generate(
+        SD15, out, "--compute", "int8", "--dtype", "bfloat16", "--force", "-v", "--compile", "off"
+    )
+    assert "compute, denoise: " in told.stdout
+    assert "weights quantized again to 8 bits" in told.stdout
+
+
 def test_a_preview_is_written_on_the_way(tmp_path):
     out = tmp_path / "o.png"
     assert generate(SD15, out, "--preview", "rgb").exit_code == 0

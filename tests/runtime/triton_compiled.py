@@ -5,6 +5,7 @@ from packed_parts import random_parts
 from triton import compile as compile_source
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffquant.runtime.kernels.triton import KERNELS, blocks, flat, rotated, scaled, tiled
 
@@ -14,8 +15,9 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
-_OPTIONS = ("num_warps", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 class _Recorder:
@@ -32,7 +34,7 @@ class _Recorder:
 
 
 def _compiled(kernel, args, constants, capability, **changed):
-    options = {name: constants.pop(name) for name in _OPTIONS} | changed
+    options = {name: constants.pop(name) for name in _OPTIONS if name in constants} | changed
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
     signature, constexprs, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
@@ -42,6 +44,10 @@ def _compiled(kernel, args, constants, capability, **changed):
             continue
         if isinstance(value, float):
             signature[name] = "fp32"
+            continue
+        if isinstance(value, TensorDescriptor):
+            kind = _POINTERS[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{kind}{list(value.block_shape)}>"
             continue
         signature[name] = _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         if isinstance(value, torch.Tensor) or value % 16 == 0:
@@ -66,15 +72,20 @@ def compiled(monkeypatch, name, shape, dtype, *, capability=90, **changed):
     return _compiled(kernel, args, constants, capability, **changed)
 
 
-def compiled_call(monkeypatch, module, call, *, capability=90):
-    """The compiled kernel that `call` launches through `module.launch`."""
+def compiled_call(monkeypatch, module, call, *, capability, direct=()):
+    """The kernel that `call` would launch: by `module.launch`, or one of the names `direct`."""
     calls = []
-    launch = module.launch
 
-    def recording(kernel, *args, **constants):
-        launch(_Recorder(kernel, calls), *args, **constants)
+    def recording(kernel, programs, warps, *args, **constants):
+        constants |= {"num_warps": warps, "enable_fp_fusion": False}
+        calls.append((kernel, args, constants))
 
-    monkeypatch.setattr(module, "launch", recording)
+    if direct:
+        for name in direct:
+            monkeypatch.setattr(module, name, _Recorder(getattr(module, name), calls))
+    else:
+        monkeypatch.setattr(module, "launch", recording)
     call()
+    monkeypatch.undo()
     ((kernel, args, constants),) = calls
     return _compiled(kernel, args, constants, capability)

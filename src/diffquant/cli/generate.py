@@ -20,6 +20,7 @@ from diffquant.io.atomic import check_parent
 
 if TYPE_CHECKING:
     from diffquant.runtime.compile_choice import Mode
+    from diffquant.runtime.compute import Mode as ComputeMode
     from diffquant.runtime.session import Made
 
 __all__ = ["command"]
@@ -48,6 +49,7 @@ class GenerateReport:
         seconds: of the whole run; `phases` has those of its parts.
         memory: of each pass, how its weights were placed and what that takes.
         compiling: of each pass, whether its blocks were compiled, and why.
+        computing: of each pass, what how many layers were computed in, and why.
         dry_run: nothing was made: `outputs` and `parameters` are empty.
     """
 
@@ -61,6 +63,7 @@ class GenerateReport:
     phases: Mapping[str, float]
     memory: tuple[Any, ...]
     compiling: Mapping[str, str]
+    computing: Mapping[str, tuple[str, ...]]
     dry_run: bool
 
 
@@ -120,6 +123,12 @@ class GenerateReport:
     show_default=True,
     help="Compile the denoiser's blocks once: faster steps; auto: on a GPU, where it repays.",
 )
+@click.option(
+    "--compute",
+    type=click.Choice(["auto", "exact", "fp8", "int8"]),
+    help="Multiply the denoiser's blocks in 8 bits on a GPU; auto: as weights are stored "
+    "(default: exact).",
+)
 @memory_options
 @click.option("--dry-run", is_flag=True, help="Show the memory plan; read no weight.")
 @common
@@ -139,6 +148,7 @@ def command(
     dtype: str,
     preview: str | None,
     compile_mode: str,
+    compute: str | None,
     memory: dict[str, Any],
     dry_run: bool,
     options: Options,
@@ -195,6 +205,7 @@ def command(
             recipe=recipe,
             memory=memory_from(memory),
             compile=cast("Mode", compile_mode),
+            compute=cast("ComputeMode | None", compute),
         )
         if engine != "bundled" and (dry_run or job.memory != Asked()):
             raise UsageError(
@@ -203,6 +214,8 @@ def command(
             )
         if engine != "bundled" and compile_mode != "auto":
             raise UsageError("--compile is of the bundled engine")
+        if engine != "bundled" and compute is not None:
+            raise UsageError("--compute is of the bundled engine")
         if dry_run:
             made = plan_pictures(job, options.bar())
         elif engine == "bundled":
@@ -244,6 +257,7 @@ def _report(made: Made, *, dry_run: bool) -> GenerateReport:
         phases=made.seconds,
         memory=made.memory,
         compiling=made.compiling,
+        computing=made.computing,
         dry_run=dry_run,
     )
 
@@ -258,6 +272,9 @@ def _render(report: GenerateReport, *, explain: bool) -> None:
     render_memory(report.memory, explain=explain)
     for label, text in report.compiling.items() if explain else ():
         echo(f"  compile, {label}: {text}")
+    for label, rows in report.computing.items() if explain else ():
+        for text in rows:
+            echo(f"  compute, {label}: {text}")
     if report.preset is not None and report.preset.name != "default":
         echo(f"  preset {report.preset.name}: {report.preset.why}")
     for part in report.parts:

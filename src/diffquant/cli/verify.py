@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -12,6 +13,9 @@ from diffquant.cli.values import check_device, lora_pairs, prompts_from, seeds_f
 from diffquant.cli.verdict import render_verify, strip_pictures
 from diffquant.core.errors import UsageError
 from diffquant.runtime.gates import check_limits
+
+if TYPE_CHECKING:
+    from diffquant.runtime.compute import Mode
 
 __all__ = ["command"]
 
@@ -63,6 +67,13 @@ __all__ = ["command"]
     help="Compare denoisers alone: random text, latents as colours (done by itself, with a "
     "warning, where text encoder or VAE are nowhere).",
 )
+@click.option(
+    "--compute",
+    type=click.Choice(["auto", "exact", "fp8", "int8"]),
+    default="exact",
+    show_default=True,
+    help="What CANDIDATE's denoiser multiplies in, on a GPU; the source is computed exactly.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
 @common
 def command(
@@ -83,6 +94,7 @@ def command(
     loras: tuple[str, ...],
     engine: str,
     synthetic: bool,
+    compute: str,
     device: str,
     options: Options,
 ) -> None:
@@ -99,6 +111,8 @@ def command(
             raise UsageError("--synthetic draws pictures: use --level image")
         if engine != "bundled" and level != "image":
             raise UsageError("--engine draws pictures: use --level image")
+        if compute != "exact" and (level != "image" or engine != "bundled"):
+            raise UsageError("--compute draws pictures in the bundled engine: use --level image")
         check_limits({"min_psnr": min_psnr, **limits})
         max_rel_error = limits.pop("max_rel_error", None)
         if limits and level != "image":
@@ -126,6 +140,7 @@ def command(
             limits=limits,
             lpips_weights=lpips_weights,
             synthetic=synthetic,
+            compute=cast("Mode", compute),
         )
         report = verify(
             candidate,

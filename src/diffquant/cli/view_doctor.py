@@ -37,6 +37,9 @@ def render_doctor(found: Diagnosis, *, explain: bool = False) -> None:
     echo()
     _decoders(found, explain=explain)
     echo()
+    if found.products:
+        _products(found)
+        echo()
     if found.bench is not None:
         render_bench(found.bench)
     _models(found, explain=explain)
@@ -131,6 +134,13 @@ def _decoders(found: Diagnosis, *, explain: bool) -> None:
         names = f": {', '.join(row.formats)}" if explain or len(row.formats) <= _FEW else ""
         told = f"{row.backend} to {row.dtype}, {count(len(row.formats), 'format')}{names}"
         _fact(row.device, f"{told} ({row.reason})")
+
+
+def _products(found: Diagnosis) -> None:
+    _title("Products in 8 bits (generate --compute)")
+    for row in found.products:
+        engine = f"{row.engine}, {row.reason}" if row.engine else f"no: {row.reason}"
+        _fact(row.device, f"{row.kind}: {engine}")
 
 
 def _models(found: Diagnosis, *, explain: bool) -> None:

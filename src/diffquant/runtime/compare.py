@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.runtime.comparison import Value
+from diffquant.runtime.compute import Mode
 from diffquant.runtime.engines import EngineFiles, Side, open_side
 from diffquant.runtime.gates import GATES, GateResult, judge_gate
 from diffquant.runtime.judges import Pair, Pooled, defects, ssim
@@ -52,6 +53,7 @@ class ImageSettings:
         limits: further gates on pictures: key of GATES -> limit.
         lpips_weights: as metrics/lpips.py takes it, None: where torchvision keeps its own.
         synthetic: judge the denoisers alone, as runtime/synthetic.py draws with them.
+        compute: what the candidate's denoiser multiplies in; its source's is computed exactly.
     """
 
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
@@ -66,6 +68,7 @@ class ImageSettings:
     dtype: str = "float32"
     loras: tuple[tuple[Path, float], ...] = ()
     engine: str = "bundled"
+    compute: Mode = "exact"
     limits: Mapping[str, float] = field(default_factory=dict)
     lpips_weights: Path | None = None
     synthetic: bool = False
@@ -142,6 +145,7 @@ def compare_pictures(
         settings.dtype,
         settings.device,
         synthetic=settings.synthetic,
+        compute=settings.compute,
     )
     needs = MetricNeeds(
         settings.prompts,

@@ -21,6 +21,7 @@ import torch
 from diffquant.core.errors import UsageError
 from diffquant.runtime.compiling import LEAST, Compiled, compiled, kinds_of, preload, said_by
 from diffquant.runtime.families import PipelineParts
+from diffquant.runtime.low_bit import pending
 
 __all__ = ["MEASURED", "Choice", "Compiling", "Mode", "choose"]
 
@@ -122,20 +123,32 @@ class Compiling:
         }[mode]
 
     def __enter__(self) -> Self:
-        """Compile where that was asked for; where it may be, load the compiler meanwhile."""
+        """Compile where that was asked for; where it may be, load the compiler meanwhile.
+
+        Layers that find out in the first step how they multiply (low_bit.py) run it as they are.
+        """
         possible = self._device == "cuda" and self._parts.architecture in MEASURED
         if self._backend == "inductor" and (self._mode == "on" or (not self._decided and possible)):
             preload()
         if self._mode == "on":
-            self._begin()
+            if pending(self._parts.denoiser):
+                self.said = "not compiled: there was no second step"
+                self._decided = False
+            else:
+                self._begin()
         return self
 
     def stepped(self, done: int, total: int) -> None:
         """Hear of a step; see pipeline.OnStep. A run that starts anew is timed anew."""
         before, self._last = self._last, time.perf_counter()
-        if self._decided or done < _TIMED:
+        if self._decided or (done < _TIMED and self._mode == "auto"):
             return
         self._decided = True
+        if self._mode == "on":
+            if done < total:
+                self.said = "compiled: asked for, after a step that measured layers in 8 bits"
+                self._begin()
+            return
         choice = choose(
             self._parts.architecture,
             self._device,

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffquant.runtime.layers import PackedLayer
+from diffquant.runtime.layers import PackedLayer, QuantLinear
 
 __all__ = ["LEAST", "Compiled", "compiled", "kind", "kinds_of", "preload", "regions", "said_by"]
 
@@ -84,6 +84,7 @@ def kind(block: nn.Module) -> Hashable:
                     (one.down.shape, one.up.shape, one.down.dtype, one.scale, one.rows)
                     for one in layer.adapters
                 ),
+                layer.product.key if isinstance(layer, QuantLinear) and layer.product else None,
             )
             for layer in _layers(block)
         ),

@@ -68,6 +68,7 @@ def facts_of(
     cfg: float,
     dtype: str,
     preset: str,
+    compute: str = "exact",
 ) -> dict[str, Any]:
     """The facts that pictures of one run share; `seed` is each picture's own.
 
@@ -79,6 +80,7 @@ def facts_of(
         cfg: likewise.
         dtype: of the computation.
         preset: name of what was chosen, "none" for none.
+        compute: what the denoiser was asked to multiply in.
     """
     facts: dict[str, Any] = {key: getattr(request, key) for key in _PLAIN}
     facts |= {
@@ -100,6 +102,8 @@ def facts_of(
         ],
         "versions": {"diffquant": __version__, "torch": torch.__version__},
     }
+    if compute != "exact":
+        facts["compute"] = compute
     for name, (one, digest) in files.images.items():
         facts[name] = {"name": one, "hash": digest}
         facts["strength"] = request.strength

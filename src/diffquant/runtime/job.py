@@ -26,6 +26,7 @@ from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.titles import titles_of_file
 
 if TYPE_CHECKING:
+    from diffquant.runtime import compute as computing
     from diffquant.runtime.compile_choice import Mode
 
 __all__ = [
@@ -73,6 +74,8 @@ class Job:
         recipe: of a picture that is repeated; `fields` win over it.
         memory: what may be taken, and how weights are placed.
         compile: whether the denoiser's blocks are compiled, see compile_choice.py.
+        compute: what the denoiser's layers multiply in, see compute.py; None: the recipe's, else
+            exact.
     """
 
     model: Path
@@ -92,6 +95,7 @@ class Job:
     recipe: Recipe | None = None
     memory: Asked = field(default_factory=Asked)
     compile: Mode = "auto"
+    compute: computing.Mode | None = None
 
 
 def further(job: Job) -> tuple[Path, ...]:

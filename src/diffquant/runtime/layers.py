@@ -12,7 +12,7 @@ four bits keeps what a LoRA says, which requantizing the sum would round away.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -31,6 +31,7 @@ __all__ = [
     "LowRank",
     "PackedLayer",
     "PackedWeight",
+    "Product",
     "QuantConv2d",
     "QuantEmbedding",
     "QuantLinear",
@@ -194,6 +195,19 @@ class Home(Protocol):
         ...
 
 
+class Product(Protocol):
+    """How a linear layer multiplies, where that is not exactly; see runtime/low_bit.py."""
+
+    @property
+    def key(self) -> Hashable:
+        """What a compiled graph of the layer depends on."""
+        ...
+
+    def linear(self, layer: QuantLinear, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features) in the dtype of `x`, bias included."""
+        ...
+
+
 class PackedLayer(nn.Module):
     """What the three layers share: a packed weight, an optional bias, a list of adapters.
 
@@ -208,6 +222,7 @@ class PackedLayer(nn.Module):
         self.packed: PackedWeight | None = None
         self.stored: StoredWeight | None = None
         self.home: Home | None = None
+        self.on_replace: Callable[[PackedLayer, PackedWeight], None] | None = None
         self.adapters: list[LowRank] = []
         self.bias: nn.Parameter | None = None
         if bias:
@@ -230,6 +245,15 @@ class PackedLayer(nn.Module):
         """Take a weight that stays in its file until a home brings it; see `bind`."""
         self.bind(stored.outline)
         self.stored = stored
+
+    def replace(self, weight: PackedWeight) -> None:
+        """Take another weight of the same shape in place of the one that is bound and here.
+
+        Whoever placed that one hears of it (`on_replace`) and lets go of it.
+        """
+        self.packed = weight
+        if self.on_replace is not None:
+            self.on_replace(self, weight)
 
     def outline(self) -> PackedWeight:
         """The weight for what is not in its numbers: its shape, formats, bytes."""
@@ -274,10 +298,14 @@ class QuantLinear(PackedLayer):
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
         """Declare the layer; see PackedLayer."""
         super().__init__((out_features, in_features), bias=bias)
+        self.product: Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features) in the dtype of `x`."""
-        y = functional.linear(x, self.weight(x.dtype), self.bias)
+        if self.product is None:
+            y = functional.linear(x, self.weight(x.dtype), self.bias)
+        else:
+            y = self.product.linear(self, x)
         for adapter in self.adapters:
             down, up = adapter.down.flatten(1).to(x.dtype), adapter.up.flatten(1).to(x.dtype)
             delta = functional.linear(functional.linear(x, down), up) * adapter.scale

@@ -79,6 +79,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "strength": (int, float),
     "preset": (str,),
     "dtype": (str,),
+    "compute": (str,),
 }
 # Object in JSON -> its fields that are options, and the option that names its file.
 _PARTS: Mapping[str, tuple[str, Mapping[str, str]]] = {

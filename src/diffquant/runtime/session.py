@@ -19,6 +19,7 @@ from torch import Tensor
 from diffquant.core.errors import UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.runtime.compile_choice import Compiling
+from diffquant.runtime.compute import Mode, card_of
 from diffquant.runtime.facts_of_run import Files, facts_of
 from diffquant.runtime.hires import again
 from diffquant.runtime.job import (
@@ -32,6 +33,7 @@ from diffquant.runtime.job import (
 )
 from diffquant.runtime.judges import defects
 from diffquant.runtime.lora import LoraUse, attach
+from diffquant.runtime.low_bit import LowBit, apply
 from diffquant.runtime.memory.budget import capped
 from diffquant.runtime.memory.plan import MemoryPlan
 from diffquant.runtime.memory.planning import place, plan_run
@@ -69,6 +71,7 @@ class Made:
         warnings: sentences for people.
         memory: of each pass.
         compiling: pass -> whether its blocks were compiled, and why.
+        computing: pass -> what how many layers were computed in, and why; none: all exactly.
     """
 
     outputs: tuple[Path, ...]
@@ -80,6 +83,7 @@ class Made:
     warnings: tuple[str, ...]
     memory: tuple[Placed, ...] = ()
     compiling: Mapping[str, str] = field(default_factory=dict)
+    computing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -90,6 +94,7 @@ class _Run:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     compiling: dict[str, str] = field(default_factory=dict)
+    computing: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     current: str = ""
     started: float = 0.0
@@ -134,6 +139,7 @@ class _Ready:
     request: PictureRequest
     passes: tuple[Pass, ...]
     plans: Mapping[str, MemoryPlan]
+    low_bit: Mapping[Path, LowBit]
 
 
 def generate_pictures(job: Job, progress: Progress = NO_PROGRESS) -> Made:
@@ -188,8 +194,24 @@ def _prepared(job: Job, run: _Run, stack: contextlib.ExitStack) -> _Ready:
     run.warnings += said
     request = request_for(job, opened, settings, pictures)
     passes = tuple(passes_of(job, opened, extra, request, settings))
-    plans = {one.label: plan_run(one.opened, one.request, job.memory) for one in passes}
-    return _Ready(opened, extra, uses, files, preset, settings, dtype, request, passes, plans)
+    low_bit = _low_bit(job.compute or asked.get("compute", "exact"), job.device, passes, run)
+    plans = {
+        one.label: plan_run(one.opened, one.request, job.memory, extra=low_bit[one.path].nbytes)
+        for one in passes
+    }
+    return _Ready(
+        opened, extra, uses, files, preset, settings, dtype, request, passes, plans, low_bit
+    )
+
+
+def _low_bit(mode: Mode, device: str, passes: tuple[Pass, ...], run: _Run) -> dict[Path, LowBit]:
+    """How the layers of each model multiply."""
+    card, found = card_of(device), {}
+    for one in passes:
+        if one.path not in found:
+            found[one.path] = apply(one.opened.pipeline.parts.denoiser, mode, card)
+            run.warnings += found[one.path].warnings
+    return found
 
 
 def _generate(job: Job, ready: _Ready, run: _Run) -> Made:
@@ -205,6 +227,7 @@ def _generate(job: Job, ready: _Ready, run: _Run) -> Made:
         cfg=opened.pipeline.cfg if request.cfg is None else request.cfg,
         dtype=ready.dtype,
         preset=ready.preset.name if ready.preset and ready.preset.name != "default" else "none",
+        compute=ready.low_bit[job.model].mode,
     )
     embedded = []
     run.enter("save", len(paths), "picture")
@@ -241,6 +264,7 @@ def _made(
         tuple(dict.fromkeys(run.warnings)),
         memory,
         run.compiling,
+        run.computing,
     )
 
 
@@ -302,6 +326,8 @@ def _generated(job: Job, ready: _Ready, shown: OnLatents | None, run: _Run) -> G
                 hooks=hooks(one.label, compiling.stepped),
             )
         run.compiling[one.label] = compiling.said
+        if said := ready.low_bit[one.path].said:
+            run.computing[one.label] = said
         return found
 
     passes = {one.label: one for one in ready.passes}

@@ -3,7 +3,7 @@
     machine.py processor.py limits.py     system, cores, RAM, disks, control groups: no torch
     accelerators.py                       devices as torch sees them, and why there are none
     libraries.py                          versions, and what a missing library would add
-    decoders.py                           which kernels serve which formats
+    decoders.py products.py               which kernels serve which formats; what 8 bits multiply
     families.py                           published models in the memory there is
     problems.py                           what could be better, and what to do
     bench.py                              what each format costs here, where that is asked for

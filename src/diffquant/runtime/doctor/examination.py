@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 
 from diffquant.convert.footprint.levels import CONTEXT_NBYTES
@@ -14,6 +15,7 @@ from diffquant.runtime.doctor.libraries import Installed, installed
 from diffquant.runtime.doctor.machine import Machine, machine
 from diffquant.runtime.doctor.probe import Broken, probe
 from diffquant.runtime.doctor.problems import problems
+from diffquant.runtime.doctor.products import Products, products
 from diffquant.runtime.doctor.report import Compute, Diagnosis, Planned
 from diffquant.runtime.memory.plan import Budget
 
@@ -51,6 +53,10 @@ def examine(
     for kind in kinds:
         dtype = next(one.dtype for one in compute if one.device.startswith(kind))
         rows += probe(f"decoders for {kind}", lambda k=kind, d=dtype: decoders(k, d), broken) or ()  # type: ignore[misc]
+    multiplied: list[Products] = []
+    for name in (one.device for one in compute if one.device != "cpu"):
+        look = functools.partial(products, name, supposed=name == supposed)
+        multiplied += probe(f"products on {name}", look, broken) or ()
     probe("numba", _numba, broken)
     if found.built_for.startswith("CUDA") and found.found:
         probe("triton", _triton, broken)
@@ -63,7 +69,16 @@ def examine(
         backends={name: row.backend for row in rows if row.device == kind for name in row.formats},
     )
     diagnosis = Diagnosis(
-        here, found, libraries, compute, tuple(rows), planned, fits, (), tuple(broken)
+        here,
+        found,
+        libraries,
+        compute,
+        tuple(rows),
+        tuple(multiplied),
+        planned,
+        fits,
+        (),
+        tuple(broken),
     )
     return dataclasses.replace(diagnosis, problems=problems(diagnosis))
 

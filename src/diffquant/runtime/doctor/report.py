@@ -11,6 +11,7 @@ from diffquant.runtime.doctor.families import FamilyFit
 from diffquant.runtime.doctor.libraries import Installed
 from diffquant.runtime.doctor.machine import Machine
 from diffquant.runtime.doctor.probe import Broken
+from diffquant.runtime.doctor.products import Products
 
 __all__ = ["Compute", "Diagnosis", "Planned", "Problem"]
 
@@ -69,6 +70,7 @@ class Diagnosis:
     Attributes:
         compute: a row per device, the CPU first; empty where torch does not load.
         decoders: likewise, in groups.
+        products: of accelerators, what multiplies in 8 bits.
         families: published models, planned for `planned`.
         broken: what failed when it was looked at; every row is a problem too.
         bench: what was measured, where that was asked for.
@@ -79,6 +81,7 @@ class Diagnosis:
     libraries: tuple[Installed, ...]
     compute: tuple[Compute, ...]
     decoders: tuple[Decoders, ...]
+    products: tuple[Products, ...]
     planned: Planned
     families: tuple[FamilyFit, ...]
     problems: tuple[Problem, ...]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffquant.core.errors import UsageError
+from diffquant.runtime.compute import Mode
 from diffquant.runtime.prompts import parse
 from diffquant.runtime.request import PictureRequest
 
@@ -50,6 +51,7 @@ class EngineFiles:
         rough: the denoiser computes in bfloat16 from the start, where the engine can be told so;
             `Side.rough` does it to a model that is open, and may hold it twice.
         synthetic: the denoiser alone, as runtime/synthetic.py draws with it.
+        compute: what the denoiser's layers multiply in; only the bundled runtime can be asked.
     """
 
     model: Path
@@ -61,6 +63,7 @@ class EngineFiles:
     swapped: tuple[tuple[str, Path], ...] = ()
     rough: bool = False
     synthetic: bool = False
+    compute: Mode = "exact"
 
 
 class Side(Protocol):

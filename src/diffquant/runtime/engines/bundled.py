@@ -10,9 +10,11 @@ from typing import Self
 import torch
 
 from diffquant import __version__
+from diffquant.runtime.compute import card_of, engines_for
 from diffquant.runtime.control import damaged
 from diffquant.runtime.engines.base import EngineFiles, OnLatents, OnStep, Pictures
 from diffquant.runtime.lora import attach
+from diffquant.runtime.low_bit import LowBit, apply
 from diffquant.runtime.opening import Opened, open_pipeline
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.synthetic import describe
@@ -22,13 +24,21 @@ __all__ = ["BundledSide", "open_side"]
 
 @dataclass(frozen=True, slots=True)
 class BundledSide:
-    """An opened pipeline of ours."""
+    """An opened pipeline of ours; `synthetic` says what its denoiser is shown instead of text."""
 
     files: EngineFiles
     opened: Opened
     warnings: tuple[str, ...]
+    low_bit: LowBit
     engine: str = f"diffquant {__version__}"
-    how: str = "read and run by diffquant"
+    synthetic: str = ""
+
+    @property
+    def how(self) -> str:
+        """Who read and ran the file; once it has run, what its layers were computed in."""
+        return "; ".join(
+            ("read and run by diffquant", *filter(None, (self.synthetic,)), *self.low_bit.said)
+        )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -78,11 +88,17 @@ def _opened(files: EngineFiles, denoiser: torch.dtype | None) -> Opened:
 
 
 def open_side(files: EngineFiles) -> BundledSide:
-    """Open a model in the bundled runtime; weights stay packed, LoRAs are side branches."""
-    opened = _opened(files, torch.bfloat16 if files.rough else None)
+    """Open a model in the bundled runtime; weights stay packed, LoRAs are side branches.
+
+    Where its layers multiply in 8 bits, the denoiser computes in bfloat16, as such products do.
+    """
+    card = card_of(files.device)
+    low = bool(engines_for(files.compute, card)[0])
+    opened = _opened(files, torch.bfloat16 if low or files.rough else None)
     uses = attach(opened, files.loras)
-    warnings = (*opened.warnings, *(text for use in uses for text in use.warnings))
-    side = BundledSide(files, opened, warnings)
-    if files.synthetic:
-        return replace(side, how=f"{side.how}; {describe(opened.pipeline)}")
-    return side
+    found = apply(opened.pipeline.parts.denoiser, files.compute, card)
+    texts = (text for use in uses for text in use.warnings)
+    told = describe(opened.pipeline) if files.synthetic else ""
+    return BundledSide(
+        files, opened, (*opened.warnings, *texts, *found.warnings), found, synthetic=told
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels.fields import Kernel, Parts
 
-__all__ = ["KERNELS"]
+__all__ = ["KERNELS", "levels_of", "rotated"]
 
 
 def rotated(weight: Tensor, group: int) -> Tensor:
@@ -42,18 +42,40 @@ def _int8(group: int, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) 
     return rotated(weight, group).to(dtype)
 
 
-def _w4a4(group: int, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _signed(parts: Parts, shape: tuple[int, ...]) -> Tensor:
     code = _nibbles(parts["weight"].reshape(shape[0], -1)).to(torch.int8)
-    level = torch.where(code > 7, code - 16, code).float()
-    return rotated(level * parts["scale"].float().reshape(-1, 1), group).to(dtype)
+    return torch.where(code > 7, code - 16, code).float()
 
 
-def _w4a8(group: int, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _w4a4(group: int, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    scale = parts["scale"].float().reshape(-1, 1)
+    return rotated(_signed(parts, shape) * scale, group).to(dtype)
+
+
+def _looked_up(parts: Parts, shape: tuple[int, ...]) -> Tensor:
     code = _nibbles(parts["weight"].reshape(shape[0], -1)).int()
     step = parts["s_rel"].view(torch.float8_e4m3fn).reshape(shape[0], -1, 1).float()
     value = parts["codebook"].reshape(-1)[code].reshape(shape[0], step.shape[1], -1)
-    level = (value * step).round().clamp(-127, 127).reshape(shape)
-    return rotated(level * parts["s_channel"].reshape(-1, 1), group).to(dtype)
+    return (value * step).round().clamp(-127, 127).reshape(shape)
+
+
+def _w4a8(group: int, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    scale = parts["s_channel"].reshape(-1, 1)
+    return rotated(_looked_up(parts, shape) * scale, group).to(dtype)
+
+
+_LEVELS = {"convrot_w4a4": _signed, "asym_w4a8_int8": _looked_up}
+
+
+def levels_of(codec: str, parts: Parts, shape: tuple[int, ...]) -> Tensor:
+    """The levels of a weight of 4 bits, which its row's scale multiplies: int8 (N, K).
+
+    A NaN, which no encoder writes, counts as 0; who multiplies levels compares with decoding first.
+
+    Raises:
+        KeyError: a codec without levels.
+    """
+    return _LEVELS[codec](parts, shape).nan_to_num(nan=0.0).to(torch.int8)
 
 
 _CODECS = {"int8_convrot": _int8, "convrot_w4a4": _w4a4, "asym_w4a8_int8": _w4a8}

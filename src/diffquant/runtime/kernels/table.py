@@ -79,9 +79,11 @@ def _loaded(backend: _Backend) -> tuple[ModuleType | None, str]:
     return (None, reason) if reason else (module, "")
 
 
-def fast_module(device: str) -> ModuleType | None:
-    """The module of a device's fast kernels, where they run on this machine."""
-    return _loaded(_BACKENDS[device])[0] if device in _BACKENDS else None
+def fast_module(device: str) -> tuple[ModuleType | None, str]:
+    """The module of fast kernels for a type of device, or why there is none here."""
+    if device not in _BACKENDS:
+        return None, f"no kernels for {device} yet"
+    return _loaded(_BACKENDS[device])
 
 
 def is_stored(name: str, dtype: torch.dtype) -> bool:

@@ -25,7 +25,7 @@ def serves(x: Tensor) -> bool:
         and x.dtype in _DTYPES
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and x.requires_grad)
-        and fast_module("cuda") is not None
+        and fast_module("cuda")[0] is not None
     )
 
 

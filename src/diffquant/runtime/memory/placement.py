@@ -108,6 +108,11 @@ class _Part:
             self._loaded[layer] = layer.stored.load().to(self.device)
         for layer, weight in self._loaded.items():
             layer.packed, layer.home = weight, None
+            layer.on_replace = self._replaced
+
+    def _replaced(self, layer: PackedLayer, weight: PackedWeight) -> None:
+        """Hear that a weight of ours was replaced (low_bit.py); it is ours, and goes when we do."""
+        self._loaded[layer] = weight
 
     def _groups(self, rung: Rung) -> tuple[list[Group], list[Group]]:
         """Groups to stream and which of them stay; none: the part comes whole."""

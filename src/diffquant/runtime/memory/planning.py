@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from diffquant.convert.footprint import Footprint, Picture, parts_footprint
@@ -38,16 +40,28 @@ def footprint_of(opened: Opened, request: PictureRequest) -> Footprint:
     )
 
 
-def plan_run(opened: Opened, request: PictureRequest, asked: Asked) -> MemoryPlan:
+def plan_run(
+    opened: Opened, request: PictureRequest, asked: Asked, *, extra: int = 0
+) -> MemoryPlan:
     """Choose how to place the weights for a request.
+
+    Args:
+        opened: the model.
+        request: what is made.
+        asked: what memory may be taken.
+        extra: bytes that weights take more on the device than in the file (low_bit.py); counted
+            with what the device takes for itself, at every level, since that is known beforehand.
 
     Raises:
         ResourceError: nothing that was asked for fits.
     """
     device = _placement_device(opened)
+    budget = available(device, asked)
+    if extra:
+        budget = replace(budget, context=budget.own(device.type) + extra)
     return plan_memory(
         footprint_of(opened, request),
-        available(device, asked),
+        budget,
         device=device.type,
         level=asked.offload,
         decoder=asked.decoder,

@@ -24,6 +24,7 @@ __all__ = [
     "half",
     "int8",
     "number",
+    "to_e4m3",
     "weights",
     "word",
 ]
@@ -81,6 +82,20 @@ def e4m3(code):
     bits = (code & 0x80) << 24 | (code & 0x7F) << 20
     value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
     return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def to_e4m3(x):
+    """Bits of the nearest float8 e4m3fn, ties to even: uint8; for |x| <= 448, and NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - 960  # 120 less in the exponent
+    # Below 2**-6 steps are 2**-9: what float32 rounds to beside 2**14.
+    beside = size.to(tl.float32, bitcast=True) + 16384.0
+    small = beside.to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(size < 0x3C800000, small, normal)
+    code = tl.where(size > 0x7F800000, 0x7F, code)
+    return (code | bits >> 24 & 0x80).to(tl.uint8)
 
 
 @triton.jit

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -15,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from diffquant.quant.formats import FORMATS
-from diffquant.runtime.kernels.fields import Kernel, Parts
+from diffquant.runtime.kernels.fields import Parts
 from diffquant.runtime.kernels.reference import KERNELS as REFERENCE
 from diffquant.runtime.kernels.triton.launch import aligned, group, launch, tile
 
-__all__ = ["Table", "of_blocks"]
+__all__ = ["BlockKernel", "Table", "of_blocks"]
 
 Table = Callable[[torch.device], Tensor]
 
@@ -47,40 +49,50 @@ def _blocks(
     tl.store(dst + offset, value.to(dst.dtype.element_ty), mask=mask[:, None])
 
 
-def of_blocks(name: str, decode: object, width: int, table: Table | None = None) -> Kernel:
-    """Make the kernel of a format.
+@dataclass(frozen=True, slots=True)
+class BlockKernel:
+    """The decoder of a format; see fields.Kernel.
 
-    Args:
+    Attributes:
         name: FORMATS name of a format whose only part is `weight`.
         decode: device function (src, block, sub, mask, table, GROUP) -> (runs, width) float32.
             `block` (runs,) is the offset of each run's block, `sub` its place in the block.
         width: weights in a run.
         table: what the format looks up, on the given device.
     """
-    row = FORMATS[name]
-    size, nbytes = row.block_size, row.nbytes((1, row.block_size))
 
-    def kernel(parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    name: str
+    decode: Any
+    width: int
+    table: Table | None = None
+
+    def __call__(self, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Decode to `shape` in `dtype`."""
+        row = FORMATS[self.name]
+        size, nbytes = row.block_size, row.nbytes((1, row.block_size))
         stored, count = parts["weight"], math.prod(shape)
         if stored.dtype != torch.uint8 or stored.numel() * size != count * nbytes:
-            return REFERENCE[name](parts, shape, dtype)
-        weight, (weights, warps) = aligned(stored), tile(name)
+            return REFERENCE[self.name](parts, shape, dtype)
+        weight, (weights, warps) = aligned(stored), tile(self.name)
         out = torch.empty(shape, dtype=dtype, device=weight.device)
         launch(
             _blocks,
             -(-count // weights),
             warps,
             weight,
-            table(weight.device) if table else weight,
+            self.table(weight.device) if self.table else weight,
             out,
-            count // width,
-            DECODE=decode,
-            RUNS=weights // width,
-            WIDTH=width,
-            PER_BLOCK=size // width,
+            count // self.width,
+            DECODE=self.decode,
+            RUNS=weights // self.width,
+            WIDTH=self.width,
+            PER_BLOCK=size // self.width,
             NBYTES=nbytes,
             GROUP=group(dtype),
         )
         return out
 
-    return kernel
+
+def of_blocks(name: str, decode: object, width: int, table: Table | None = None) -> BlockKernel:
+    """Make the kernel of a format; see BlockKernel."""
+    return BlockKernel(name, decode, width, table)

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
-from diffquant.runtime.kernels.fields import Kernel
 from diffquant.runtime.kernels.triton.bits import byte, e2m1, half, int8, number, weights, word
-from diffquant.runtime.kernels.triton.blocks import of_blocks
+from diffquant.runtime.kernels.triton.blocks import BlockKernel, of_blocks
 from diffquant.runtime.kernels.triton.tables import table
 
 __all__ = ["KERNELS"]
@@ -86,7 +85,7 @@ def _nvfp4(src, block, sub, mask, table, GROUP: tl.constexpr):
     return tl.where(code == 127, 0.0, scale)[:, None] * value
 
 
-KERNELS: Mapping[str, Kernel] = {
+KERNELS: Mapping[str, BlockKernel] = {
     "q8_0": of_blocks("q8_0", _q8_0, 32),
     "q4_0": of_blocks("q4_0", _q4_0, 32),
     "q4_1": of_blocks("q4_1", _q4_1, 32),

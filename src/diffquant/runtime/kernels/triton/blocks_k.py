@@ -11,9 +11,8 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
-from diffquant.runtime.kernels.fields import Kernel
 from diffquant.runtime.kernels.triton.bits import byte, half, int8, number, weights, word
-from diffquant.runtime.kernels.triton.blocks import of_blocks
+from diffquant.runtime.kernels.triton.blocks import BlockKernel, of_blocks
 from diffquant.runtime.kernels.triton.tables import table
 
 __all__ = ["KERNELS"]
@@ -100,7 +99,7 @@ def _iq4_xs(src, block, sub, mask, table, GROUP: tl.constexpr):
     return scale[:, None] * tl.load(table + (packed >> (column // 16 * 4)[None, :] & 15))
 
 
-KERNELS: Mapping[str, Kernel] = {
+KERNELS: Mapping[str, BlockKernel] = {
     "q2_k": of_blocks("q2_k", _q2_k, 16),
     "q3_k": of_blocks("q3_k", _q3_k, 16),
     "q4_k": of_blocks("q4_k", _q4_k, 32),

@@ -21,13 +21,13 @@ from diffquant.runtime.kernels.reference import KERNELS as REFERENCE
 from diffquant.runtime.kernels.triton.bits import at, byte, e4m3, int8, number
 from diffquant.runtime.kernels.triton.launch import aligned, group, launch, tile
 
-__all__ = ["KERNELS"]
+__all__ = ["KERNELS", "rounded"]
 
 _STEP = 16  # weights that share an s_rel
 
 
 @triton.jit
-def _rounded(x):
+def rounded(x):
     """To whole numbers, half to even, and to +-127; NaN and the sign of 0 stay."""
     whole = (x + 12582912.0) - 12582912.0  # beyond 2**22 inexact, and cut to 127
     whole = tl.where(whole == 0.0, x * 0.0, whole)
@@ -68,8 +68,8 @@ def _rotated(
             low, high = number((packed & 15) ^ 8, 8), number(packed >> 4 ^ 8, 8)
         else:
             relative = e4m3(byte(step + first * (SIZE // STEP), run, live))[:, None]
-            low = _rounded(tl.load(book + (packed & 15)) * relative)
-            high = _rounded(tl.load(book + (packed >> 4)) * relative)
+            low = rounded(tl.load(book + (packed & 15)) * relative)
+            high = rounded(tl.load(book + (packed >> 4)) * relative)
         level = tl.reshape(tl.join(low, high), (GROUPS, SIZE))
     x = level * factor[:, None]
     for _ in tl.static_range((SIZE > 4) + (SIZE > 16) + (SIZE > 64)):
