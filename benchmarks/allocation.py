@@ -110,7 +110,7 @@ def write(bench: Bench, name: str, kind: str, budget: int, out: Path) -> dict[st
         )
         request = allocated.request
     job = run_job(bench.model, out, request, matrix=matrix, verify="none")
-    return {row.key: row.format for row in job.tensors}
+    return {row.key: row.stored for row in job.tensors}
 
 
 def measure(bench: Bench, kind: str) -> dict[str, Any]:
