@@ -175,7 +175,9 @@ def main() -> None:
         made = calibrate(arguments.model, prompts, **how)
         paths = Path(folder) / "plain.json", Path(folder) / "weighed.json"
         for path, matrix in zip(paths, (None, made.matrix), strict=True):
-            found = measure_sensitivity(arguments.model, prompts, matrix=matrix, **how)
+            found = measure_sensitivity(
+                arguments.model, prompts, matrix=matrix, everywhere=True, **how
+            )
             write_sensitivity(path, found.sensitivity)
         reference = draw(arguments.model, arguments.model, held, arguments.steps, settings)
         bench = Bench(
