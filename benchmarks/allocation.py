@@ -110,7 +110,7 @@ def write(bench: Bench, name: str, kind: str, budget: int, out: Path) -> dict[st
         )
         request = allocated.request
     job = run_job(bench.model, out, request, matrix=matrix, verify="none")
-    return {row.key: row.format for row in job.tensors}
+    return {row.key: row.stored for row in job.tensors}
 
 
 def measure(bench: Bench, kind: str) -> dict[str, Any]:
@@ -175,7 +175,9 @@ def main() -> None:
         made = calibrate(arguments.model, prompts, **how)
         paths = Path(folder) / "plain.json", Path(folder) / "weighed.json"
         for path, matrix in zip(paths, (None, made.matrix), strict=True):
-            found = measure_sensitivity(arguments.model, prompts, matrix=matrix, **how)
+            found = measure_sensitivity(
+                arguments.model, prompts, matrix=matrix, everywhere=True, **how
+            )
             write_sensitivity(path, found.sensitivity)
         reference = draw(arguments.model, arguments.model, held, arguments.steps, settings)
         bench = Bench(

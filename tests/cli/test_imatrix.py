@@ -56,6 +56,7 @@ def test_a_sensitivity_is_written_beside_the_matrix(command, examples, prompts, 
     [
         (("--among", "q4_k"), "--among: only with --sensitivity"),
         (("--level", "latents"), "--level: only with --sensitivity"),
+        (("--weighed",), "--weighed: only with --sensitivity"),
         (("--sensitivity", "a.txt"), "written as .json"),
         (("--sensitivity", "nowhere/a.json"), "nowhere"),
         (("--sensitivity", "a.json", "--among", ","), "expected formats with commas"),

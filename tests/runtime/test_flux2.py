@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from diffquant.core.errors import ArchitectureError, UsageError
+from diffquant.runtime.calibrate import layers_of
+from diffquant.runtime.gradients import GradientPower, recomputed
 from diffquant.runtime.layers import PackedWeight, Segment
 from diffquant.runtime.loading import build
 from diffquant.runtime.models import flux2
@@ -172,3 +174,21 @@ def test_rotary_axes_must_fill_the_head():
     }
     with pytest.raises(ArchitectureError, match="do not add up to the head width 64"):
         flux2.config_from(shapes, {})
+
+
+@pytest.mark.oracle
+def test_gradients_reach_every_packed_layer(oracle):
+    reference = tiny(oracle, **CASES["klein"])
+    ours = build("flux2", weights(reference), reference.config)
+    power = GradientPower(dict(layers_of(ours)))
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(2, ours.config.in_channels, 4, 6, generator=generator)
+    states, t = torch.randn(2, 5, ours.config.context, generator=generator), torch.rand(2)
+    with torch.no_grad():
+        plain = ours(latents, t, states, None)
+    with power.hooked(), recomputed(ours), torch.enable_grad():
+        found = ours(latents, t, states, None)
+        (found * torch.randn(found.shape, generator=generator)).sum().backward()
+    power.finish_picture()
+    assert torch.equal(found.detach(), plain)
+    assert all(power.power(key).total > 0 for key in power.layers)

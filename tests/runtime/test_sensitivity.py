@@ -161,7 +161,7 @@ def test_formats_that_overflow_or_lack_importance_are_left_out():
     assert format_errors(small, ("iq2_xxs",), flat_power(4, 256)) == {}
 
 
-def test_importance_changes_what_is_priced():
+def test_importance_changes_what_is_priced_where_it_is_asked_for():
     matrix = ImportanceMatrix(
         {
             key: Entry(
@@ -172,7 +172,11 @@ def test_importance_changes_what_is_priced():
     )
     common = {"among": ("q2_k",), "steps": 1, "size": SIZE}
     plain = measure_sensitivity(QWEN, PROMPTS[:1], **common).sensitivity
-    weighed = measure_sensitivity(QWEN, PROMPTS[:1], matrix=matrix, **common).sensitivity
+    needed = measure_sensitivity(QWEN, PROMPTS[:1], matrix=matrix, **common).sensitivity
+    assert needed.errors == plain.errors  # q2_k can do without
+    weighed = measure_sensitivity(
+        QWEN, PROMPTS[:1], matrix=matrix, everywhere=True, **common
+    ).sensitivity
     key = "transformer_blocks.0.attn.to_out.0.weight"
     assert weighed.errors[key] != plain.errors[key]
     assert weighed.errors["img_in.weight"] == plain.errors["img_in.weight"]  # its rows are cut

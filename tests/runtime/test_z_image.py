@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from diffquant.core.errors import ArchitectureError, UsageError
+from diffquant.runtime.calibrate import layers_of
+from diffquant.runtime.gradients import GradientPower, recomputed
 from diffquant.runtime.layers import PackedWeight, Segment
 from diffquant.runtime.loading import build
 from diffquant.runtime.models import z_image
@@ -135,3 +137,21 @@ def test_rotary_axes_must_fill_the_head():
 def test_other_patches_are_refused():
     with pytest.raises(ArchitectureError, match="all_patch_size"):
         z_image.config_from({}, {"all_patch_size": (4,)})
+
+
+@pytest.mark.oracle
+def test_gradients_reach_every_packed_layer(oracle):
+    reference = tiny(oracle)
+    ours = build("z_image", weights(reference), reference.config)
+    power = GradientPower(dict(layers_of(ours)))
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(2, ours.config.in_channels, 4, 6, generator=generator)
+    states, t = torch.randn(2, 5, ours.config.caption, generator=generator), torch.rand(2)
+    with torch.no_grad():
+        plain = ours(latents, t, states, (5, 5))
+    with power.hooked(), recomputed(ours), torch.enable_grad():
+        found = ours(latents, t, states, (5, 5))
+        (found * torch.randn(found.shape, generator=generator)).sum().backward()
+    power.finish_picture()
+    assert torch.equal(found.detach(), plain)
+    assert all(power.power(key).total > 0 for key in power.layers)

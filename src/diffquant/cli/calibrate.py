@@ -69,6 +69,11 @@ class CalibrateReport:
     help="What is differentiated for --sensitivity; latents take less memory  [default: pictures]",
 )
 @click.option(
+    "--weighed",
+    is_flag=True,
+    help="Price every format as encoded with the importance matrix, not only those that need one.",
+)
+@click.option(
     "--seed",
     type=click.IntRange(0, 2**62),
     default=0,
@@ -100,6 +105,7 @@ def command(
     sensitivity: Path | None,
     among: str | None,
     level: Literal["pictures", "latents"] | None,
+    weighed: bool,
     seed: int,
     steps: int,
     cfg: float | None,
@@ -125,7 +131,12 @@ def command(
         if inputs is not None:
             check_inputs_target(inputs, force=force)
         asked = _asked(
-            sensitivity, among, level, taken=(model, prompts, output, inputs), force=force
+            sensitivity,
+            among,
+            level,
+            weighed=weighed,
+            taken=(model, prompts, output, inputs),
+            force=force,
         )
         lines = prompts_from(prompts)
         wanted = size_from(size)
@@ -166,7 +177,13 @@ def command(
             from diffquant.runtime.sensitivity import measure_sensitivity
 
             priced = measure_sensitivity(
-                model, lines, among=names, level=level or "pictures", matrix=made.matrix, **how
+                model,
+                lines,
+                among=names,
+                level=level or "pictures",
+                matrix=made.matrix,
+                everywhere=weighed,
+                **how,
             )
             write_sensitivity(sensitivity, priced.sensitivity)
             unused = len(priced.unused)
@@ -211,12 +228,17 @@ def _asked(
     among: str | None,
     level: str | None,
     *,
+    weighed: bool,
     taken: tuple[Path | None, ...],
     force: bool,
 ) -> tuple[str, ...]:
     """Formats named by --among; refuses what has no effect, and a file that cannot be written."""
     if path is None:
-        given = [name for name, value in (("--among", among), ("--level", level)) if value]
+        given = [
+            name
+            for name, value in (("--among", among), ("--level", level), ("--weighed", weighed))
+            if value
+        ]
         if given:
             raise UsageError(f"{' and '.join(given)}: only with --sensitivity FILE")
         return ()

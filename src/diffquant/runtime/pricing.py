@@ -55,6 +55,7 @@ def format_errors(
     power: Power,
     *,
     importance: NDArray[np.float32] | None = None,
+    everywhere: bool = False,
 ) -> dict[str, float]:
     """Predicted error of a weight in each format that can hold it.
 
@@ -64,7 +65,8 @@ def format_errors(
             where readers restore shapes, in rows of 256; if that fails too it is left out, as are
             formats that overflow and those that need an importance which is not there.
         power: of the gradient of the weight as a matrix (N, K).
-        importance: (K,) what the encoder weighs columns by.
+        importance: (K,) what encoders that need it weigh columns by.
+        everywhere: whether those that can do without weigh by it too.
     """
     n, k = matrix_shape(weight.shape)
     found = {}
@@ -82,7 +84,8 @@ def format_errors(
         rows = power.rows[index]
         stored = chosen.reshape(-1, flat[1]) if flat else chosen
         stats = backend(row.codec, "reduce")(stored, None, fmt=name) if row.passes == 2 else None
-        weigh = {} if row.importance == "unused" or flat else {"importance": importance}
+        weighs = not flat and row.importance in (("required", "optional")[: 1 + everywhere])
+        weigh = {"importance": importance} if weighs else {}
         parts = backend(row.codec, "encode")(stored, stats, fmt=name, **weigh)
         decoded = backend(row.codec, "decode")(parts, stored.shape, fmt=name)
         if not np.isfinite(decoded).all():

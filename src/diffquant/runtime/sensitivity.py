@@ -70,6 +70,7 @@ def measure_sensitivity(
     among: Sequence[str] = AMONG,
     level: Level = "pictures",
     matrix: ImportanceMatrix | None = None,
+    everywhere: bool = False,
     seed: int = 0,
     steps: int = 10,
     cfg: float | None = None,
@@ -89,7 +90,9 @@ def measure_sensitivity(
         prompts: picture i starts from seed + i.
         among: FORMATS names to price.
         level: what is differentiated, the decoded picture or the last latents (less memory).
-        matrix: importance matrix that the tensors will be encoded with, by canonical key.
+        matrix: importance matrix, by canonical key, for formats that need one.
+        everywhere: whether formats that can do without are priced as encoded with it too. Their
+            errors then are not independent, and the sum can promise too much.
         seed: of the first picture.
         steps: sampler steps per picture.
         cfg: guidance strength, None for the family's.
@@ -133,14 +136,14 @@ def measure_sensitivity(
                 warnings += [f"the prompt was cut: {text!r}" for text in cut]
     finally:
         progress.stop()
-    errors, unused = _priced(power, names, elements, matrix, progress)
+    errors, unused = _priced(power, names, elements, (matrix, everywhere), progress)
     context = {
         "level": level,
         "pictures": str(len(prompts)),
         "steps": str(steps),
         "seed": str(seed),
         "size": f"{width}x{height}",
-        "importance": "with, of the same run" if matrix is not None else "none",
+        "importance": "none" if matrix is None else "all formats" if everywhere else "if needed",
     }
     made = Sensitivity(
         opened.architecture, "outputs", _UNITS[level], hash_of_model(model), errors, context
@@ -182,11 +185,12 @@ def _priced(
     power: GradientPower,
     names: Sequence[str],
     elements: int,
-    matrix: ImportanceMatrix | None,
+    weighing: tuple[ImportanceMatrix | None, bool],
     progress: Progress,
 ) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
     errors: dict[str, dict[str, float]] = {}
     unused = []
+    matrix, everywhere = weighing
     progress.start("encode", len(power.layers), "tensor")
     try:
         for key, layer in power.layers.items():
@@ -195,7 +199,7 @@ def _priced(
             values = None
             if matrix is not None and key in matrix.entries:
                 values = matrix.entries[key].values().astype(np.float32)
-            found = format_errors(weight, names, known, importance=values)
+            found = format_errors(weight, names, known, importance=values, everywhere=everywhere)
             errors[key] = {name: float(error / elements) for name, error in found.items()}
             if not known.total:
                 unused.append(key)
