@@ -6,6 +6,7 @@ The cards here are the CPU under another name: what a card computes is tested in
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,30 @@ def test_threads_are_spread_over_cards_and_stay_there(monkeypatch):
         thread.start()
         thread.join()
     assert made == [0, 1, 0, 1]
+
+
+def test_one_thread_compiles_and_the_others_wait(monkeypatch):
+    calls, seen = [], []
+
+    def encode(weight, stats=None, *, fmt):
+        calls.append(fmt)
+        if not seen:
+            time.sleep(0.1)
+            seen.append(len(calls))  # who else came meanwhile
+        return {"weight": weight}
+
+    monkeypatch.setattr(staging, "backend", lambda *_: encode)
+    stages, weight = Stages(("cpu",)), np.zeros((1, 32), np.float32)
+    threads = [
+        threading.Thread(target=stages.encode, args=(weight, None), kwargs={"fmt": "q8_0"})
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1]
+    assert len(calls) == 4
 
 
 def test_no_memory_on_a_card_is_told(monkeypatch):

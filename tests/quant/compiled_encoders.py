@@ -37,8 +37,9 @@ def compiled(monkeypatch, codec, weight, *, capability=90, enable_fp_fusion=Fals
         if kernel.params[at].is_constexpr:
             signature[name], constexprs[name] = "constexpr", value
             continue
+        assert isinstance(value, torch.Tensor) or kernel.params[at].do_not_specialize, name
         signature[name] = _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
+        if isinstance(value, torch.Tensor):  # numbers are not specialized
             attributes[(at,)] = [["tt.divisibility", 16]]
     return compile_source(
         ASTSource(kernel, signature, constexprs, attributes),

@@ -10,9 +10,10 @@ Parts are returned as memory of their own: the buffers serve the thread's next r
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ class Stages:
         self._mine = threading.local()
         self._turns = itertools.cycle(devices)
         self._lock = threading.Lock()
+        self._compiling = threading.Lock()
+        self._compiled: set[tuple[str, bool]] = set()
 
     def encode(
         self,
@@ -69,7 +72,8 @@ class Stages:
         starts = (0,) if whole else range(0, len(weight), rows)
         slabs = [weight if whole else weight[at : at + rows] for at in starts]
         try:
-            found = [self._stage().encode(slab, stats, fmt, importance) for slab in slabs]
+            with self._alone((fmt, importance is not None)):
+                found = [self._stage().encode(slab, stats, fmt, importance) for slab in slabs]
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"no memory on the card for {weight.nbytes} bytes of weights: {error}; use fewer "
@@ -78,6 +82,19 @@ class Stages:
         if len(found) == 1:
             return found[0]
         return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+
+    @contextlib.contextmanager
+    def _alone(self, key: tuple[str, bool]) -> Iterator[None]:
+        """Let the first thread compile a format's kernels while the others wait for them.
+
+        Triton would let every thread compile the same.
+        """
+        if key in self._compiled:
+            yield
+            return
+        with self._compiling:  # who waited compiles nothing more
+            yield
+        self._compiled.add(key)
 
     def _stage(self) -> _Stage:
         stage: _Stage | None = getattr(self._mine, "stage", None)

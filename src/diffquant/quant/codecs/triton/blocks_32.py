@@ -114,7 +114,7 @@ def _q5_1(dst, at, x, mask):
     _affine(dst, at, x, mask, 31, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _blocks(src, dst, blocks, ENCODE: tl.constexpr, NBYTES: tl.constexpr, LANES: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * LANES  # 64 bits: weights beyond 2**31 bytes
     src += first * 32

@@ -42,15 +42,15 @@ def spread_columns(x, importance, lane, columns, sigma2, run, mask):
     return found
 
 
-@triton.jit
-def _mean_squares(src, dst, groups, size, FACTOR: tl.constexpr, LANES: tl.constexpr):
+@triton.jit(do_not_specialize=["groups"])
+def _mean_squares(src, dst, groups, SIZE: tl.constexpr, FACTOR: tl.constexpr, LANES: tl.constexpr):
     group = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = group < groups
     total = tl.zeros((LANES,), tl.float32)
-    for i in range(size):
-        x = tl.load(src + group * size + i, mask=mask, other=0.0).to(tl.float32)
+    for i in range(SIZE):
+        x = tl.load(src + group * SIZE + i, mask=mask, other=0.0).to(tl.float32)
         total = total + x * x
-    divisor = tl.zeros((LANES,), tl.float32) + size
+    divisor = tl.full((LANES,), SIZE, tl.float32)
     tl.store(dst + group, tl.div_rn(total * FACTOR, divisor), mask=mask)
 
 
@@ -60,6 +60,14 @@ def mean_squares(weight: Tensor, size: int, factor: float = 1.0) -> Tensor:
     found = torch.empty(groups, dtype=torch.float32, device=weight.device)
     programs = -(-groups // _LANES)
     launch(
-        _mean_squares, programs, _WARPS, weight, found, groups, size, FACTOR=factor, LANES=_LANES
+        _mean_squares,
+        programs,
+        _WARPS,
+        weight,
+        found,
+        groups,
+        SIZE=size,
+        FACTOR=factor,
+        LANES=_LANES,
     )
     return found

@@ -39,7 +39,7 @@ def rotation_step(x, GROUPS: tl.constexpr, SIZE: tl.constexpr):
     return tl.reshape(turned, (GROUPS, SIZE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def _rotate(src, dst, groups, GROUPS: tl.constexpr, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * GROUPS  # 64 bits: weights beyond 2**31 bytes
     row = tl.arange(0, GROUPS)

@@ -90,7 +90,7 @@ def _find_scale(x, weight, offsets, COUNT: tl.constexpr, WEIGHTED: tl.constexpr)
     return tl.where(empty, 0.0, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "columns"])
 def _iq4_nl(
     src,
     dst,
@@ -117,7 +117,7 @@ def _iq4_nl(
     store_bytes(dst, lane * 18 + 2, nibbles(_levels(x, scale)), mask, tl.int16, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "columns"])
 def _iq4_xs(
     src,
     dst,

@@ -113,7 +113,7 @@ def _store(
     return at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _super_blocks(
     src,
     dst,
@@ -138,7 +138,7 @@ def _super_blocks(
     _store(dst, x, scales, lows, size, low_size, factor, start, blocks, TOP, NBYTES, LANES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _finish(
     src,
     dst,

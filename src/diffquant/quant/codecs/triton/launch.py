@@ -1,4 +1,8 @@
-"""How kernels are launched: no fused multiply-add, the tensor's own device; lanes of encoders."""
+"""How kernels are launched: no fused multiply-add, the tensor's own device; lanes of encoders.
+
+Counts of what there is to encode are arguments that kernels are not specialized for: Triton would
+compile a kernel again where one is divisible by 16 or is 1, many seconds each.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _WARPS = 4
 _SMALLEST = int(SMALLEST_ABSMAX.view(np.int32))  # its bits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _flat(src, bounds, packed, absmax, count, SMALLEST: tl.constexpr, BLOCKS: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCKS  # 64 bits: weights beyond 2**31 bytes
     block = tl.arange(0, BLOCKS)

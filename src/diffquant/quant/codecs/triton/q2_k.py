@@ -65,7 +65,7 @@ def _store(dst, x, scales, lows, size, low_size, factor, start, blocks, LANES: t
     return place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _super_blocks(src, dst, grids, blocks, COUNT: tl.constexpr, LANES: tl.constexpr):
     BLOCKS: tl.constexpr = LANES // 16
     first = tl.program_id(0).to(tl.int64) * BLOCKS  # 64 bits: weights beyond 2**31 bytes
@@ -80,7 +80,7 @@ def _super_blocks(src, dst, grids, blocks, COUNT: tl.constexpr, LANES: tl.conste
     _store(dst + first * 84, x, scales, lows, size, low_size, factor, start, blocks, LANES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _finish(src, dst, found, steps, sizes, blocks, LANES: tl.constexpr):
     """Store super-blocks whose sub-blocks and steps were searched: weighted.py."""
     BLOCKS: tl.constexpr = LANES // 16

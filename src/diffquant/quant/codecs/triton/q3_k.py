@@ -81,7 +81,7 @@ def _store_scales(dst, block, scales, mask, BLOCKS: tl.constexpr):
     tl.store(place + (8 + tl.arange(0, 4)[None, :]), upper, mask=mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _super_blocks(src, dst, blocks, ROUNDS: tl.constexpr, LANES: tl.constexpr):
     BLOCKS: tl.constexpr = LANES // 16
     first = tl.program_id(0).to(tl.int64) * BLOCKS  # 64 bits: weights beyond 2**31 bytes

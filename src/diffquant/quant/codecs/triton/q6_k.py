@@ -24,7 +24,7 @@ from diffquant.quant.codecs.triton.symmetric_search import symmetric_grids, symm
 __all__ = ["q6_k"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "columns"])
 def _super_blocks(
     src,
     dst,

@@ -31,7 +31,7 @@ __all__ = ["fit_steps", "grids_of", "load_levels", "load_steps", "search_sub_blo
 _FITS = Lanes(32, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "columns", "run"])
 def _search(
     src,
     importance,
@@ -81,7 +81,7 @@ def load_steps(steps, sizes, first, count, blocks, BLOCKS: tl.constexpr, SUB: tl
     return scales, lows, size, low_size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _fit(
     found,
     grids,

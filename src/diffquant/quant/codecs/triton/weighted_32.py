@@ -50,7 +50,7 @@ def _affine(dst, at, x, weight, grids, mask, COUNT: tl.constexpr, TOP: tl.conste
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "columns"])
 def _blocks(
     src,
     dst,
