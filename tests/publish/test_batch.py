@@ -134,7 +134,7 @@ def test_one_output_continues_where_it_was_killed(plan, tmp_path, whole):
     ran = subprocess.run([sys.executable, WORKS, path, "write:200"], check=False)
     assert ran.returncode == -signal.SIGKILL
     kept = tmp_path / "out" / f".{NAMES[2]}.resume.jsonl"
-    assert kept.read_bytes().count(b"\n") > 20
+    assert kept.read_bytes().count(b"\n") > 5
     report = run_batch(path)
     assert states(report) == ["unfinished"]
     assert files(tmp_path / "out") == {NAMES[2]: whole[NAMES[2]]}
