@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffquant.convert.sensitivity import (
     Sensitivity,
     cache_path,
     find_sensitivity,
+    keep_sensitivity,
     read_sensitivity,
     write_sensitivity,
 )
@@ -199,3 +201,14 @@ def test_a_format_that_overflows_is_left_out(write, tmp_path, flux):
         found = from_weights(bind(source), wanted, architecture="", source="").errors
     assert found["big.weight"].keys() == {"f32"}
     assert found["bad.weight"] == {"f32": 0.0}
+
+
+def test_what_was_measured_is_kept_where_it_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFQUANT_CACHE", str(tmp_path / "cache"))
+    assert keep_sensitivity(ONE)
+    found = find_sensitivity(tmp_path / "model.safetensors", ONE.source)
+    assert found == (cache_path(ONE.source), ONE)
+    assert not keep_sensitivity(replace(ONE, source=""))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DIFFQUANT_CACHE", str(tmp_path / "file" / "below"))
+    assert not keep_sensitivity(ONE)  # said in the log, no error

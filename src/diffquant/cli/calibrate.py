@@ -11,7 +11,7 @@ import click
 
 from diffquant.cli.frame import Options, Outcome, common, echo, run
 from diffquant.cli.values import check_device, check_free, prompts_from, size_from
-from diffquant.convert.sensitivity import write_sensitivity
+from diffquant.convert.sensitivity import keep_sensitivity, write_sensitivity
 from diffquant.core.errors import UsageError
 from diffquant.io.imatrix import check_target, write_imatrix
 from diffquant.io.inputs import check_inputs_target, write_inputs
@@ -21,7 +21,11 @@ __all__ = ["command"]
 
 @dataclass(frozen=True, slots=True)
 class CalibrateReport:
-    """What was measured, and where it was written."""
+    """What was measured, and where it was written.
+
+    `unused` counts layers that no picture depends on; `kept` says whether the sensitivity is in
+    the cache too, where `quantize` finds it.
+    """
 
     output: str
     entries: int
@@ -33,6 +37,7 @@ class CalibrateReport:
     inputs: str | None = None
     sensitivity: str | None = None
     unused: int = 0
+    kept: bool = False
 
 
 @click.command("calibrate")
@@ -172,7 +177,7 @@ def command(
             }
             write_inputs(inputs, made.inputs, ran, force=force)
         warnings = list(made.warnings)
-        unused = 0
+        unused, kept = 0, False
         if sensitivity is not None:
             from diffquant.runtime.sensitivity import measure_sensitivity
 
@@ -186,6 +191,7 @@ def command(
                 **how,
             )
             write_sensitivity(sensitivity, priced.sensitivity)
+            kept = keep_sensitivity(priced.sensitivity)
             unused = len(priced.unused)
             warnings += [text for text in priced.warnings if text not in warnings]
         entries = len(made.matrix.entries)
@@ -206,6 +212,7 @@ def command(
             inputs=str(inputs) if inputs is not None else None,
             sensitivity=str(sensitivity) if sensitivity is not None else None,
             unused=unused,
+            kept=kept,
         )
         return Outcome(report, warnings)
 
@@ -215,6 +222,8 @@ def command(
             echo(f"wrote {report.inputs}, mean and covariance of the inputs")
         if report.sensitivity is not None:
             echo(f"wrote {report.sensitivity}, what each format costs each tensor")
+            if report.kept:
+                echo("  kept in the cache too: quantize --max-size finds it for this checkpoint")
         echo(
             f"  {report.entries} layers, measured in {report.calls} calls of the denoiser for "
             f"{report.pictures} pictures"

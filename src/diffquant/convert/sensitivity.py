@@ -17,6 +17,7 @@ folder. convert/sensitivity_weights.py makes one without running the model.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -34,10 +35,12 @@ __all__ = [
     "Sensitivity",
     "cache_path",
     "find_sensitivity",
+    "keep_sensitivity",
     "read_sensitivity",
     "write_sensitivity",
 ]
 
+_log = logging.getLogger(__name__)
 SENSITIVITY_VERSION = 1
 MAX_SENSITIVITY_NBYTES = 64 << 20
 _MAGIC = "diffquant_sensitivity"
@@ -171,6 +174,26 @@ def write_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
 def cache_path(fingerprint: str) -> Path:
     """Where the sensitivity of a source is kept in the user's cache folder."""
     return cache_folder() / "sensitivity" / f"{fingerprint}.json"
+
+
+def keep_sensitivity(sensitivity: Sensitivity) -> bool:
+    """Keep what was measured in the cache, where `quantize` finds it by the source's fingerprint.
+
+    A convenience, as sources.json is: a cache that cannot be written is said in the log.
+
+    Returns:
+        Whether it is there.
+    """
+    if not sensitivity.source:
+        return False
+    path = cache_path(sensitivity.source)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_sensitivity(path, sensitivity)
+    except OSError as error:
+        _log.info("cannot keep what was measured: %s", error)
+        return False
+    return True
 
 
 def find_sensitivity(source: Path, fingerprint: str) -> tuple[Path, Sensitivity] | str:
