@@ -54,8 +54,8 @@ _REFERENCE: Mapping[str, float] = {
     **dict.fromkeys(("fp8_e4m3_blockwise", "int8_blockwise"), 12.0),
     **dict.fromkeys(("nf4", "fp4", "nf4_dq", "fp4_dq"), 16.06),
     **dict.fromkeys(("int8_convrot", "int8_convrot_64", "int8_convrot_16"), 24.0),
-    **dict.fromkeys(("convrot_w4a4", "convrot_w4a4_64"), 25.0),
-    **dict.fromkeys(("asym_w4a8_int8", "asym_w4a8_int8_64", "asym_w4a8_int8_16"), 32.25),
+    **dict.fromkeys(("convrot_w4a4", "convrot_w4a4_64"), 19.0),
+    **dict.fromkeys(("asym_w4a8_int8", "asym_w4a8_int8_64", "asym_w4a8_int8_16"), 19.0),
 }
 _CASTS_LATE = ("int8_bnb", "mxfp8", "nvfp4_comfy")
 _UNKNOWN = 12.0  # formats that are read and no kernel runs: what most that are scaled take

@@ -21,11 +21,12 @@ from typing import Any
 from diffquant.core.failures import explain
 from diffquant.publish.batch.job import Job, run
 
-__all__ = ["Child"]
+__all__ = ["ASKED", "Child"]
 
 _STOP_S = 20.0  # from being asked to end to being killed: a chunk is finished, files are removed
 _TELL_S = 0.2  # between two messages about progress
 _LOST = 1
+ASKED = 130  # it ended because it was told to
 
 
 class Child:
@@ -43,6 +44,7 @@ class Child:
         self.job = job
         self.failure: tuple[int, str] | None = None
         self.done = False
+        self._asked = False
         self.started_s, self.seconds = time.monotonic(), 0.0
         context = multiprocessing.get_context("spawn")
         self.messages, theirs = context.Pipe(duplex=False)
@@ -80,13 +82,17 @@ class Child:
                     self.failure = rest[0], rest[1]
         except (EOFError, OSError):
             self._process.join()
-            self.failure = _LOST, _how_it_ended(self._process.exitcode)
+            code = self._process.exitcode
+            # Told to end before it could answer: it was starting, and has written nothing.
+            early = self._asked and code == -signal.SIGTERM
+            self.failure = (ASKED, "") if early else (_LOST, _how_it_ended(code))
         if self.ended:
             self._close()
         return advanced
 
     def stop(self) -> None:
         """Ask it to end and to remove what is half-written."""
+        self._asked = True
         if self._process.is_alive():
             self._process.terminate()
 

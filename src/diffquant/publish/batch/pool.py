@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 
 from diffquant.core.progress import NO_PROGRESS, Progress
-from diffquant.publish.batch.child import Child
+from diffquant.publish.batch.child import ASKED, Child
 from diffquant.publish.batch.job import Job, run
 from diffquant.publish.batch.slots import Slots, next_job
 
@@ -15,7 +15,6 @@ __all__ = ["NOT_DONE", "Ended", "run_pool"]
 
 _POLL_S = 1.0  # at most, between two looks: Ctrl-C is heard on every system
 NOT_DONE = "not done, as another job failed (--fail-fast)"
-_ASKED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ def run_pool(
             for child in [child for child in running if child.ended]:
                 running.remove(child)
                 code, message = child.failure or (0, "")
-                if code == _ASKED:  # by us, or by somebody who knows the child
+                if code == ASKED:  # by us, or by somebody who knows the child
                     code, message = 1, NOT_DONE if failed and fail_fast else "it was told to end"
                 found.append(Ended(child.job, code, message, child.seconds))
                 ended(found[-1])

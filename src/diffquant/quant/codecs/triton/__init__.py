@@ -3,3 +3,5 @@
 Which codecs have one says quant/backends.py; numbers.py says how the bytes come out equal. Modules
 import torch and triton, and are loaded when a weight is first encoded on a card.
 """
+
+__all__: list[str] = []
