@@ -47,7 +47,7 @@ from diffquant.io import open_source
 from diffquant.quant.types import type_named
 from diffquant.runtime.layers import PackedWeight
 from diffquant.runtime.loading import build
-from diffquant.runtime.opening import packed_weights
+from diffquant.runtime.packing import packed_weights
 
 PLAIN_LIMIT, PACKED_LIMIT = 1.05, 1.15
 ASKED_OF = ("q8_0", "q4_k_s")

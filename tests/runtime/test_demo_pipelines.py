@@ -159,7 +159,7 @@ def test_missing_parts_are_all_listed(packed, tmp_path, monkeypatch):
 
 
 def test_a_family_without_runtime_says_so(monkeypatch):
-    monkeypatch.setattr("diffquant.runtime.opening.FAMILIES", {})
+    monkeypatch.setattr("diffquant.runtime.providers.FAMILIES", {})
     with pytest.raises(ArchitectureError, match="flux1 has no runtime yet"):
         open_pipeline(FLUX)
 

@@ -18,7 +18,7 @@ from diffquant.runtime.compare_settings import CompareSettings
 from diffquant.runtime.engines import EngineFiles, open_side
 from diffquant.runtime.families import FAMILIES
 from diffquant.runtime.latent_colours import COLOURS
-from diffquant.runtime.opening import missing_parts
+from diffquant.runtime.providers import missing_parts
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.synthetic import _ROWS, LatentPreview
 from diffquant.runtime.verify import verify

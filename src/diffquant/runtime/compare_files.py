@@ -21,7 +21,7 @@ from diffquant.runtime.comparison import Comparison, ComparisonPictures, Row
 from diffquant.runtime.drawing import compare_drawn
 from diffquant.runtime.gates import GATES, check_limits
 from diffquant.runtime.metrics import JUDGE_ROWS, check_names
-from diffquant.runtime.opening import stand_ins_warning
+from diffquant.runtime.providers import stand_ins_warning
 from diffquant.runtime.weight_errors import weigh
 
 __all__ = ["compare_files"]

@@ -16,7 +16,7 @@ from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.runtime.compare import ImageReport, ImageSettings, Pictures, compare_pictures
 from diffquant.runtime.comparison import Value
 from diffquant.runtime.gates import GateResult, judge_gate
-from diffquant.runtime.opening import stand_ins_warning
+from diffquant.runtime.providers import stand_ins_warning
 from diffquant.runtime.weight_errors import (
     LoadReport,
     TensorError,
