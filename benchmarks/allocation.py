@@ -1,13 +1,16 @@
 """Do measured sensitivities give better pictures at equal bytes than the published mixes?
 
 python benchmarks/allocation.py [--model examples/flux1-shapes] [--types q4_k_m,q3_k_m,q2_k]
-    [--pictures 64] [--steps 10] [--json F]
+    [--rows published,pictures,...] [--pictures 64] [--steps 10] [--json F]
 
 Per type a published GGUF is written; then files of at most its size whose formats are chosen by
 
 - weights: relative weight errors, what `quantize --max-size` has without a measurement;
 - pictures: `calibrate --sensitivity` on other prompts than those the pictures are compared on;
-- matrix: published, with an importance matrix; pictures+matrix: both.
+- matrix: published, with an importance matrix; pictures+matrix: both;
+- small: pictures+matrix, among formats below q2_k too, which need the matrix.
+
+A size that nothing smaller than the published file fits has no row but says so.
 
 Pictures of the source and of every file are made in batches, float32; squared error and FLIP are
 per picture, intervals are 95 % bootstrap over the same pairs. `predicted` is the sum of the
@@ -36,10 +39,12 @@ from diffquant.convert.budgets import Budget
 from diffquant.convert.jobs import run_job
 from diffquant.convert.plan import Request
 from diffquant.convert.sensitivity import Sensitivity, read_sensitivity, write_sensitivity
+from diffquant.core.errors import UsageError
 from diffquant.io.importance import ImportanceMatrix
 from diffquant.quant.types import type_named
 from diffquant.runtime.calibrate import calibrate
 from diffquant.runtime.opening import open_pipeline
+from diffquant.runtime.pricing import AMONG
 from diffquant.runtime.scorers import DEMO_PROMPTS, random_prompts
 from diffquant.runtime.sensitivity import measure_sensitivity
 
@@ -49,7 +54,10 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "sdxl": {"cfg": 3.0},
 }
 BATCH = 16
-NAMES = ("published", "weights", "pictures", "published+matrix", "pictures+matrix")
+NAMES = (
+    "published", "weights", "pictures", "published+matrix", "pictures+matrix", "small+matrix"
+)  # fmt: skip
+SMALL = ("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", *AMONG)
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,8 @@ def write(bench: Bench, name: str, kind: str, budget: int, out: Path) -> dict[st
     request = Request("gguf", type=type_named(kind))
     if how != "published":
         sensitivity = None if how == "weights" else bench.weighed if weighed else bench.plain
-        asked = Budget("file", budget, f"--max-size {budget}")
+        among = SMALL if how == "small" else ()
+        asked = Budget("file", budget, f"--max-size {budget}", among)
         allocated = allocate_bits(
             bench.model, Request("gguf"), asked, sensitivity=sensitivity, matrix=matrix
         )
@@ -113,14 +122,18 @@ def write(bench: Bench, name: str, kind: str, budget: int, out: Path) -> dict[st
     return {row.key: row.stored for row in job.tensors}
 
 
-def measure(bench: Bench, kind: str) -> dict[str, Any]:
+def measure(bench: Bench, kind: str, names: Sequence[str]) -> dict[str, Any]:
     """All files of one type."""
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in NAMES:
+        for name in names:
             out = Path(folder) / f"{name}.gguf"
             budget = rows["published"]["nbytes"] if rows else 0
-            formats = write(bench, name, kind, budget, out)
+            try:
+                formats = write(bench, name, kind, budget, out)
+            except UsageError as error:
+                print(f"| {kind} | {name} | none: {error} |", flush=True)
+                continue
             made = draw(out, bench.model, bench.prompts, bench.steps, bench.settings)
             pairs = zip(bench.reference, made, strict=True)
             flip = [float(flip_evaluator.evaluate(a, b, "LDR")[1]) for a, b in pairs]
@@ -161,11 +174,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("examples/flux1-shapes"))
     parser.add_argument("--types", default="q4_k_m,q3_k_m,q2_k")
+    parser.add_argument("--rows", default=",".join(NAMES), help="published is always made")
     parser.add_argument("--prompts", type=int, default=24, help="to measure with")
     parser.add_argument("--pictures", type=int, default=64, help="to compare")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    names = ["published", *(n for n in NAMES[1:] if n in arguments.rows.split(","))]
     torch.set_num_threads(1)
     drawn = [one for one in random_prompts(400, seed=77) if one not in DEMO_PROMPTS]
     held, prompts = drawn[: arguments.pictures], drawn[100 : 100 + arguments.prompts]
@@ -176,7 +191,12 @@ def main() -> None:
         paths = Path(folder) / "plain.json", Path(folder) / "weighed.json"
         for path, matrix in zip(paths, (None, made.matrix), strict=True):
             found = measure_sensitivity(
-                arguments.model, prompts, matrix=matrix, everywhere=True, **how
+                arguments.model,
+                prompts,
+                among=SMALL if matrix is not None else AMONG,
+                matrix=matrix,
+                everywhere=True,
+                **how,
             )
             write_sensitivity(path, found.sensitivity)
         reference = draw(arguments.model, arguments.model, held, arguments.steps, settings)
@@ -188,7 +208,7 @@ def main() -> None:
             end="",
         )
         print("change | predicted |\n|---|---|---|---|---|---|---|---|")
-        rows = {kind: measure(bench, kind) for kind in arguments.types.split(",")}
+        rows = {kind: measure(bench, kind, names) for kind in arguments.types.split(",")}
     every = [row for found in rows.values() for row in found.values()]
     rank = spearmanr([r["predicted"] for r in every], [np.mean(r["mse"]) for r in every]).statistic
     print(f"Spearman of predicted and measured error over {len(every)} files: {rank:.3f}")

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 from diffquant.cli.frame import human, table
+from diffquant.cli.values import seeds_from
 from diffquant.convert.jobs import JobReport, container_for, run_job
 from diffquant.convert.plan import Request
+from diffquant.core.errors import DiffquantError
 from diffquant.core.report import to_json
 from diffquant.inspect.describe import describe
 from diffquant.publish import column_label, render_comparisons, sample_grid
@@ -37,6 +39,7 @@ SAMPLER = {"sd15": "ddim"}
 SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
 MIN_PSNR = 25.0
 
+MADE = ".diffquant-demo"
 # What a reader compares first; every type would take a quarter of an hour, and some need a matrix.
 DEFAULT_TYPES = (
     "f32", "bf16", "f16", "q8_0", "q6_k", "q4_k_s", "q4_0",
@@ -48,8 +51,10 @@ def main() -> int:
     """Run the demo; 3 when a gate failed, as the command line does."""
     options = _options()
     out: Path = options.out
-    shutil.rmtree(out, ignore_errors=True)
+    if out.exists():
+        shutil.rmtree(out)
     (out / "files").mkdir(parents=True)
+    (out / MADE).write_text("made by scripts/demo, which replaces this folder\n")
     # Pictures of 128 pixels: on a busy machine torch's threads only wait for each other (five times
     # slower with two of them), on an idle one a second thread gains little.
     torch.set_num_threads(options.threads or 1)
@@ -166,7 +171,22 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0", help="seeds, with commas")
     parser.add_argument("--out", type=Path, default=ROOT / "demo-out")
     parser.add_argument("--threads", type=int, default=None)
-    return parser.parse_args()
+    options = parser.parse_args()
+    known = [folder.name for folder in (ROOT / "examples").glob("*-shapes")]
+    if strange := sorted(set(filter(None, options.only.split(","))) - set(known)):
+        parser.error(f"--only {strange[0]}: expected {', '.join(sorted(known))}")
+    try:
+        for name in filter(None, options.types.split(",")):
+            type_named(name)
+        seeds_from(options.seeds)
+    except DiffquantError as error:
+        parser.error(str(error))
+    # What is there is replaced: only if an earlier run made it.
+    if options.out.exists() and not (options.out / MADE).is_file() and any(options.out.iterdir()):
+        parser.error(
+            f"--out {options.out}: there is something that no demo made; name a new folder"
+        )
+    return options
 
 
 if __name__ == "__main__":

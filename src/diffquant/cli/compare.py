@@ -131,7 +131,8 @@ def command(
 
     def work() -> Outcome:
         outputs = {"csv": csv_path, "markdown": markdown_path, "html": html_path}
-        _check_outputs(outputs, (reference, *candidates, prompts, lpips_weights), force=force)
+        read = (reference, *candidates, prompts, lpips_weights, base, vae, Path(seeds))
+        _check_outputs(outputs, read, force=force)
         picked = seeds_from(seeds)
         lines = prompts_from(prompts) if prompts else None
         wanted = size_from(size)
@@ -184,7 +185,14 @@ def _check_outputs(
     for path in outputs.values():
         if path is not None:
             check_free(path, taken, force=force)
+            for one in read:
+                if one is not None and path.exists() and one.is_dir() and _within(path, one):
+                    raise UsageError(f"{path} is a part of {one}, which is read")
             taken.append(path)
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _write(

@@ -122,7 +122,8 @@ def command(
         if output is not None and output.suffix.lower() != ".md":
             raise UsageError(f"-o {output}: a card is a .md file, such as README.md")
         if output is not None:
-            check_free(output, paths, force=force)
+            read = (*paths, base_card, prompts, comparison, grid, draw, token_file)
+            check_free(output, read, force=force)
         target = target_from(to, revision) if to else None
         bar = options.bar()
         drawn = _drawn(paths, grid, draw, prompts, steps, bar)

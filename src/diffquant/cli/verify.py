@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+_MIN_PSNR_DB = 25.0  # the gate where none is given
+
 
 @click.command("verify")
 @click.argument("candidate", type=click.Path(path_type=Path))
@@ -38,7 +40,9 @@ __all__ = ["command"]
     "--sampler", metavar="NAME", help="As for generate, any spelling (default: the model's own)."
 )
 @click.option("--size", metavar="WxH", help="Picture size (default: the model's own).")
-@click.option("--min-psnr", type=float, default=25.0, show_default=True, metavar="DB")
+@click.option(
+    "--min-psnr", type=float, metavar="DB", help=f"PSNR over all pairs.  [default: {_MIN_PSNR_DB}]"
+)
 @gate_options("min_psnr")
 @click.option(
     "--lpips-weights",
@@ -86,7 +90,7 @@ def command(
     cfg: float | None,
     sampler: str | None,
     size: str | None,
-    min_psnr: float,
+    min_psnr: float | None,
     limits: dict[str, float],
     lpips_weights: Path | None,
     base: Path | None,
@@ -113,7 +117,10 @@ def command(
             raise UsageError("--engine draws pictures: use --level image")
         if compute != "exact" and (level != "image" or engine != "bundled"):
             raise UsageError("--compute draws pictures in the bundled engine: use --level image")
-        check_limits({"min_psnr": min_psnr, **limits})
+        if min_psnr is not None and level != "image":
+            raise UsageError("--min-psnr judges pictures: use --level image")
+        psnr = _MIN_PSNR_DB if min_psnr is None else min_psnr
+        check_limits({"min_psnr": psnr, **limits})
         max_rel_error = limits.pop("max_rel_error", None)
         if limits and level != "image":
             flag = f"--{next(iter(limits)).replace('_', '-')}"
@@ -133,7 +140,7 @@ def command(
             cfg=cfg,
             sampler=sampler,
             size=wanted,
-            min_psnr=min_psnr,
+            min_psnr=psnr,
             device=device,
             loras=lora_pairs(loras),
             engine=engine,

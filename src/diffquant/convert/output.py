@@ -106,6 +106,8 @@ def _options(request: Request) -> str:
             if rule.format is None
             else ["--tensor-type", f"{rule.pattern}={rule.format}"]
         )
+    if request.recipe is not None and not request.allocated:
+        words += ["--recipe-from", request.recipe.name]
     return shlex.join(words)
 
 

@@ -32,6 +32,7 @@ from diffquant.publish.facts import FileFacts, Kept
 from diffquant.publish.loading import loading_of
 from diffquant.publish.markdown import cell_code, code, fenced, prose, text
 from diffquant.publish.measured import MeasuredRow, cell
+from diffquant.publish.names import base_name
 from diffquant.publish.release import Published, Release
 from diffquant.publish.rows import size_text
 from diffquant.publish.samples import GRID_NAME
@@ -51,6 +52,11 @@ _OPTIONS = (
     ("policy", POLICIES[:1], POLICIES),
     ("rounding", ROUNDINGS[:1], ROUNDINGS),
 )
+# Options that a header states as they were typed -> how many words each takes.
+_STATED = {
+    "--all": 1, "--pure": 1, "--part": 2, "--exclude": 2, "--tensor-type": 2, "--recipe-from": 2,
+}  # fmt: skip
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,10 +292,11 @@ def _kept(files: Sequence[Published]) -> list[tuple[str, tuple[Kept, ...]]]:
 def _command(one: Published) -> tuple[str, str]:
     """The command that the header tells of, and what it does not tell."""
     facts = one.facts
-    name = facts.mark("source.name")
+    name = base_name(facts.mark("source.name"))
     if not facts.mark("type") or not name:
         return one.place, ""
-    words = ["diffquant", "quantize", name, "-o", PurePosixPath(one.place).name]
+    output = PurePosixPath(one.place).name
+    words = ["diffquant", "quantize", _argument(name), "-o", _argument(output)]
     words += ["-t", facts.mark("type")]
     for option, usual, known in _OPTIONS:
         value = facts.mark(option)
@@ -301,8 +308,34 @@ def _command(one: Published) -> tuple[str, str]:
         words += ["--inputs", inputs]
     if facts.mark("bias_correction"):
         words.append("--bias-correction")
-    options = facts.mark("options")
-    return one.place, shlex.join(words) + (f" {options}" if options else "")
+    words += _stated_options(facts.mark("options"))
+    if any(_CONTROL.search(word) for word in words):
+        return one.place, ""  # no command of ours: a header that somebody else wrote
+    return one.place, shlex.join(words)
+
+
+def _argument(text: str) -> str:
+    """A name that no program takes for an option."""
+    return f"./{text}" if text.startswith("-") else text
+
+
+def _stated_options(text: str) -> list[str]:
+    """Options of a header, word by word: those that quantize writes there, or none.
+
+    A header is anybody's text, and the card shows commands that people paste.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return []
+    found, at = [], 0
+    while at < len(words):
+        count = _STATED.get(words[at], 0)
+        if not count or at + count > len(words):
+            return []
+        found += words[at : at + count]
+        at += count
+    return found
 
 
 def _unmeasured(release: Release) -> list[str]:

@@ -33,6 +33,9 @@ _HEADER_KEYS = (
     ("license", "license_name", "license_link"),
 )
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
+# Names of files with a license's text. A card is anybody's, and what it links to is uploaded.
+_TEXT = re.compile(r"(?i)[^/\\]*(?:licen[sc]e|copying|notice|terms|policy)[^/\\]*")
+
 _MAX_CARD_NBYTES = 1 << 20
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
@@ -139,7 +142,7 @@ def _from_cards(cards: Iterable[Path], files: Sequence[FileFacts]) -> License | 
     for path in dict.fromkeys(places):
         if path.is_file() and (found := _from_pairs(front_matter(path), f"card {path.name}")):
             beside = path.parent / found.link
-            if found.link and "/" not in found.link and beside.is_file():
+            if _TEXT.fullmatch(found.link) and beside.is_file():
                 return License(found.id, found.name, found.link, found.source, beside)
             return found
     return None

@@ -82,7 +82,14 @@ def read_comparison(path: Path, files: Sequence[str]) -> Measured:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         found = _measured(_inner(body))
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         raise MalformedFile(
             f"not what `diffquant compare --json` prints ({type(error).__name__}: {error!s:.120})",
             path=path,

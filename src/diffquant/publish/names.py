@@ -17,7 +17,7 @@ from diffquant.core.errors import UsageError
 from diffquant.io.quant_label import quant_label
 from diffquant.quant.types import TYPES
 
-__all__ = ["PublishedName", "published_name", "type_of_header"]
+__all__ = ["PublishedName", "base_name", "published_name", "type_of_header"]
 
 _WORD_END = r"(?![a-z0-9])"
 _SEPARATORS = "-_. "
@@ -37,6 +37,11 @@ class PublishedName:
     name: str
     label: str
     note: str = ""
+
+
+def base_name(text: str) -> str:
+    """What a header calls its source, without folders: it is anybody's text, and is published."""
+    return text.replace("\\", "/").rpartition("/")[2]
 
 
 def type_of_header(metadata: Mapping[str, str], largest: str) -> str:

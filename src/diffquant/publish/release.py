@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffquant.core.errors import UsageError, shorten
+from diffquant.core.errors import MalformedFile, UsageError, shorten
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.io import open_source
 from diffquant.io.imatrix import is_gguf_imatrix
@@ -20,7 +20,7 @@ from diffquant.publish.comfy_folders import COMFY_FOLDERS
 from diffquant.publish.facts import FileFacts, facts_of
 from diffquant.publish.licences import License, check_license, license_of
 from diffquant.publish.measured import Measured, read_comparison
-from diffquant.publish.names import PublishedName, published_name
+from diffquant.publish.names import PublishedName, base_name, published_name
 from diffquant.publish.samples import Sample, read_samples
 from diffquant.publish.selection import local_name
 
@@ -218,7 +218,13 @@ def _placed(facts: FileFacts, request: ReleaseRequest) -> Published:
         container=facts.report.container,
         stem=request.stem,
     )
-    local_name(name.name)  # refuses what no system can store
+    try:
+        local_name(name.name)
+    except MalformedFile:  # told of downloads
+        raise UsageError(
+            f"{name.name!r:.200} is no file name that every system can store; rename the file, or "
+            "give --name STEM"
+        ) from None
     folder = COMFY_FOLDERS.get(facts.report.kind, "") if request.layout == "comfy" else ""
     return Published(facts, name, folder)
 
@@ -250,7 +256,7 @@ def _title(bases: Sequence[str], files: Sequence[Published]) -> str:
     if bases:
         name = bases[0].partition("/")[2]
     else:
-        name = files[0].facts.mark("source.name") or files[0].facts.path.stem
+        name = base_name(files[0].facts.mark("source.name")) or files[0].facts.path.stem
         name = re.sub(r"\.(safetensors|gguf|ckpt|pt|bin)$", "", name)
     containers = {one.facts.report.container for one in files}
     return f"{name} {'GGUF' if containers == {'gguf'} else 'quantized'}"

@@ -138,6 +138,9 @@ def missing_parts(
     added = {"vae": vae} if vae is not None else {}
     with contextlib.ExitStack() as stack:
         providers, extra = providers_for(stack, model, base, added, {})
+        if base is not None and providers[1].architecture != providers[0].architecture:
+            found, wanted = providers[1].architecture, providers[0].architecture
+            raise ArchitectureError(f"--base {base}: expected {wanted}, found {found}")
         needs = FAMILIES[providers[0].architecture].needs
         return tuple(name for name in needs if not _usable(providers, extra, name))
 
@@ -148,7 +151,7 @@ def stand_ins_warning(sides: Iterable[tuple[Path, Path | None]], vae: Path | Non
         missing = missing_parts(model, base=base, vae=vae)
         if missing and "denoiser" not in missing:
             return (
-                f"{model} has no {', '.join(missing)}: denoisers are compared alone, on synthetic "
+                f"{model.name} has no {', '.join(missing)}: denoisers are compared alone, on synthetic "
                 "text, by colours of their latents; with --base MODEL they are judged by pictures"
             )
     return ""
