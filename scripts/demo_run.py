@@ -183,9 +183,7 @@ def _options() -> argparse.Namespace:
         parser.error(str(error))
     # What is there is replaced: only if an earlier run made it.
     if options.out.exists() and not (options.out / MADE).is_file() and any(options.out.iterdir()):
-        parser.error(
-            f"--out {options.out}: there is something that no demo made; name a new folder"
-        )
+        parser.error(f"--out {options.out}: no demo made what is there; name a new folder")
     return options
 
 

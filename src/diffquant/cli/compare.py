@@ -19,6 +19,7 @@ from diffquant.cli.values import (
     size_from,
     write_text,
 )
+from diffquant.core.errors import UsageError
 from diffquant.io.atomic import partial_path
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from diffquant.cli.outputs import (
     stem_of,
     types_from,
 )
-from diffquant.cli.values import check_free, prompts_from, write_text
+from diffquant.cli.values import check_free, lora_pairs, prompts_from, write_text
 from diffquant.cli.verdict import render_image
 from diffquant.cli.view_allocation import render_allocation
 from diffquant.cli.view_several import SeveralOutcome, render_several
@@ -261,7 +261,9 @@ def command(
             wants = (kind,)
             paths = (Path(output) if output else default_output(source, kind, parts),)
         if emit_recipe is not None:
-            check_free(emit_recipe, (source, paths[0], recipe_from), force=force)
+            read = (source, recipe_from, inputs, prompts, base, asked.sensitivity, *imatrices)
+            merged = [path for path, _ in lora_pairs(loras)]
+            check_free(emit_recipe, (*read, *merged, *paths, error_lora), force=force)
         requests = [
             Request(
                 container=container_for(out),

@@ -84,7 +84,8 @@ def _render(report: RecommendReport, *, verbose: bool) -> None:
         echo(f"  first: {_command(report, best)}")
         size = f"{report.vram_nbytes / (1 << 30):g}GiB"
         path = shlex.quote(report.path)
-        echo(f"  a mix made for this device: diffquant quantize {path} --vram {size}")
+        target = f" --target {best.target}" if best.target == report.loader else ""
+        echo(f"  a mix made for this device: diffquant quantize {path} --vram {size}{target}")
     else:
         echo("  no type is recommended")
     _others(report.others, verbose=verbose)

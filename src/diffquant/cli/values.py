@@ -77,9 +77,7 @@ def size_from(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(
-        part.isascii() and part.isdigit() and int(part) > 0 for part in parts
-    ):
+    if len(parts) > 2 or not all(re.fullmatch(r"0*[1-9][0-9]{0,8}", part) for part in parts):
         raise UsageError(f"--size {text}: expected WIDTHxHEIGHT, such as 512x768")
     width, height = int(parts[0]), int(parts[-1])
     return width, height

@@ -123,7 +123,7 @@ def allocate_bits(
         items, lacking = items_of(planner, known.sensitivity)
         smallest, fixed, largest = _range(planner, items)
         if measure.limit < smallest:
-            raise UsageError(_below(budget, measure.limit, (smallest, largest), planner))
+            raise UsageError(_below(budget, (smallest, largest), planner))
         found = planner.solve(items, measure.limit, fixed)
         formats = chosen_formats(items, found.choice.chosen)
         taken = found.nbytes - found.choice.nbytes
@@ -205,11 +205,11 @@ def _range(planner: AllocationPlanner, items: tuple[Item, ...]) -> tuple[int, in
     return taken[0], taken[0] - sum(one.nbytes for one in low.values()), taken[1]
 
 
-def _below(budget: Budget, limit: int, ends: tuple[int, int], planner: AllocationPlanner) -> str:
+def _below(budget: Budget, ends: tuple[int, int], planner: AllocationPlanner) -> str:
     smallest, largest = ends
     what = _WHAT[budget.counts]
     if budget.counts == "denoiser":
-        per_bit = limit / budget.value
+        per_bit = planner.measure.per_bit
         low, high = smallest / per_bit, largest / per_bit
         told = f"{low:.3f} to {high:.3f} bits per weight"
     else:

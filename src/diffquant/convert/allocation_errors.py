@@ -74,6 +74,9 @@ def sensitivity_for(
         return Known(found, f"{named.name} ({found.method})", (*notes, *merged))
     place = src.resolve() if src.exists() else src  # "." has no name to look beside
     cached = find_sensitivity(place, source)
+    passed = ""
+    if not isinstance(cached, str) and (passed := _unpriced(cached[1], planner)):
+        cached = f"{cached[0].name} is not used: it knows no error of {passed}"
     if not isinstance(cached, str):
         path, found = cached
         told = f"{path.name} ({found.method}), found by the source's fingerprint"
@@ -84,6 +87,14 @@ def sensitivity_for(
         notes.append(f"errors are those of rounding to nearest, not of {planner.request.rounding}")
     told = "weights and importance" if "importance" in made.context else "weights alone"
     return Known(made, f"{told} ({made.context['sample']})", tuple(notes))
+
+
+def _unpriced(found: Sensitivity, planner: AllocationPlanner) -> str:
+    """The packed formats that are offered, where a file prices none of them: "" where it does."""
+    offered = {name for steps in planner.options.values() for name in steps}
+    packed = [name for name in FORMATS if name in offered and not FORMATS[name].is_cast]
+    known = {name for formats in found.errors.values() for name in formats}
+    return "" if known.intersection(packed) else ", ".join(packed)
 
 
 def _check_named(found: Sensitivity, path: Path, planner: AllocationPlanner) -> None:

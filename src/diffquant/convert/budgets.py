@@ -62,12 +62,14 @@ class Measure:
         of: plan -> bytes.
         aligned: whether a tensor counts with its padding and header entries.
         notes: what was assumed, given the plan that was chosen.
+        per_bit: bytes of one bit per weight, where that is what was asked for.
     """
 
     limit: int
     of: Callable[[Plan], int]
     aligned: bool
     notes: Callable[[Plan], tuple[str, ...]]
+    per_bit: float = 1.0
 
 
 def measure_for(
@@ -83,7 +85,7 @@ def measure_for(
     if budget.counts == "denoiser":
         sizes = next(one for one in match.parts if one.name == "denoiser").shapes.values()
         weights = sum(_size(shape) for shape in sizes)
-        return Measure(int(budget.value * weights / 8), _denoiser, False, _nothing)
+        return Measure(int(budget.value * weights / 8), _denoiser, False, _nothing, weights / 8)
     return _device(budget, logical, match)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 SENSITIVITY_VERSION = 1
 MAX_SENSITIVITY_NBYTES = 64 << 20
+_LARGEST_ERROR = 1e30  # of a tensor: no picture is that wrong, and sums of these stay finite
 _MAGIC = "diffquant_sensitivity"
 _METHODS = ("outputs", "weights")
 _TEXTS = ("architecture", "method", "unit", "source")
@@ -143,7 +143,7 @@ def _checked_errors(found: object, path: Path) -> dict[str, dict[str, float]]:
 def _is_error(value: object) -> bool:
     if type(value) is int:
         return 0 <= value < 2**53
-    return type(value) is float and math.isfinite(value) and value >= 0
+    return type(value) is float and 0 <= value <= _LARGEST_ERROR
 
 
 def write_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
@@ -181,6 +181,8 @@ def keep_sensitivity(sensitivity: Sensitivity) -> bool:
 
     A convenience, as sources.json is: a cache that cannot be written is said in the log.
 
+    What is there stays where it knows formats that this does not.
+
     Returns:
         Whether it is there.
     """
@@ -188,12 +190,23 @@ def keep_sensitivity(sensitivity: Sensitivity) -> bool:
         return False
     path = cache_path(sensitivity.source)
     try:
+        known = read_sensitivity(path)
+    except (DiffquantError, OSError):
+        known = None
+    if known is not None and _prices(known) - _prices(sensitivity):
+        _log.info("%s knows more formats, and stays", path)
+        return False
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_sensitivity(path, sensitivity)
     except OSError as error:
         _log.info("cannot keep what was measured: %s", error)
         return False
     return True
+
+
+def _prices(sensitivity: Sensitivity) -> set[str]:
+    return {name for formats in sensitivity.errors.values() for name in formats}
 
 
 def find_sensitivity(source: Path, fingerprint: str) -> tuple[Path, Sensitivity] | str:

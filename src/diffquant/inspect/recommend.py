@@ -234,7 +234,7 @@ def _error(asked: _Asked, plan: Plan) -> float | None:
         ]
         found = [known[step.key].get(step.stored) for step in packed]
         numbers = [value for value in found if value is not None]
-        return math.fsum(numbers) if len(numbers) == len(found) else None
+        return math.fsum(numbers) if found and len(numbers) == len(found) else None
     noise = sum(
         step.parameters * FORMATS[step.stored].gaussian_error ** 2
         for step in steps

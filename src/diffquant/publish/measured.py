@@ -64,6 +64,9 @@ class Measured:
         return next((row for row in self.rows if row.kind == kind), None)
 
 
+_ODD = (KeyError, TypeError, AttributeError, OverflowError)  # of another shape than expected
+
+
 def read_comparison(path: Path, files: Sequence[str]) -> Measured:
     """Read a comparison.
 
@@ -82,14 +85,7 @@ def read_comparison(path: Path, files: Sequence[str]) -> Measured:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         found = _measured(_inner(body))
-    except (
-        ValueError,
-        RecursionError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:
+    except (*_ODD, ValueError, RecursionError) as error:
         raise MalformedFile(
             f"not what `diffquant compare --json` prints ({type(error).__name__}: {error!s:.120})",
             path=path,

@@ -151,8 +151,9 @@ def stand_ins_warning(sides: Iterable[tuple[Path, Path | None]], vae: Path | Non
         missing = missing_parts(model, base=base, vae=vae)
         if missing and "denoiser" not in missing:
             return (
-                f"{model.name} has no {', '.join(missing)}: denoisers are compared alone, on synthetic "
-                "text, by colours of their latents; with --base MODEL they are judged by pictures"
+                f"{model.name} has no {', '.join(missing)}: denoisers are compared alone, on "
+                "synthetic text, by colours of their latents; with --base MODEL they are judged by "
+                "pictures"
             )
     return ""
 
