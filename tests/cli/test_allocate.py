@@ -11,7 +11,12 @@ import pytest
 
 from diffquant.convert.jobs import opened
 from diffquant.convert.output import fingerprint
-from diffquant.convert.sensitivity import Sensitivity, cache_path, write_sensitivity
+from diffquant.convert.sensitivity import (
+    Sensitivity,
+    cache_path,
+    keep_sensitivity,
+    write_sensitivity,
+)
 from diffquant.io import open_source
 from diffquant.io.quant_label import quant_label
 
@@ -203,3 +208,32 @@ def test_an_output_that_is_there_is_left_before_anything_is_measured(command, fl
     assert "use --force" in ran.err
     assert Path("a.gguf").read_bytes() == b"mine"
     assert os.listdir() == ["a.gguf"]  # noqa: PTH208 - names alone
+
+
+def test_a_found_file_that_prices_other_formats_is_passed_over_and_said(command, flux, here):
+    assert command("quantize", flux, "--max-size", "2.9MB", "--json", "--dry-run").code == 0
+    with opened(flux) as (found, _, _match):
+        source = fingerprint(found)
+    errors = {"double_blocks.0.img_mlp.0.weight": {"q4_k": 1.0}}
+    keep_sensitivity(Sensitivity("flux1", "outputs", "", source, errors, {}))
+    words = ("--max-size", "6.5MB", "--target", "comfyui", "-o", "x.safetensors", "--dry-run")
+    ran = command("quantize", flux, *words)
+    assert ran.code == 0, ran.err
+    assert "is not used: it knows no error of" in " ".join((ran.out + ran.err).split())
+
+
+def test_a_recipe_is_not_written_over_what_is_read(command, flux, here):
+    for option, name in (("--sensitivity", "s.json"), ("--imatrix", "m.gguf")):
+        Path(name).write_text("kept")
+        words = ("--max-size", "3MB", option, name, "--emit-recipe", name, "--force", "--dry-run")
+        ran = command("quantize", flux, *words, "-o", "x.gguf")
+        assert ran.code == 2
+        assert "is read or written already" in ran.err
+        assert Path(name).read_text() == "kept"
+
+
+@pytest.mark.parametrize("bits", ["1e-7", "0.00001"])
+def test_the_range_of_bits_is_told_however_few_were_asked_for(command, flux, here, bits):
+    ran = command("quantize", flux, "--dry-run", "--bpw", bits)
+    assert ran.code == 2
+    assert "takes 4.728 to 16.056 bits per weight" in " ".join(ran.err.split())

@@ -216,3 +216,17 @@ def test_a_comparison_of_real_files_ends_in_tables(command, examples, gguf_file,
     assert "flux.gguf" in found.out
     assert "noise floor" in found.out
     assert "q4_k_s" in found.out
+
+
+def test_what_is_read_is_not_written_over(command, drawn, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    index, seeds, vae = base / "model_index.json", tmp_path / "seeds.txt", tmp_path / "vae.bin"
+    for path in (index, seeds, vae):
+        path.write_text("0")
+    flags = ["--base", base, "--vae", vae, "--seeds", seeds, "--force"]
+    for path, told in ((index, "is a part of"), (seeds, "is read or"), (vae, "is read or")):
+        ran = command("compare", "ref", "a.gguf", *flags, "--csv", path)
+        assert (ran.code, told in ran.err) == (2, True)
+        assert path.read_text() == "0"
+    assert command("compare", "ref", "a.gguf", "--size", "\u00b2x2").code == 2

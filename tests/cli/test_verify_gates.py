@@ -91,3 +91,9 @@ def test_a_file_of_seeds_is_checked(judged, tmp_path, content, told):
     found = judged("--seeds", seeds)
     assert found.code == 2
     assert told in found.err
+
+
+def test_a_gate_on_pictures_needs_pictures(command, tmp_path):
+    ran = command("verify", "x", "--against", "y", "--level", "tensors", "--min-psnr", "99")
+    assert ran.code == 2
+    assert "--min-psnr judges pictures" in ran.err

@@ -212,3 +212,19 @@ def test_what_was_measured_is_kept_where_it_is_found(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DIFFQUANT_CACHE", str(tmp_path / "file" / "below"))
     assert not keep_sensitivity(ONE)  # said in the log, no error
+
+
+def test_what_knows_fewer_formats_does_not_replace_what_knows_more(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFQUANT_CACHE", str(tmp_path / "cache"))
+    assert keep_sensitivity(ONE)
+    assert not keep_sensitivity(replace(ONE, errors={"x.weight": {"q4_k": 0.25}}))
+    assert find_sensitivity(tmp_path / "model.safetensors", ONE.source)[1] == ONE
+    more = {"x.weight": {"q4_k": 0.25, "q8_0": 0, "q6_k": 0.1}}
+    assert keep_sensitivity(replace(ONE, errors=more))
+
+
+def test_an_error_that_no_picture_has_is_refused(tmp_path):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(GOOD | {"errors": {"x.weight": {"q4_k": 1e31}}}))
+    with pytest.raises(MalformedFile, match="expected a finite number"):
+        read_sensitivity(path)

