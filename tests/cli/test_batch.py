@@ -68,6 +68,14 @@ def test_what_cannot_be_done_has_its_exit_code(command, plan, tmp_path, text, op
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_refuses_what_a_run_refuses(command, plan):
+    path = plan()
+    path.write_text(path.read_text().replace('"out"', '"no/out"'))
+    for flags in ((), ("--dry-run",)):
+        ran = command("batch", path, *flags)
+        assert (ran.code, "does not exist, create it first" in ran.err) == (2, True)
+
+
 def test_a_failed_gate_is_three_and_names_the_output(command, plan, examples):
     text = f'[[model]]\nsource = "{examples / "flux1-shapes"}"\ntypes = "int8_tensor"\n'
     ran = command("batch", plan(text), "--json")

@@ -118,13 +118,13 @@ def run_batch(
 @contextlib.contextmanager
 def _held(folder: Path, *, dry_run: bool) -> Iterator[None]:
     """Make the output folder, and keep other batches out of it; a dry run touches nothing."""
-    if dry_run:
-        yield
-        return
     if not folder.parent.is_dir():
         raise UsageError(f"{folder}: folder {folder.parent} does not exist, create it first")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: `output` is not a folder; name another")
+    if dry_run:
+        yield
+        return
     made = not folder.exists()
     folder.mkdir(exist_ok=True)
     lock = folder / FOLDER / "lock"
