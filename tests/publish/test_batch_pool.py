@@ -15,6 +15,7 @@ import batch_works
 import psutil
 import pytest
 
+from diffquant.publish.batch.child import Child
 from diffquant.publish.batch.job import Job
 from diffquant.publish.batch.pool import NOT_DONE, run_pool
 from diffquant.publish.batch.settings import Settings
@@ -148,6 +149,18 @@ def test_fail_fast_ends_those_at_work_and_starts_no_more(tmp_path):
     assert ends["fail-1"] == (3, "a gate failed")
     assert ends["wait-1"] == ends["note-1"] == (1, NOT_DONE)
     assert not (tmp_path / "note-1").exists()
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.15, 0.3, 0.5])
+def test_a_child_that_is_told_to_end_while_it_starts_was_told_to_end(tmp_path, after_s):
+    child = Child(job("wait-1", tmp_path), batch_works.by_label)
+    time.sleep(after_s)
+    child.stop()
+    deadline = time.monotonic() + 20
+    while not child.ended and time.monotonic() < deadline:
+        child.poll()
+        time.sleep(0.01)
+    assert child.failure[0] == 130
 
 
 SCRIPT = """

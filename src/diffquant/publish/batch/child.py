@@ -27,6 +27,7 @@ _STOP_S = 20.0  # from being asked to end to being killed: a chunk is finished, 
 _TELL_S = 0.2  # between two messages about progress
 _LOST = 1
 ASKED = 130  # it ended because it was told to
+_KILLED = -9
 
 
 class Child:
@@ -83,8 +84,9 @@ class Child:
         except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode
-            # Told to end before it could answer: it was starting, and has written nothing.
-            early = self._asked and code == -signal.SIGTERM
+            # Told to end while it was starting, before it could answer: it has written nothing.
+            # A process that is killed (-9) is another matter.
+            early = self._asked and code != _KILLED
             self.failure = (ASKED, "") if early else (_LOST, _how_it_ended(code))
         if self.ended:
             self._close()
@@ -112,7 +114,8 @@ class Child:
 def _how_it_ended(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name if -code in signal.valid_signals() else str(-code)
-        hint = ": out of memory? use fewer processes (--jobs) or --memory" if code == -9 else ""
+        killed = code == _KILLED
+        hint = ": out of memory? use fewer processes (--jobs) or --memory" if killed else ""
         return f"its process was ended by {name}{hint}"
     return f"its process ended with exit code {code} and no word"
 
