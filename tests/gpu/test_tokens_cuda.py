@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffquant.runtime.kernels import tokens
+from diffquant.runtime.kernels import rows, tokens
 from diffquant.runtime.models import attention
 
 if not torch.cuda.is_available():
@@ -56,6 +56,46 @@ def test_tokens_are_modulated(dtype, width):
     normed = torch.nn.functional.layer_norm(x.float(), (width,), eps=1e-6)
     wanted = normed * (1 + scale.float()) + shift.float()
     assert float((found.float() - wanted).abs().max()) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("width", [0, 3072])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@torch.no_grad()
+def test_an_activation_stands_behind_what_is_copied(dtype, width):
+    torch.manual_seed(0)
+    both = (torch.randn(2, 130, 3072 + 5000, device="cuda") * 2).to(dtype)
+    first, x = both[..., :width], both[..., 3072:]
+    found = tokens.gelu_behind(first, x)
+    assert torch.equal(found[..., :width], first)
+    wanted = torch.nn.functional.gelu(x.float(), approximate="tanh")
+    assert float((found[..., width:].float() - wanted).abs().max()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rotation"), [("fp8", 0), ("int8", 0), ("int8", 256), ("int8", 64)]
+)
+@pytest.mark.parametrize("width", [3072, 15360])
+@pytest.mark.parametrize("name", ["modulated", "behind", "alone"])
+@torch.no_grad()
+def test_rows_are_those_of_what_comes_before(name, width, kind, rotation):
+    """To the reference of the same numbers in float32, some of which lie between two codes."""
+    torch.manual_seed(0)
+    x = (torch.randn(2, 300, width, device="cuda") * 2 + 1).bfloat16()
+    asked = rows.RowKind(kind, rotation)
+    if name == "modulated":
+        shift, scale = torch.randn(2, 1, 2 * width, device="cuda").bfloat16().chunk(2, dim=-1)
+        found = tokens.modulated(x, shift, scale, 1e-6, asked)
+        normed = torch.nn.functional.layer_norm(x.float(), (width,), eps=1e-6)
+        wanted = normed * (1 + scale.float()) + shift.float()
+    else:
+        cut = 1024 if name == "behind" else 0
+        found = tokens.gelu_behind(x[..., :cut], x[..., cut:], asked)
+        active = torch.nn.functional.gelu(x[..., cut:].float(), approximate="tanh")
+        wanted = torch.cat((x[..., :cut].float(), active), dim=-1)
+    assert found.shape == x.shape
+    q, size = rows.quantize_rows(wanted.flatten(0, 1), kind, rotation=rotation)
+    assert torch.allclose(found.scale, size, rtol=2e-5)
+    assert float((found.q.float() != q.float()).float().mean()) < 0.003
 
 
 def test_gradients_and_graphs_are_left_to_torch():

@@ -40,16 +40,26 @@ def awkward(count, columns, dtype):
     return x.to(dtype)
 
 
+def near_codes(q, wanted):
+    """Whether codes are neighbours where they differ, and differ in few places."""
+    step = (wanted.float().abs() / 8).clamp(min=1) if q.dtype != torch.int8 else 1
+    gap = (q.float() - wanted.float()).abs() / step
+    return float(gap.max()) <= 1 and float((gap > 0).float().mean()) < 0.01
+
+
 def quantized(kind, dtype, case):
     columns, rotation = ROWS[case]
     x = awkward(8, columns, dtype)
     wanted_q, wanted = reference.quantize_rows(x, kind, rotation=rotation)
     q, scale = rows.quantize_rows(x, kind, rotation=rotation)
-    if not torch.equal(bits(scale.nan_to_num(-1)), bits(wanted.nan_to_num(-1))):
+    near = 2e-6 if rotation else 0.0  # sums in another order
+    if not torch.allclose(scale.nan_to_num(-1), wanted.nan_to_num(-1), rtol=near, atol=0):
         return "scales differ"
     good = wanted.isfinite()[:, 0]
     if good.tolist() != [True, True, False, False, True, True, True, True]:
         return f"finite rows are {good.tolist()}"
+    if rotation and near_codes(q[good], wanted_q[good]):
+        return ""
     different = int((bits(q[good]) != bits(wanted_q[good])).sum())
     return f"{different} codes differ" if different else ""
 

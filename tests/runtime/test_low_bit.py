@@ -19,7 +19,8 @@ from diffquant.runtime.compiling import compiled
 from diffquant.runtime.compute import ENGINES, Card, Engine, Refused, engine_for, engines_for
 from diffquant.runtime.control import damaged
 from diffquant.runtime.engines import EngineFiles, bundled
-from diffquant.runtime.kernels.rows import KINDS
+from diffquant.runtime.kernels import KERNELS, products
+from diffquant.runtime.kernels.rows import KINDS, QuantizedRows, RowKind
 from diffquant.runtime.layers import LowRank, PackedWeight, QuantLinear, Segment
 from diffquant.runtime.low_bit import LowBitLayer, apply, assign
 from diffquant.runtime.memory.budget import Asked
@@ -369,3 +370,35 @@ def test_a_side_that_is_judged_runs_as_it_was_asked_to(monkeypatch):
     exact = bundled.open_side(EngineFiles(FLUX))
     assert exact.how == "read and run by diffquant"
     assert 0 < abs(made - exact.draw(request)).mean() < 0.02
+
+
+def test_few_rows_of_a_rotated_weight_are_rotated_instead_of_it(monkeypatch):
+    """What a card's kernel is given is a plain weight of 8 bits and rows that were rotated."""
+    layer, x = layer_of("int8_convrot"), torch.randn(1, 3, 512)
+    wanted, asked = layer(x), []
+
+    def few_rows(rows, fmt, parts, shape, bias):
+        asked.append(fmt)
+        return rows @ KERNELS[fmt](parts, shape, rows.dtype).T + bias
+
+    monkeypatch.setattr(low_bit.products, "few_rows_serve", lambda *_given: True)
+    monkeypatch.setattr(low_bit.products, "few_rows", few_rows)
+    layer.product = LowBitLayer("int8", "", (torch.float32,))
+    assert relative(layer(x), wanted) < 1e-6
+    assert asked == ["int8_rowwise"]
+
+
+def test_rows_come_quantized_only_once_a_layer_is_on():
+    layer, x = layer_of("q8_0"), torch.randn(1, 40, 512)
+    assert layer.takes(x) is None
+    layer.product = LowBitLayer("int8", "", (torch.float32,))
+    assert layer.takes(x) is None
+    layer(x)
+    kind = layer.takes(x)
+    assert kind == RowKind("int8", 0)
+    assert layer.takes(x[:, :3]) is None  # few rows
+    assert layer.takes(x.double()) is None
+    q, scale = products.quantize_rows(x[0], "int8")
+    assert torch.equal(layer(QuantizedRows(q, scale, kind, x.shape, x.dtype)), layer(x))
+    layer.adapters = [LowRank(torch.zeros(1, 512), torch.zeros(48, 1), 1.0)]
+    assert layer.takes(x) is None  # they are given what is not quantized

@@ -210,7 +210,8 @@ def test_activations_are_quantized_on_the_oldest_cards(kind, rotation, cache, mo
         capability=80,
     )
     assert "div.rn.f32" in found.asm["ptx"]  # IEEE division, as the reference's
-    assert not re.search(r"\bfma\.", found.asm["ptx"])
+    assert ("mma.sync" in found.asm["ptx"]) == bool(rotation)
+    assert rotation or not re.search(r"\bfma\.", found.asm["ptx"])
 
 
 @pytest.mark.parametrize("count", [1, 64])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffquant.runtime.kernels import tokens
+from diffquant.runtime.kernels import rows, tokens
 from diffquant.runtime.models import attention
 
 CASES = (
@@ -21,6 +21,8 @@ CASES = (
     "modulated",
     "modulated by token",
     "modulated, cut",
+    "gelu",
+    "gelu behind",
 )
 
 
@@ -35,8 +37,17 @@ def interpreted():
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_give_what_torchs_operations_give(case, interpreted):
-    assert interpreted.keys() == set(CASES)
+    assert interpreted.keys() == {*CASES, "rows"}
     assert interpreted[case] < 4e-6  # float32, sums in another order
+
+
+def test_rows_are_those_of_what_comes_before(interpreted):
+    """fp8 has steps of 32 at its top; codes differ where sums differ in their last bits."""
+    assert len(interpreted["rows"]) == 12
+    for case, (scale, different, gap) in interpreted["rows"].items():
+        assert scale < 1e-5, case
+        assert different < 0.002, case
+        assert gap < (32.1 if "fp8" in case else 1.1), case
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -52,7 +63,8 @@ def test_kernels_compile_for_cards_with_wide_loads(capability, tmp_path, monkeyp
     wide = torch.zeros(1, 32, 3072, dtype=torch.bfloat16)
     row = wide[:, :1]
     for call in (
-        lambda: fast.rotated_heads(x, x[0, 0, 0], tables, 1e-6, x),
+        lambda: fast.rotated_heads((x, x, x), (x[0, 0, 0],) * 2, tables, (1e-6, 1e-5), (x, x, x)),
+        lambda: fast.gelu_behind(wide, wide),
         lambda: fast.modulated(wide, row, row, 1e-6),
     ):
         with monkeypatch.context() as patch:
@@ -78,13 +90,11 @@ def test_where_kernels_do_not_serve_the_models_own_operations_do(monkeypatch):
     assert torch.equal(attention.attend((one,), positions), wanted)
 
 
-def test_an_activation_is_written_behind_what_stands_before_it(monkeypatch):
+def test_without_a_card_nothing_is_served_and_models_do_it_themselves():
     first, wide = torch.randn(2, 3, 4), torch.randn(2, 3, 9)
     assert tokens.gelu_behind(first, wide[..., 3:]) is None
-    monkeypatch.setattr(tokens, "serves", lambda _x: True)
-    found = tokens.gelu_behind(first, wide[..., 3:])
-    gelu = torch.nn.functional.gelu(wide[..., 3:], approximate="tanh")
-    assert torch.allclose(found, torch.cat((first, gelu), dim=-1), atol=1e-6)
+    assert tokens.activated(wide, rows.RowKind("int8", 0)) is None
+    assert tokens.modulated(wide, wide, wide, 1e-6, rows.RowKind("int8", 0)) is None
 
 
 def test_tables_of_the_same_positions_are_made_once_and_may_have_gradients_through_them():

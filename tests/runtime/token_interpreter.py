@@ -13,7 +13,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch.nn import functional
 
-from diffquant.runtime.kernels.triton import tokens
+from diffquant.runtime.kernels import rows as reference
+from diffquant.runtime.kernels.triton import rows, tokens
 from diffquant.runtime.models import attention
 
 
@@ -41,8 +42,8 @@ def angles(*shape):
     return angle.cos(), angle.sin()
 
 
-def served(x, scale, positions, eps, out):
-    tokens.rotated_heads(x, scale, positions, eps, out)
+def served(*given):
+    tokens.rotated_heads(*given)
     return True
 
 
@@ -65,6 +66,36 @@ def modulated(shape, steps, width=None):
     return float((found - wanted).abs().max())
 
 
+def behind(shape, width):
+    """GELU of a cut of a wider product, behind `width` columns or none."""
+    first = torch.randn(*shape[:2], width + 8)[..., :width]
+    x = torch.randn(*shape[:2], shape[2] + 5)[..., 5:] * 3
+    wanted = torch.cat((first, functional.gelu(x, approximate="tanh")), dim=-1)
+    return float((tokens.gelu_behind(first, x) - wanted).abs().max())
+
+
+def rows_of(name, kind, rotation):
+    """Codes and scales of what came before, fused: to the reference of the same numbers.
+
+    Sums and exponentials differ in their last bits, so a number between two codes may get the other
+    one: the largest distance in steps of a row, and the share of codes that differ.
+    """
+    x, batch = torch.randn(2, 5, 512) * 2 + 1, 2
+    shift, scale = torch.randn(batch, 1, 1024).chunk(2, dim=-1)
+    if name == "modulated":
+        wanted = functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        q, size = rows.modulated_rows(x, shift, scale, 1e-6, kind, rotation)
+    else:
+        first, more = (x[..., :256], x[..., 256:]) if name == "behind" else (x[..., :0], x)
+        wanted = torch.cat((first, functional.gelu(more, approximate="tanh")), dim=-1)
+        q, size = rows.activated_rows(first, more, kind, rotation)
+    wanted_q, wanted_size = reference.quantize_rows(wanted.flatten(0, 1), kind, rotation=rotation)
+    off = float((size / wanted_size - 1).abs().max())
+    different = (q.float() != wanted_q.float()).float().mean()
+    gap = (q.float() * size - wanted_q.float() * wanted_size).abs() / wanted_size
+    return [off, float(different), float(gap.max())]
+
+
 @torch.no_grad()
 def main():
     torch.manual_seed(0)
@@ -81,6 +112,13 @@ def main():
         "modulated": modulated((2, 5, 96), 1),
         "modulated by token": modulated((2, 5, 48), 5),
         "modulated, cut": modulated((1, 3, 100), 1, width=160),
+        "gelu": behind((2, 5, 100), 0),
+        "gelu behind": behind((2, 3, 2100), 60),
+    }
+    results["rows"] = {
+        f"{name} {kind} {rotation}": rows_of(name, kind, rotation)
+        for name in ("modulated", "alone", "behind")
+        for kind, rotation in (("fp8", 0), ("int8", 0), ("int8", 256), ("int8", 16))
     }
     json.dump(results, sys.stdout)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,13 @@ from torch.nn import functional
 
 from diffquant.core.errors import PlanMismatch, UnknownFormat, UnsupportedDtype, UnsupportedShape
 from diffquant.runtime.kernels import KERNELS, ROWWISE, decode
+from diffquant.runtime.kernels.rows import QuantizedRows, RowKind
 
 if TYPE_CHECKING:
     from diffquant.runtime.stored import StoredWeight
 
 __all__ = [
+    "Activations",
     "Home",
     "LowRank",
     "PackedLayer",
@@ -37,6 +39,8 @@ __all__ = [
     "QuantLinear",
     "Segment",
 ]
+
+Activations: TypeAlias = "Tensor | QuantizedRows"
 
 _PLAIN = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -207,6 +211,14 @@ class Product(Protocol):
         """Map (..., in_features) to (..., out_features) in the dtype of `x`, bias included."""
         ...
 
+    def takes(self, layer: QuantLinear, x: Tensor) -> RowKind | None:
+        """See QuantLinear.takes."""
+        ...
+
+    def of_rows(self, layer: QuantLinear, x: QuantizedRows) -> Tensor:
+        """As `linear`, of rows of the kind that `takes` named."""
+        ...
+
 
 class PackedLayer(nn.Module):
     """What the three layers share: a packed weight, an optional bias, a list of adapters.
@@ -300,8 +312,20 @@ class QuantLinear(PackedLayer):
         super().__init__((out_features, in_features), bias=bias)
         self.product: Product | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def takes(self, x: Tensor) -> RowKind | None:
+        """What the layer would quantize rows like `x`'s to, where they may come to it so.
+
+        `x` has as many rows, and the dtype and the device; its width may be another.
+        """
+        if self.product is None or self.adapters:  # adapters are given what is not quantized
+            return None
+        return self.product.takes(self, x)
+
+    def forward(self, x: Activations) -> Tensor:
         """Map (..., in_features) to (..., out_features) in the dtype of `x`."""
+        if isinstance(x, QuantizedRows):
+            assert self.product is not None, "rows that nobody asked for"
+            return self.product.of_rows(self, x)
         if self.product is None:
             y = functional.linear(x, self.weight(x.dtype), self.bias)
         else:

@@ -28,8 +28,16 @@ from torch.nn import functional
 from diffquant.runtime.compiling import regions
 from diffquant.runtime.compute import Card, Engine, Mode, engines_for
 from diffquant.runtime.kernels import products
+from diffquant.runtime.kernels.rotated import rotated_by_matrix
+from diffquant.runtime.kernels.rows import QuantizedRows, RowKind
 from diffquant.runtime.layers import PackedWeight, QuantLinear
-from diffquant.runtime.packed_rows import is_stored, multiply, requantized
+from diffquant.runtime.packed_rows import (
+    is_stored,
+    multiply,
+    requantized,
+    rotation_of,
+    unrotated,
+)
 
 __all__ = [
     "ERROR_BOUND", "FEW", "LowBit", "LowBitLayer", "apply", "assign", "pending",
@@ -89,6 +97,20 @@ class LowBitLayer:
             layer.replace(weight)
         return multiply(x, weight, layer.bias, self.kind)
 
+    def takes(self, layer: QuantLinear, x: Tensor) -> RowKind | None:
+        """See layers.QuantLinear.takes: nothing before the layer is on, and none of few rows."""
+        if self.state != "on" or x.dtype not in self._dtypes or x.numel() <= FEW * x.shape[-1]:
+            return None
+        weight = layer.outline()
+        if layer.home is not None or not is_stored(weight, self.kind):
+            return None
+        rotation = rotation_of(weight)
+        return None if rotation is None else RowKind(self.kind, rotation)
+
+    def of_rows(self, layer: QuantLinear, x: QuantizedRows) -> Tensor:
+        """As `linear`, of rows of the kind that `takes` named."""
+        return multiply(x, layer.bound(), layer.bias, self.kind)
+
     def _first(self, layer: QuantLinear, weight: PackedWeight, x: Tensor) -> Tensor:
         """Compute both ways, compare, and decide."""
         exact = _exact(layer, x)
@@ -116,14 +138,17 @@ class LowBitLayer:
     def _of_few(self, layer: QuantLinear, x: Tensor) -> Tensor:
         weight, count = layer.bound(), x.numel() // x.shape[-1]
         one = weight.segments[0]
+        fmt, parts, rotation = unrotated(one)
         if self._few is None and not torch.compiler.is_compiling():
             self._few = len(weight.segments) == 1 and products.few_rows_serve(
-                one.format, one.parts, layer.logical_shape, count
+                fmt, parts, layer.logical_shape, count
             )
         if not self._few or len(weight.segments) > 1:
             return _exact(layer, x)
         rows = x.reshape(count, -1)
-        y = products.few_rows(rows, one.format, one.parts, layer.logical_shape, layer.bias)
+        if rotation:
+            rows = rotated_by_matrix(rows, rotation)
+        y = products.few_rows(rows, fmt, parts, layer.logical_shape, layer.bias)
         return y.reshape(*x.shape[:-1], -1)
 
 

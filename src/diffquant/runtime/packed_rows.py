@@ -13,10 +13,11 @@ from torch import Tensor
 
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels import products
-from diffquant.runtime.kernels.rows import KINDS
-from diffquant.runtime.layers import PackedWeight, Segment
+from diffquant.runtime.kernels.fields import Parts
+from diffquant.runtime.kernels.rows import KINDS, QuantizedRows
+from diffquant.runtime.layers import Activations, PackedWeight, Segment
 
-__all__ = ["STORED", "Stored", "is_stored", "multiply", "requantized"]
+__all__ = ["STORED", "Stored", "is_stored", "multiply", "requantized", "rotation_of", "unrotated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,33 +81,51 @@ def requantized(weight: PackedWeight, kind: str) -> PackedWeight:
     return PackedWeight((Segment(KINDS[kind].rowwise, shape, parts),))
 
 
-def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, kind: str) -> Tensor:
+def rotation_of(weight: PackedWeight) -> int | None:
+    """In groups of how many activations are rotated for a weight that is stored; None: mixed."""
+    found = {STORED[name].rotation for name in weight.formats}
+    return found.pop() if len(found) == 1 else None
+
+
+def unrotated(one: Segment) -> tuple[str, Parts, int]:
+    """A segment as few rows are multiplied with it: format, parts, rotation of the activations.
+
+    A rotated weight of 8 bits is one without rotation once activations are rotated.
+    """
+    row = STORED.get(one.format)
+    if row is None or not row.rotation or row.packed:
+        return one.format, one.parts, 0
+    parts = {"weight": one.parts["weight"], "scale": one.parts[row.scale]}
+    return KINDS[row.kind].rowwise, parts, row.rotation
+
+
+def multiply(x: Activations, weight: PackedWeight, bias: Tensor | None, kind: str) -> Tensor:
     """`x W^T + bias` in 8 bits: (..., K) to (..., N) in the dtype of `x`.
 
     Args:
-        x: activations.
+        x: activations, or rows of them that were quantized as every segment wants them.
         weight: of segments that are stored in `kind`.
         bias: (N,) or None.
         kind: a key of KINDS.
     """
-    rows = x.reshape(-1, x.shape[-1])
     quantized: dict[int, tuple[Tensor, Tensor]] = {}
+    if isinstance(x, QuantizedRows):
+        quantized[x.kind.rotation] = x.q, x.scale
     outputs, first = [], 0
     for one in weight.segments:
-        row, shape = STORED[one.format], (one.shape[0], rows.shape[1])
+        row, shape = STORED[one.format], (one.shape[0], x.shape[-1])
         if row.rotation not in quantized:
+            assert isinstance(x, Tensor)
+            rows = x.reshape(-1, x.shape[-1])
             quantized[row.rotation] = products.quantize_rows(rows, kind, rotation=row.rotation)
         if row.packed:
             matrix = products.levels(one.format, one.parts, shape)
         else:
             matrix = one.parts["weight"].reshape(shape)
-        scale = (
-            one.parts[row.scale].float() if row.scale else rows.new_ones((), dtype=torch.float32)
-        )
+        given, given_scale = quantized[row.rotation]
+        scale = one.parts[row.scale].float() if row.scale else given_scale.new_ones(())
         some = None if bias is None else bias[first : first + shape[0]]
-        outputs.append(
-            products.multiply_rows(*quantized[row.rotation], matrix, scale, some, x.dtype)
-        )
+        outputs.append(products.multiply_rows(given, given_scale, matrix, scale, some, x.dtype))
         first += shape[0]
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return y.reshape(*x.shape[:-1], first)

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels.fields import Kernel, Parts
 
-__all__ = ["KERNELS", "levels_of", "rotated"]
+__all__ = ["KERNELS", "levels_of", "rotated", "rotated_by_matrix"]
 
 
 def rotated(weight: Tensor, group: int) -> Tensor:
@@ -29,6 +29,18 @@ def rotated(weight: Tensor, group: int) -> Tensor:
         weight = torch.stack(turned, dim=2) * 0.5
         stride *= 4
     return weight.reshape(shape)
+
+
+@functools.lru_cache(maxsize=8)
+def _matrix(group: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return rotated(torch.eye(group, device=device), group)
+
+
+def rotated_by_matrix(x: Tensor, group: int) -> Tensor:
+    """As `rotated` to the order of sums, by one product: (M, K) of any dtype, sums in float32."""
+    turned = x.float().reshape(-1, group) @ _matrix(group, x.device)
+    return turned.reshape(x.shape).to(x.dtype)
 
 
 def _nibbles(packed: Tensor) -> Tensor:

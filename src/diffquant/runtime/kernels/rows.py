@@ -6,7 +6,7 @@ roundings is fixed, so that a fast kernel can be held to it::
 
     amax    largest absolute value of a row, in float32
     scale   amax / 448 (fp8 e4m3) or amax / 127 (int8), at least 2**-126; one IEEE division
-    qx      x / scale, an IEEE division, cut to +-448 or +-127 and rounded half to even
+    qx      x times 1 / scale (an IEEE division), cut to +-448 or +-127, rounded half to even
     y       sums of products of q (int8: exact), times scale_x, times scale_w, plus bias; rounded
             once to the dtype that was asked for
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,10 @@ from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels.fields import Parts
 from diffquant.runtime.kernels.rotated import levels_of, rotated
 
-__all__ = ["KINDS", "LEAST_SCALE", "Kind", "levels", "multiply_rows", "quantize_rows"]
+__all__ = [
+    "KINDS", "LEAST_SCALE", "Kind", "QuantizedRows", "RowKind", "levels", "multiply_rows",
+    "quantize_rows",
+]  # fmt: skip
 
 LEAST_SCALE = 2.0**-126  # the smallest normal float32: cards flush what is below
 
@@ -55,6 +59,32 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+class RowKind(NamedTuple):
+    """What a layer multiplies: a key of KINDS, and in groups of how many its rows are rotated."""
+
+    kind: str
+    rotation: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Activations that were quantized where they were made.
+
+    Attributes:
+        q: (M, K) in the kind's dtype.
+        scale: (M, 1) float32.
+        kind: what they are.
+        shape: (..., K) of the activations, M rows.
+        dtype: they would have; the layer's results are in it.
+    """
+
+    q: Tensor
+    scale: Tensor
+    kind: RowKind
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 def quantize_rows(x: Tensor, kind: str, *, rotation: int = 0) -> tuple[Tensor, Tensor]:
     """Quantize every row with a scale of its own.
 
@@ -78,7 +108,7 @@ def quantize_rows(x: Tensor, kind: str, *, rotation: int = 0) -> tuple[Tensor, T
         values = rotated(values, rotation)
     amax = values.abs().amax(dim=1, keepdim=True)
     scale = (amax / row.top).clamp(min=LEAST_SCALE)  # clamp keeps NaN
-    q = (values / scale).clamp(-row.top, row.top)
+    q = (values * (1.0 / scale)).clamp(-row.top, row.top)
     if not row.dtype.is_floating_point:
         q = q.nan_to_num(nan=0.0).round()  # the row's scale says that it was NaN
     return q.to(row.dtype), torch.where(amax.isfinite(), scale, torch.nan)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.runtime.kernels import tokens
+from diffquant.runtime.layers import Activations, QuantLinear
+from diffquant.runtime.models.facts import tanh_gelu
 
 __all__ = [
     "SCORES_NBYTES",
@@ -25,6 +27,7 @@ __all__ = [
     "Stream",
     "attend",
     "attention",
+    "feed_forward",
     "gated",
     "modulated",
     "rotary",
@@ -138,17 +141,21 @@ def _together(
         return None
     batch, heads, _, width = streams[0].q.shape
     length = sum(one.q.shape[2] for one in streams)
-    q, k = (streams[0].q.new_empty(batch, length, heads, width).transpose(1, 2) for _ in range(2))
+    alone = len(streams) == 1
+    room = [one.new_empty(batch, length, heads, width).transpose(1, 2) for one in streams[0][:3]]
+    q, k, v = room[0], room[1], None if alone else room[2]
     first = 0
     for one in streams:
         last = first + one.q.shape[2]
         places = (positions[0][..., first:last, :], positions[1][..., first:last, :])
-        for x, norm, out in ((one.q, one.query_norm, q), (one.k, one.key_norm, k)):
-            eps, scale = _norm_of(norm)
-            if not tokens.rotated_heads(x, scale, places, eps, out[:, :, first:last]):
-                return None
+        (q_eps, q_scale), (k_eps, k_scale) = _norm_of(one.query_norm), _norm_of(one.key_norm)
+        cut = slice(first, last)
+        out = (q[:, :, cut], k[:, :, cut], None if v is None else v[:, :, cut])
+        given = (one.q, one.k, None if alone else one.v)
+        if not tokens.rotated_heads(given, (q_scale, k_scale), places, (q_eps, k_eps), out):
+            return None
         first = last
-    return q, k, _joined([one.v for one in streams])
+    return q, k, streams[0].v if v is None else v
 
 
 def _norm_of(norm: RmsNorm | nn.RMSNorm) -> tuple[float, Tensor]:
@@ -209,15 +216,35 @@ def _fused(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool
     return any(serves(asked) for serves in _KERNELS)
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+@overload
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float = ...) -> Tensor: ...
+@overload
+def modulated(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = ..., *, into: Sequence[QuantLinear]
+) -> Activations: ...
+def modulated(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, into: Sequence[QuantLinear] = ()
+) -> Activations:
     """Layer norm without parameters, then the affine map that the timestep commands.
 
-    `shift` and `scale` are (B, 1, width), or (B, L, width) as `x` is.
+    `shift` and `scale` are (B, 1, width), or (B, L, width) as `x` is. `into` are the layers that
+    take the result: what all of them would make of it first is part of the same pass.
     """
-    found = tokens.modulated(x, shift, scale, eps)
-    if found is not None:
-        return found
+    kinds = {layer.takes(x) for layer in into}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    for asked in (kind, None) if kind is not None else (None,):
+        found = tokens.modulated(x, shift, scale, eps, asked)
+        if found is not None:
+            return found
     return functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def feed_forward(first: QuantLinear, second: QuantLinear, x: Activations) -> Tensor:
+    """Two layers and GELU, by tanh, between them: (..., K) to (..., N)."""
+    hidden = first(x)
+    rows = tokens.activated(hidden, second.takes(hidden))
+    y: Tensor = second(tanh_gelu(hidden) if rows is None else rows)
+    return y
 
 
 def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:

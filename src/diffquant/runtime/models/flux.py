@@ -18,7 +18,16 @@ from torch.nn import functional
 from diffquant.core.errors import ArchitectureError, UsageError
 from diffquant.runtime.kernels import tokens
 from diffquant.runtime.layers import QuantLinear
-from diffquant.runtime.models.attention import Positions, QkNorm, attend, gated, modulated, rotary
+from diffquant.runtime.models.attention import (
+    Positions,
+    QkNorm,
+    Stream,
+    attend,
+    feed_forward,
+    gated,
+    modulated,
+    rotary,
+)
 from diffquant.runtime.models.facts import (
     Hyper,
     Shapes,
@@ -165,6 +174,11 @@ class _Attention(nn.Module):
         self.norm = QkNorm(config.head_dim, config.eps)
         self.proj = QuantLinear(config.width, config.width)
 
+    def heads(self, x: Tensor, shift: Tensor, scale: Tensor) -> Stream:
+        """Queries, keys and values of tokens (B, L, width)."""
+        found: Stream = self.norm(self.qkv(modulated(x, shift, scale, into=[self.qkv])))
+        return found
+
 
 class _DoubleBlock(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
@@ -180,15 +194,23 @@ class _DoubleBlock(nn.Module):
         self, img: Tensor, txt: Tensor, vector: Tensor, positions: Positions
     ) -> tuple[Tensor, Tensor]:
         img_mod, txt_mod = self.img_mod(vector), self.txt_mod(vector)  # shift, scale, gate; twice
-        img_qkv = self.img_attn.norm(self.img_attn.qkv(modulated(img, *img_mod[:2])))
-        txt_qkv = self.txt_attn.norm(self.txt_attn.qkv(modulated(txt, *txt_mod[:2])))
-        joined = attend((txt_qkv, img_qkv), positions)
+        joined = attend(
+            (self.txt_attn.heads(txt, *txt_mod[:2]), self.img_attn.heads(img, *img_mod[:2])),
+            positions,
+        )
         length = txt.shape[1]
         img = gated(img, img_mod[2], self.img_attn.proj(joined[:, length:]))
-        img = gated(img, img_mod[5], self.img_mlp(modulated(img, *img_mod[3:5])))
+        img = gated(img, img_mod[5], _mlp(self.img_mlp, img, *img_mod[3:5]))
         txt = gated(txt, txt_mod[2], self.txt_attn.proj(joined[:, :length]))
-        txt = gated(txt, txt_mod[5], self.txt_mlp(modulated(txt, *txt_mod[3:5])))
+        txt = gated(txt, txt_mod[5], _mlp(self.txt_mlp, txt, *txt_mod[3:5]))
         return img, in_range(txt)
+
+
+def _mlp(layers: nn.Sequential, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    first, second = layers[0], layers[2]
+    assert isinstance(first, QuantLinear)
+    assert isinstance(second, QuantLinear)
+    return feed_forward(first, second, modulated(x, shift, scale, into=[first]))
 
 
 class _SingleBlock(nn.Module):
@@ -203,9 +225,10 @@ class _SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, vector: Tensor, positions: Positions) -> Tensor:
         shift, scale, gate = self.modulation(vector)
-        qkv, mlp = self.linear1(modulated(x, shift, scale)).split(self.split, dim=-1)
+        hidden = self.linear1(modulated(x, shift, scale, into=[self.linear1]))
+        qkv, mlp = hidden.split(self.split, dim=-1)
         attended = attend((self.norm(qkv),), positions)
-        both = tokens.gelu_behind(attended, mlp)
+        both = tokens.gelu_behind(attended, mlp, self.linear2.takes(mlp))
         if both is None:
             both = torch.cat((attended, tanh_gelu(mlp)), dim=-1)
         return in_range(gated(x, gate, self.linear2(both)))

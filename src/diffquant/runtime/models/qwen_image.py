@@ -18,9 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.core.errors import UsageError
-from diffquant.runtime.layers import QuantEmbedding, QuantLinear
-from diffquant.runtime.models.attention import Positions, Stream, attend, gated, modulated, rotary
-from diffquant.runtime.models.facts import param_dtype, tanh_gelu, timestep_embedding
+from diffquant.runtime.layers import Activations, QuantEmbedding, QuantLinear
+from diffquant.runtime.models.attention import (
+    Positions,
+    Stream,
+    attend,
+    feed_forward,
+    gated,
+    modulated,
+    rotary,
+)
+from diffquant.runtime.models.facts import param_dtype, timestep_embedding
 from diffquant.runtime.models.qwen_image_config import QwenImageConfig, config_from
 
 __all__ = ["QwenImage", "QwenImageConfig", "config_from", "positions"]
@@ -80,14 +88,11 @@ class _Time(nn.Module):
 
 
 class _Projection(nn.Module):
-    """GELU of a linear layer, which Diffusers calls `proj`."""
+    """A linear layer, which Diffusers calls `proj`; it is followed by GELU."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.proj = QuantLinear(width, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return tanh_gelu(self.proj(x))
 
 
 class _FeedForward(nn.Module):
@@ -98,9 +103,15 @@ class _FeedForward(nn.Module):
             _Projection(width, hidden), nn.Identity(), QuantLinear(hidden, width)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out
+    def layers(self) -> tuple[QuantLinear, QuantLinear]:
+        """Both, in their order."""
+        before, after = self.net[0], self.net[2]
+        assert isinstance(before, _Projection)
+        assert isinstance(after, QuantLinear)
+        return before.proj, after
+
+    def forward(self, x: Activations) -> Tensor:
+        return feed_forward(*self.layers(), x)
 
 
 class _Attention(nn.Module):
@@ -120,10 +131,18 @@ class _Attention(nn.Module):
         self.to_out = nn.ModuleList([QuantLinear(width, width)])
         self.to_add_out = QuantLinear(width, width)
 
+    def of_picture(self) -> tuple[QuantLinear, ...]:
+        """The layers that picture tokens go into."""
+        return self.to_q, self.to_k, self.to_v
+
+    def of_text(self) -> tuple[QuantLinear, ...]:
+        """The layers that text tokens go into."""
+        return self.add_q_proj, self.add_k_proj, self.add_v_proj
+
     def forward(
-        self, img: Tensor, txt: Tensor, places: Positions, visible: Tensor | None
+        self, img: Activations, txt: Activations, places: Positions, visible: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        def heads(layer: nn.Module, x: Tensor) -> Tensor:
+        def heads(layer: QuantLinear, x: Activations) -> Tensor:
             out: Tensor = layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             return out  # (B, heads, L, head_dim)
 
@@ -142,7 +161,7 @@ class _Attention(nn.Module):
             self.norm_k,
         )
         y = attend((words, picture), places, visible)
-        length = txt.shape[1]
+        length = words.q.shape[2]
         return self.to_out[0](y[:, length:]), self.to_add_out(y[:, :length])
 
 
@@ -151,10 +170,12 @@ def _modulation(width: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), QuantLinear(width, 6 * width))
 
 
-def _prepared(x: Tensor, modulation: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What a layer is given, normed and modulated, and the gate of what it answers."""
+def _prepared(
+    x: Tensor, modulation: Tensor, eps: float, into: Sequence[QuantLinear]
+) -> tuple[Activations, Tensor]:
+    """What layers are given, normed and modulated, and the gate of what they answer."""
     shift, scale, gate = modulation.chunk(3, dim=-1)
-    return modulated(x, shift, scale, eps), gate
+    return modulated(x, shift, scale, eps, into=into), gate
 
 
 def _in_range(x: Tensor) -> Tensor:
@@ -187,12 +208,12 @@ class _Block(nn.Module):
             changes = torch.cat((changes.expand(-1, made, -1), others), dim=1)
         img_mods = changes.chunk(2, dim=-1)  # for the attention, for the feed-forward
         txt_mods = self.txt_mod(now)[:, None].chunk(2, dim=-1)
-        img_in, img_gate = _prepared(img, img_mods[0], self.eps)
-        txt_in, txt_gate = _prepared(txt, txt_mods[0], self.eps)
+        img_in, img_gate = _prepared(img, img_mods[0], self.eps, self.attn.of_picture())
+        txt_in, txt_gate = _prepared(txt, txt_mods[0], self.eps, self.attn.of_text())
         img_out, txt_out = self.attn(img_in, txt_in, places, visible)
         img, txt = gated(img, img_gate, img_out), gated(txt, txt_gate, txt_out)
-        img_in, img_gate = _prepared(img, img_mods[1], self.eps)
-        txt_in, txt_gate = _prepared(txt, txt_mods[1], self.eps)
+        img_in, img_gate = _prepared(img, img_mods[1], self.eps, self.img_mlp.layers()[:1])
+        txt_in, txt_gate = _prepared(txt, txt_mods[1], self.eps, self.txt_mlp.layers()[:1])
         img = gated(img, img_gate, self.img_mlp(img_in))
         txt = gated(txt, txt_gate, self.txt_mlp(txt_in))
         return _in_range(img), _in_range(txt)

@@ -26,7 +26,9 @@ def spread_weights(x):
 @triton.jit
 def _level(x, factor, low, TOP: tl.constexpr):
     # nearest_int(factor * (x - low)) cut to 0..TOP, left as the fraction of a float from 2**23 on.
-    bits = (factor * (x - low) + 12582912.0).to(tl.int32, bitcast=True) & 0x7FFFFF
+    value = factor * (x - low)
+    value = tl.where(value == value, value, 0.0)  # as in nearest_int
+    bits = (value + 12582912.0).to(tl.int32, bitcast=True) & 0x7FFFFF
     bits = tl.minimum(tl.maximum(bits, 0x400000), 0x400000 + TOP)
     return (bits | 0x4B000000).to(tl.float32, bitcast=True) - 12582912.0
 

@@ -43,7 +43,11 @@ def elements(src, lane, mask, SIZE: tl.constexpr):
 
 @triton.jit
 def nearest_int(value):
-    """Round half to even for magnitudes below 2**22; beyond, ggml's wrapped bits: int32."""
+    """Round half to even for magnitudes below 2**22; beyond, ggml's wrapped bits: int32.
+
+    NaN is 0, as a processor's own NaN comes out of ggml's bits; a card's would be 2**22 - 1.
+    """
+    value = tl.where(value == value, value, 0.0)
     return ((value + 12582912.0).to(tl.int32, bitcast=True) & 0x7FFFFF) - 0x400000
 
 

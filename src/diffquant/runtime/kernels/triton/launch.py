@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffquant.quant.codecs.triton.launch import launch
 
-__all__ = ["TILES", "Tile", "aligned", "group", "launch", "tile"]
+__all__ = ["TILES", "Tile", "aligned", "group", "launch", "steps", "tile"]
 
 _WIDEST = 16  # bytes of the widest load
 
@@ -42,3 +42,9 @@ def aligned(part: Tensor) -> Tensor:
     """
     part = part.contiguous()
     return part.clone() if part.data_ptr() % _WIDEST else part
+
+
+def steps(command: Tensor) -> tuple[int, int]:
+    """Strides over batch and tokens of (B or 1, L or 1, width), 0 where one row serves all."""
+    batch, tokens = (command.stride(i) if command.shape[i] > 1 else 0 for i in (0, 1))
+    return batch, tokens

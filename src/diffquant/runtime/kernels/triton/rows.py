@@ -1,27 +1,46 @@
 """Rows of activations in 8 bits, with a scale per row: one kernel reads them once; see rows.py.
 
-A program takes one row. Up to _WIDEST columns are held in registers; longer rows are read twice,
-the second time from the card's cache. Rotated rows take groups as their tile's rows, turned as in
-triton/rotated.py; they have to fit.
+A program takes one row and holds it in registers, chunk by chunk; rows of more than _HELD columns
+are read twice, the second time from the card's cache. What comes before may be part of the kernel,
+so that its result is never in memory:
+
+    plain       nothing
+    modulated   a layer norm, times 1 + scale, plus shift
+    activated   GELU of one tensor, behind another that stays as it is
+
+Rotating is two small products on tensor cores, which keep 16 bits of each number: rows of 8 bits
+want no more. A network of sums, as in triton/rotated.py, goes through shared memory eight times and
+took three to eight times as long as the rest of the kernel (docs/lab-log.md, 2026-11-27).
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffquant.quant.codecs.triton.int8_convrot import rotation_step
 from diffquant.runtime.kernels.rows import KINDS, LEAST_SCALE
 from diffquant.runtime.kernels.rows import quantize_rows as reference
 from diffquant.runtime.kernels.triton.bits import to_e4m3
-from diffquant.runtime.kernels.triton.launch import aligned, launch
+from diffquant.runtime.kernels.triton.launch import aligned, launch, steps
 from diffquant.runtime.kernels.triton.rotated import rounded
 
-__all__ = ["quantize_rows"]
+__all__ = ["activated_rows", "gelu", "modulated_rows", "quantize_rows", "serves"]
 
 _WIDEST = 16384
+_HELD = 12288  # longer rows are read again, from the cache, so that two programs share a processor
+_ROTATIONS = (16, 64, 256)
+_VALUES = 8  # of a thread in a chunk: 16 bytes of bfloat16
+_CONVERTS = (8, 9)  # capability from which a card rounds to float8 itself
+
+
+@triton.jit
+def gelu(x):
+    """By tanh, of float32: x / (1 + exp(-2 u)), which is 0 where the exponential is infinite."""
+    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
 @triton.jit
@@ -30,12 +49,14 @@ def _scale(amax, TOP: tl.constexpr, LEAST: tl.constexpr):
 
 
 @triton.jit
-def _codes(x, scale, TOP: tl.constexpr, INT: tl.constexpr):
-    """What is stored: int8, or the bits of a float8 e4m3."""
-    q = tl.div_rn(x, scale)
+def _codes(x, inverse, TOP: tl.constexpr, INT: tl.constexpr, CARD: tl.constexpr):
+    """What is stored: int8, or a float8 e4m3, as bits where the card does not round to it."""
+    q = x * inverse
     q = tl.where(q > TOP, TOP, tl.where(q < -TOP, -TOP, q))  # NaN stays
-    if INT:  # noqa: SIM108 - one branch is compiled
+    if INT:
         codes = rounded(tl.where(q == q, q, 0.0)).to(tl.int8)
+    elif CARD:
+        codes = q.to(tl.float8e4nv)
     else:
         codes = to_e4m3(q)
     return codes
@@ -54,7 +75,7 @@ def _magnitude(x):
 
 
 @triton.jit
-def _rows(
+def _long_rows(
     src,
     dst,
     scales,
@@ -63,78 +84,284 @@ def _rows(
     TOP: tl.constexpr,
     LEAST: tl.constexpr,
     INT: tl.constexpr,
+    CARD: tl.constexpr,
     BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     src += row * stride
     dst += row * columns
     column = tl.arange(0, BLOCK)
-    if WHOLE:
-        mask = column < columns
-        x = tl.load(src + column, mask=mask, other=0).to(tl.float32)
-        amax = tl.max(_magnitude(x), axis=0)
-        scale = _scale(amax, TOP, LEAST)
-        tl.store(dst + column, _codes(x, scale, TOP, INT), mask=mask)
-    else:
-        most = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, columns, BLOCK):
-            mask = column < columns - start
-            x = tl.load(src + start + column, mask=mask, other=0).to(tl.float32)
-            most = tl.maximum(most, _magnitude(x))
-        amax = tl.max(most, axis=0)
-        scale = _scale(amax, TOP, LEAST)
-        for start in range(0, columns, BLOCK):
-            mask = column < columns - start
-            x = tl.load(src + start + column, mask=mask, other=0).to(tl.float32)
-            tl.store(dst + start + column, _codes(x, scale, TOP, INT), mask=mask)
+    most = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        mask = column < columns - start
+        x = tl.load(src + start + column, mask=mask, other=0).to(tl.float32)
+        most = tl.maximum(most, _magnitude(x))
+    amax = tl.max(most, axis=0)
+    scale = _scale(amax, TOP, LEAST)
+    inverse = tl.div_rn(1.0, scale)
+    for start in range(0, columns, BLOCK):
+        mask = column < columns - start
+        x = tl.load(src + start + column, mask=mask, other=0).to(tl.float32)
+        tl.store(dst + start + column, _codes(x, inverse, TOP, INT, CARD), mask=mask)
     tl.store(scales + row, _kept(amax, scale))
 
 
 @triton.jit
-def _rotated_rows(
-    src,
+def _normed(values, columns, eps, CHUNK: tl.constexpr):
+    """Layer norm of a row that is held in chunks; what is beyond its end comes out as anything."""
+    total = tl.sum(values[0], axis=0)
+    for i in tl.static_range(1, len(values)):
+        total += tl.sum(values[i], axis=0)
+    mean = total / columns
+    at = tl.arange(0, CHUNK)
+    centred = ()
+    square = 0.0
+    for i in tl.static_range(len(values)):
+        value = tl.where(i * CHUNK + at < columns, values[i] - mean, 0.0)
+        square += tl.sum(value * value, axis=0)
+        centred = centred + (value,)
+    factor = tl.rsqrt(square / columns + eps)
+    found = ()
+    for i in tl.static_range(len(values)):
+        found = found + (centred[i] * factor,)
+    return found
+
+
+@triton.jit
+def _factor(TWO: tl.constexpr):
+    """(16, 16) float32: the rotation of two digits, or of the upper one of two."""
+    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    upper = tl.where(i // 4 + j // 4 == 3, -0.5, 0.5)  # symmetric, and its own inverse
+    lower = tl.where(i % 4 + j % 4 == 3, -0.5, 0.5) if TWO else tl.where(i % 4 == j % 4, 1.0, 0.0)
+    return upper * lower
+
+
+@triton.jit
+def _times(x, factor, CORES: tl.constexpr):
+    """(M, 16) float32 times a factor; on tensor cores 16 bits of each number of x."""
+    if CORES:
+        upper = x.to(tl.bfloat16)
+        lower = (x - upper.to(tl.float32)).to(tl.bfloat16)
+        factor = factor.to(tl.bfloat16)  # exact
+        y = tl.dot(lower, factor, tl.dot(upper, factor))
+    else:
+        y = tl.dot(x, factor, input_precision="ieee")
+    return y
+
+
+@triton.jit
+def _turned(x, CHUNK: tl.constexpr, SIZE: tl.constexpr, CORES: tl.constexpr):
+    """Groups of SIZE rotated, of a chunk (CHUNK,).
+
+    A group's place has digits of base 4, and each is rotated: the two fastest by one product, the
+    others by a second, where groups lie across.
+    """
+    x = _times(tl.reshape(x, (CHUNK // 16, 16)), _factor(True), CORES)
+    if SIZE > 16:
+        across = tl.permute(tl.reshape(x, (CHUNK // SIZE, 16, SIZE // 16)), (0, 2, 1))
+        across = _times(tl.reshape(across, (CHUNK // 16, 16)), _factor(SIZE == 256), CORES)
+        x = tl.permute(tl.reshape(across, (CHUNK // SIZE, SIZE // 16, 16)), (0, 2, 1))
+    return tl.reshape(x, (CHUNK,))
+
+
+@triton.jit
+def _loaded(x, more, column, first, columns, BEFORE: tl.constexpr):
+    """Columns of a row in float32, activated where they are to be."""
+    if BEFORE == "activated":
+        value = tl.load(x + column, mask=column < first, other=0).to(tl.float32)
+        mask = (column >= first) & (column < columns)
+        value += gelu(tl.load(more + column - first, mask=mask, other=0).to(tl.float32))
+    else:
+        value = tl.load(x + column, mask=column < columns, other=0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _rows(
+    x,
+    more,
+    shift,
+    scale,
     dst,
     scales,
     columns,
-    stride,
+    first,  # columns of x that `activated` copies
+    tokens,
+    x_batch,
+    x_token,
+    more_batch,
+    more_token,
+    shift_batch,
+    shift_token,
+    scale_batch,
+    scale_token,
+    eps,
+    BEFORE: tl.constexpr,
+    SIZE: tl.constexpr,
     TOP: tl.constexpr,
     LEAST: tl.constexpr,
     INT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
+    CARD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    HELD: tl.constexpr,
+    CORES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, GROUPS)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    mask = column < columns
-    x = tl.load(src + row * stride + column, mask=mask, other=0).to(tl.float32)
-    for _ in tl.static_range((SIZE > 4) + (SIZE > 16) + (SIZE > 64)):
-        x = rotation_step(x, GROUPS, SIZE)
-    x = rotation_step(x, GROUPS, SIZE)
-    amax = tl.max(tl.max(_magnitude(x), axis=1), axis=0)
-    scale = _scale(amax, TOP, LEAST)
-    tl.store(dst + row * columns + column, _codes(x, scale, TOP, INT), mask=mask)
-    tl.store(scales + row, _kept(amax, scale))
+    token, batch = row % tokens, row // tokens
+    x += batch * x_batch + token * x_token
+    more += batch * more_batch + token * more_token
+    dst += row * columns
+    at = tl.arange(0, CHUNK)
+    values = ()
+    most = tl.zeros((CHUNK,), tl.float32)
+    for i in tl.static_range(CHUNKS):
+        value = _loaded(x, more, i * CHUNK + at, first, columns, BEFORE)
+        if HELD:
+            values = values + (value,)
+        else:
+            most = tl.maximum(most, _magnitude(value))
+    if BEFORE == "modulated":
+        values = _normed(values, columns, eps, CHUNK)
+        shift += batch * shift_batch + token * shift_token
+        scale += batch * scale_batch + token * scale_token
+        done = ()
+        for i in tl.static_range(CHUNKS):
+            column = i * CHUNK + at
+            factor = tl.load(scale + column, mask=column < columns, other=0).to(tl.float32)
+            moved = tl.load(shift + column, mask=column < columns, other=0).to(tl.float32)
+            done = done + (values[i] * (1.0 + factor) + moved,)
+        values = done
+    if SIZE:
+        done = ()
+        for i in tl.static_range(CHUNKS):
+            done = done + (_turned(values[i], CHUNK, SIZE, CORES),)
+        values = done
+    if HELD:
+        for i in tl.static_range(CHUNKS):
+            most = tl.maximum(most, _magnitude(values[i]))
+    amax = tl.max(most, axis=0)
+    size = _scale(amax, TOP, LEAST)
+    inverse = tl.div_rn(1.0, size)
+    for i in tl.static_range(CHUNKS):
+        column = i * CHUNK + at
+        if HELD:  # noqa: SIM108 - one branch is compiled
+            value = values[i]
+        else:
+            value = _loaded(x, more, column, first, columns, BEFORE)
+        tl.store(dst + column, _codes(value, inverse, TOP, INT, CARD), mask=column < columns)
+    tl.store(scales + row, _kept(amax, size))
+
+
+def serves(columns: int, rotation: int) -> bool:
+    """Whether rows of so many columns are held by a program."""
+    if columns > _WIDEST or columns < 1:
+        return False
+    return not rotation or (columns % rotation == 0 and rotation in _ROTATIONS)
+
+
+def _warps(columns: int) -> int:
+    return 4 if columns <= 4096 else 8 if columns <= 8192 else 16
+
+
+@functools.cache
+def _rounds(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CONVERTS
+
+
+def _quantized(
+    before: str,
+    x: Tensor,
+    more: Tensor | None,
+    commands: tuple[Tensor, Tensor] | None,
+    eps: float,
+    columns: int,
+    kind: str,
+    rotation: int,
+) -> tuple[Tensor, Tensor]:
+    """Launch: tensors are (B, L, width), one stride for the last dimension."""
+    row, (batch, tokens) = KINDS[kind], x.shape[:2]
+    q = torch.empty((batch * tokens, columns), dtype=row.dtype, device=x.device)
+    scale = torch.empty((batch * tokens, 1), dtype=torch.float32, device=x.device)
+    more = x if more is None else more
+    shift, factor = (x, x) if commands is None else commands
+    integers, card = row.dtype == torch.int8, _rounds(x.device)
+    warps = _warps(columns)
+    chunk = max(warps * 32 * _VALUES, rotation)
+    launch(
+        _rows,
+        batch * tokens,
+        warps,
+        x,
+        more,
+        shift,
+        factor,
+        q if integers or card else q.view(torch.uint8),
+        scale,
+        columns,
+        x.shape[2],
+        tokens,
+        *x.stride()[:2],
+        *more.stride()[:2],
+        *steps(shift),
+        *steps(factor),
+        eps,
+        BEFORE=before,
+        SIZE=rotation,
+        TOP=row.top,
+        LEAST=LEAST_SCALE,
+        INT=integers,
+        CARD=card,
+        CHUNK=chunk,
+        CHUNKS=triton.cdiv(columns, chunk),
+        CORES=not triton.knobs.runtime.interpret,  # it has no products of bfloat16
+        HELD=bool(rotation) or before == "modulated" or columns <= _HELD,
+    )
+    return q, scale
 
 
 def quantize_rows(x: Tensor, kind: str, *, rotation: int = 0) -> tuple[Tensor, Tensor]:
-    """See rows.quantize_rows; the same numbers."""
-    row, (count, columns) = KINDS[kind], x.shape
-    if rotation and (columns % rotation or columns > _WIDEST or rotation not in (4, 16, 64, 256)):
+    """See rows.quantize_rows; the same numbers, rotated ones to 16 bits."""
+    columns = x.shape[1]
+    if rotation and not serves(columns, rotation):
         return reference(x, kind, rotation=rotation)
     x = x if x.stride(1) == 1 else x.contiguous()
     if x.data_ptr() % 16 or x.stride(0) % 8:
         x = aligned(x)
+    if columns and not serves(columns, rotation):
+        return _in_two(x, kind)
+    return _quantized("plain", x[None], None, None, 0.0, columns, kind, rotation)
+
+
+def _in_two(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    row, (count, columns) = KINDS[kind], x.shape
     q = torch.empty((count, columns), dtype=row.dtype, device=x.device)
     scale = torch.empty((count, 1), dtype=torch.float32, device=x.device)
-    constants = {"TOP": row.top, "LEAST": LEAST_SCALE, "INT": row.dtype == torch.int8}
-    block = min(triton.next_power_of_2(columns), _WIDEST)
-    if rotation:
-        constants |= {"GROUPS": max(1, block // rotation), "SIZE": rotation}
-    else:
-        constants |= {"BLOCK": block, "WHOLE": block >= columns}
-    kernel = _rotated_rows if rotation else _rows
-    warps = 8 if block > 4096 else 4
-    stored = q if q.dtype == torch.int8 else q.view(torch.uint8)
-    launch(kernel, count, warps, x, stored, scale, columns, x.stride(0), **constants)
+    integers, card = row.dtype == torch.int8, _rounds(x.device)
+    stored = q if integers or card else q.view(torch.uint8)
+    constants = {"TOP": row.top, "LEAST": LEAST_SCALE, "INT": integers, "CARD": card}
+    block = triton.next_power_of_2(_WIDEST)
+    launch(_long_rows, count, 16, x, stored, scale, columns, x.stride(0), BLOCK=block, **constants)
     return q, scale
+
+
+def modulated_rows(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, kind: str, rotation: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of a layer norm times 1 + scale, plus shift, as tokens.modulated takes them.
+
+    Returns:
+        As quantize_rows, of what `modulated` would return in float32: q (B L, K), scale (B L, 1).
+    """
+    width = x.shape[2]
+    return _quantized("modulated", x, None, (shift, scale), eps, width, kind, rotation)
+
+
+def activated_rows(first: Tensor, x: Tensor, kind: str, rotation: int) -> tuple[Tensor, Tensor]:
+    """Rows of `first` (B, L, W) and behind it GELU, by tanh, of `x` (B, L, K - W); W may be 0.
+
+    Returns:
+        As quantize_rows: q (B L, K), scale (B L, 1).
+    """
+    columns = first.shape[2] + x.shape[2]
+    return _quantized("activated", first, x, None, 0.0, columns, kind, rotation)
