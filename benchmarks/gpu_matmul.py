@@ -1,13 +1,14 @@
 """Products in 8 bits on a card: layers of Flux.1, few rows, tiles; to a bf16 GEMM of the same run.
 
 python benchmarks/gpu_matmul.py [--shapes NxK ...] [--tokens 4608] [--few 1 16 64] [--rounds 15]
-                                [--parts layers,few,rows] [--json FILE]
+                                [--parts layers,few,rows,fused] [--json FILE]
 python benchmarks/gpu_matmul.py --sweep [--kinds int8 fp8]     every tile of triton/gemm.py
 TRITON_INTERPRET=1 python benchmarks/gpu_matmul.py --tiny      every branch, no GPU, no timings
 
     layers   a product of --tokens rows, by every routine; `rows` is what quantizing the
              activations takes, and a layer is their sum
     rows     quantizing activations: to fp8, to int8, to rotated int8; GB/s of what must move
+    fused    the same behind GELU, by every way (warps, row held or not); for triton/rows.py
     few      --few rows with a packed weight: one kernel, against decoding and then multiplying
 
     ms       median of --rounds by CUDA events; 512 MiB are written before each (cold cache)
@@ -204,6 +205,44 @@ def rows_row(bench: Bench, x: Tensor, kind: str, rotation: int) -> dict[str, Any
     return {"ms": ms, "gb_per_s": nbytes / ms / 1e6, "equal": same}
 
 
+FUSED = (("plain", 3072, 0), ("behind", 15360, 3072), ("alone", 12288, 0), ("gated", 5120, 0))
+
+
+def fused_rows(bench: Bench) -> None:
+    """Rows of what comes before them, by every way."""
+    tokens = 48 if bench.args.tiny else bench.args.tokens
+    for name, columns, width in FUSED:
+        wide = bench.normal(1, tokens, columns * (2 if name == "gated" else 1))
+        for kind, rotation in (("fp8", 0), ("int8", 0), ("int8", 256)):
+            work = functools.partial(fused_row, bench, name, wide, width, kind, rotation)
+            bench.row("fused", f"{name} {kind} {rotation}", (tokens, columns), work)
+
+
+def fused_row(
+    bench: Bench, name: str, wide: Tensor, width: int, kind: str, rotation: int
+) -> dict[str, Any]:
+    found = []
+    for way in fast_rows.WAYS:
+        if rotation and not way.held:
+            continue
+        if name == "plain":
+            call = functools.partial(
+                fast_rows.quantize_rows, wide[0], kind, rotation=rotation, way=way
+            )
+        elif name == "gated":
+            call = functools.partial(
+                fast_rows.gated_rows, *wide.chunk(2, dim=-1), kind, rotation, way
+            )
+        else:
+            parts = wide[..., :width], wide[..., width:]
+            call = functools.partial(fast_rows.activated_rows, *parts, kind, rotation, way)
+        found.append((bench.ms(call), way))
+    found.sort()
+    told = ", ".join(f"{way.warps} {'held' if way.held else 'read'} {ms:.4f}" for ms, way in found)
+    nbytes = wide.nbytes + call()[0].nbytes
+    return {"ms": found[0][0], "gb_per_s": nbytes / found[0][0] / 1e6, "every": told}
+
+
 def random_parts(name: str, shape: Shape, device: str) -> dict[str, Tensor]:
     """Random bytes, scales of one in blocks that hold their own."""
     row, parts = FORMATS[name], {}
@@ -291,7 +330,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4608)
     parser.add_argument("--few", nargs="+", type=int, default=[1, 16, 64])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--parts", default="layers,rows,few")
+    parser.add_argument("--parts", default="layers,rows,fused,few")
     parser.add_argument("--kinds", nargs="+", default=["int8", "fp8"], choices=["int8", "fp8"])
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="small, on the CPU, interpreted")
@@ -313,7 +352,7 @@ def main() -> None:
     if not args.tiny:
         found["device"] = torch.cuda.get_device_name()
         print(found["device"])
-    work = {"layers": layers, "rows": activation_rows, "few": few_rows}
+    work = {"layers": layers, "rows": activation_rows, "fused": fused_rows, "few": few_rows}
     with torch.no_grad():
         if args.sweep:
             sweep(bench)

@@ -23,6 +23,7 @@ CASES = (
     "modulated, cut",
     "gelu",
     "gelu behind",
+    "gelu gated",
 )
 
 
@@ -43,7 +44,7 @@ def test_kernels_give_what_torchs_operations_give(case, interpreted):
 
 def test_rows_are_those_of_what_comes_before(interpreted):
     """fp8 has steps of 32 at its top; codes differ where sums differ in their last bits."""
-    assert len(interpreted["rows"]) == 12
+    assert len(interpreted["rows"]) == 20
     for case, (scale, different, gap) in interpreted["rows"].items():
         assert scale < 1e-5, case
         assert different < 0.002, case
@@ -65,6 +66,7 @@ def test_kernels_compile_for_cards_with_wide_loads(capability, tmp_path, monkeyp
     for call in (
         lambda: fast.rotated_heads((x, x, x), (x[0, 0, 0],) * 2, tables, (1e-6, 1e-5), (x, x, x)),
         lambda: fast.gelu_behind(wide, wide),
+        lambda: fast.gelu_gated(wide, wide),
         lambda: fast.modulated(wide, row, row, 1e-6),
     ):
         with monkeypatch.context() as patch:

@@ -74,6 +74,12 @@ def behind(shape, width):
     return float((tokens.gelu_behind(first, x) - wanted).abs().max())
 
 
+def gated(shape):
+    """Halves of a wider product."""
+    x, gate = torch.randn(*shape[:2], 2 * shape[2]).chunk(2, dim=-1)
+    return float((tokens.gelu_gated(x, gate) - x * functional.gelu(gate)).abs().max())
+
+
 def rows_of(name, kind, rotation):
     """Codes and scales of what came before, fused: to the reference of the same numbers.
 
@@ -85,10 +91,19 @@ def rows_of(name, kind, rotation):
     if name == "modulated":
         wanted = functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
         q, size = rows.modulated_rows(x, shift, scale, 1e-6, kind, rotation)
+    elif name == "normed":
+        weight, bias = torch.randn(2, 512)
+        wanted = functional.layer_norm(x, (512,), weight, bias, 1e-5)
+        q, size = rows.normed_rows(x, weight, bias, 1e-5, kind, rotation)
+    elif name == "gated":
+        value, gate = torch.randn(2, 5, 1024).chunk(2, dim=-1)
+        wanted = value * functional.gelu(gate)
+        q, size = rows.gated_rows(value, gate, kind, rotation)
     else:
         first, more = (x[..., :256], x[..., 256:]) if name == "behind" else (x[..., :0], x)
         wanted = torch.cat((first, functional.gelu(more, approximate="tanh")), dim=-1)
-        q, size = rows.activated_rows(first, more, kind, rotation)
+        way = rows.Way(4, held=rotation > 0 or kind == "fp8")
+        q, size = rows.activated_rows(first, more, kind, rotation, way)
     wanted_q, wanted_size = reference.quantize_rows(wanted.flatten(0, 1), kind, rotation=rotation)
     off = float((size / wanted_size - 1).abs().max())
     different = (q.float() != wanted_q.float()).float().mean()
@@ -114,10 +129,11 @@ def main():
         "modulated, cut": modulated((1, 3, 100), 1, width=160),
         "gelu": behind((2, 5, 100), 0),
         "gelu behind": behind((2, 3, 2100), 60),
+        "gelu gated": gated((2, 3, 2100)),
     }
     results["rows"] = {
         f"{name} {kind} {rotation}": rows_of(name, kind, rotation)
-        for name in ("modulated", "alone", "behind")
+        for name in ("modulated", "normed", "gated", "alone", "behind")
         for kind, rotation in (("fp8", 0), ("int8", 0), ("int8", 256), ("int8", 16))
     }
     json.dump(results, sys.stdout)

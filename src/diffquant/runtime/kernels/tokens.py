@@ -13,12 +13,14 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffquant.runtime.kernels.rows import QuantizedRows, RowKind
 from diffquant.runtime.kernels.table import fast_module
 
-__all__ = ["activated", "gelu_behind", "modulated", "rotated_heads", "serves"]
+__all__ = [
+    "activated", "gelu_behind", "gelu_gated", "modulated", "normed", "rotated_heads", "serves",
+]  # fmt: skip
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_WIDTH = 16384  # of a token that one program keeps in registers
@@ -96,6 +98,34 @@ def gelu_behind(
     shape = (*x.shape[:-1], width)
     q, size = rows.activated_rows(first, x, *kind)
     return QuantizedRows(q, size, kind, shape, x.dtype)
+
+
+def gelu_gated(
+    x: Tensor, gate: Tensor, kind: RowKind | None = None
+) -> Tensor | QuantizedRows | None:
+    """`x` times GELU(`gate`), by erf, as rows of a kind; None where that is not served."""
+    if not (serves(x) and x.dim() == 3 and x.stride(-1) == gate.stride(-1) == 1):
+        return None
+    if kind is None:
+        found: Tensor = _kernels("tokens").gelu_gated(x, gate)
+        return found
+    rows = _kernels("rows")
+    if not rows.serves(x.shape[-1], kind.rotation):
+        return None
+    q, size = rows.gated_rows(x, gate, *kind)
+    return QuantizedRows(q, size, kind, x.shape, x.dtype)
+
+
+def normed(x: Tensor, norm: nn.LayerNorm, kind: RowKind | None) -> QuantizedRows | None:
+    """A layer norm of (B, L, K) as rows of a kind; None where there is none or it is not served."""
+    plain = norm.weight is None or norm.bias is None
+    if kind is None or plain or not serves(x) or x.dim() != 3 or x.stride(-1) != 1:
+        return None
+    rows = _kernels("rows")
+    if not rows.serves(x.shape[-1], kind.rotation):
+        return None
+    q, size = rows.normed_rows(x, norm.weight, norm.bias, norm.eps, *kind)
+    return QuantizedRows(q, size, kind, x.shape, x.dtype)
 
 
 def activated(x: Tensor, kind: RowKind | None) -> QuantizedRows | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffquant.runtime.kernels import tokens
+from diffquant.runtime.kernels.rows import RowKind
 from diffquant.runtime.layers import Activations, QuantLinear
 from diffquant.runtime.models.facts import tanh_gelu
 
@@ -31,6 +32,7 @@ __all__ = [
     "gated",
     "modulated",
     "rotary",
+    "taken_by",
 ]
 
 SCORES_NBYTES = 256 << 20  # of a matrix of scores that is held
@@ -230,13 +232,18 @@ def modulated(
     `shift` and `scale` are (B, 1, width), or (B, L, width) as `x` is. `into` are the layers that
     take the result: what all of them would make of it first is part of the same pass.
     """
-    kinds = {layer.takes(x) for layer in into}
-    kind = kinds.pop() if len(kinds) == 1 else None
+    kind = taken_by(into, x)
     for asked in (kind, None) if kind is not None else (None,):
         found = tokens.modulated(x, shift, scale, eps, asked)
         if found is not None:
             return found
     return functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def taken_by(layers: Sequence[QuantLinear], x: Tensor) -> RowKind | None:
+    """What all of some layers would quantize rows like `x`'s to; see QuantLinear.takes."""
+    kinds = {layer.takes(x) for layer in layers}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def feed_forward(first: QuantLinear, second: QuantLinear, x: Activations) -> Tensor:

@@ -16,12 +16,15 @@ the size of the next skip, as huggingface/diffusers does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffquant.runtime.layers import QuantConv2d, QuantLinear
-from diffquant.runtime.models.attention import attention
+from diffquant.runtime.kernels import tokens
+from diffquant.runtime.layers import Activations, QuantConv2d, QuantLinear
+from diffquant.runtime.models.attention import attention, taken_by
 from diffquant.runtime.models.facts import guidance_embedding, param_dtype, timestep_embedding
 from diffquant.runtime.models.unet_config import (
     AttentionSpec,
@@ -64,7 +67,7 @@ class _Attention(nn.Module):
         self.to_v = QuantLinear(context, channels, bias=False)
         self.to_out = nn.Sequential(QuantLinear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Activations, context: Activations) -> Tensor:
         q, k, v = (
             _heads_first(y, self.heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
@@ -89,8 +92,14 @@ class _GatedGelu(nn.Module):
         super().__init__()
         self.proj = QuantLinear(channels, 2 * hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activations, into: QuantLinear) -> Activations:
+        """What the layer `into` takes."""
         value, gate = self.proj(x).chunk(2, dim=-1)
+        kind = into.takes(value)
+        for asked in (kind, None) if kind is not None else (None,):
+            found = tokens.gelu_gated(value, gate, asked)
+            if found is not None:
+                return found
         out: Tensor = value * functional.gelu(gate)
         return out
 
@@ -101,9 +110,26 @@ class _FeedForward(nn.Module):
         layers = (_GatedGelu(channels, hidden), nn.Identity(), QuantLinear(hidden, channels))
         self.net = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
+    def layers(self) -> tuple[_GatedGelu, QuantLinear]:
+        """Both, in their order."""
+        before, after = self.net[0], self.net[2]
+        assert isinstance(before, _GatedGelu)
+        assert isinstance(after, QuantLinear)
+        return before, after
+
+    def forward(self, x: Activations) -> Tensor:
+        before, after = self.layers()
+        out: Tensor = after(before(x, after))
         return out
+
+
+def _normed(x: Tensor, norm: nn.LayerNorm, into: Sequence[QuantLinear]) -> Activations:
+    """A layer norm of tokens, as all of the layers that take it want it."""
+    found = tokens.normed(x, norm, taken_by(into, x))
+    if found is not None:
+        return found
+    out: Tensor = norm(x)
+    return out
 
 
 class _TransformerBlock(nn.Module):
@@ -117,10 +143,11 @@ class _TransformerBlock(nn.Module):
         self.ff = _FeedForward(spec.channels, spec.hidden)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        normed = self.norm1(x)
-        x = x + self.attn1(normed, normed)
-        x = x + self.attn2(self.norm2(x), context)
-        out: Tensor = x + self.ff(self.norm3(x))
+        own = self.attn1
+        normed = _normed(x, self.norm1, (own.to_q, own.to_k, own.to_v))
+        x = x + own(normed, normed)
+        x = x + self.attn2(_normed(x, self.norm2, [self.attn2.to_q]), context)
+        out: Tensor = x + self.ff(_normed(x, self.norm3, [self.ff.layers()[0].proj]))
         return out
 
 

@@ -1,12 +1,15 @@
 """Rows of activations in 8 bits, with a scale per row: one kernel reads them once; see rows.py.
 
-A program takes one row and holds it in registers, chunk by chunk; rows of more than _HELD columns
-are read twice, the second time from the card's cache. What comes before may be part of the kernel,
-so that its result is never in memory:
+A program takes one row and holds it in registers, chunk by chunk, in the dtype that the result
+would have; or it reads the row twice, the second time from the card's cache. Which of WAYS pays is
+way_for's: benchmarks/gpu_matmul.py --parts fused tries all. What comes before may be part of the
+kernel, so that its result is never in memory:
 
     plain       nothing
     modulated   a layer norm, times 1 + scale, plus shift
-    activated   GELU of one tensor, behind another that stays as it is
+    normed      a layer norm, times scale, plus shift
+    activated   GELU, by tanh, of one tensor, behind another that stays as it is
+    gated       one tensor times GELU, by erf, of another
 
 Rotating is two small products on tensor cores, which keep 16 bits of each number: rows of 8 bits
 want no more. A network of sums, as in triton/rotated.py, goes through shared memory eight times and
@@ -16,6 +19,7 @@ took three to eight times as long as the rest of the kernel (docs/lab-log.md, 20
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,10 +32,12 @@ from diffquant.runtime.kernels.triton.bits import to_e4m3
 from diffquant.runtime.kernels.triton.launch import aligned, launch, steps
 from diffquant.runtime.kernels.triton.rotated import rounded
 
-__all__ = ["activated_rows", "gelu", "modulated_rows", "quantize_rows", "serves"]
+__all__ = [
+    "WAYS", "Way", "activated_rows", "exact_gelu", "gated_rows", "gelu", "modulated_rows",
+    "normed_rows", "quantize_rows", "serves", "way_for",
+]  # fmt: skip
 
 _WIDEST = 16384
-_HELD = 12288  # longer rows are read again, from the cache, so that two programs share a processor
 _ROTATIONS = (16, 64, 256)
 _VALUES = 8  # of a thread in a chunk: 16 bytes of bfloat16
 _CONVERTS = (8, 9)  # capability from which a card rounds to float8 itself
@@ -44,6 +50,12 @@ def gelu(x):
 
 
 @triton.jit
+def exact_gelu(x):
+    """By erf, of float32."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
 def _scale(amax, TOP: tl.constexpr, LEAST: tl.constexpr):
     return tl.maximum(tl.div_rn(amax, TOP), LEAST)
 
@@ -51,8 +63,7 @@ def _scale(amax, TOP: tl.constexpr, LEAST: tl.constexpr):
 @triton.jit
 def _codes(x, inverse, TOP: tl.constexpr, INT: tl.constexpr, CARD: tl.constexpr):
     """What is stored: int8, or a float8 e4m3, as bits where the card does not round to it."""
-    q = x * inverse
-    q = tl.where(q > TOP, TOP, tl.where(q < -TOP, -TOP, q))  # NaN stays
+    q = tl.maximum(tl.minimum(x * inverse, TOP), -TOP)  # the scale says where one was NaN
     if INT:
         codes = rounded(tl.where(q == q, q, 0.0)).to(tl.int8)
     elif CARD:
@@ -171,6 +182,10 @@ def _loaded(x, more, column, first, columns, BEFORE: tl.constexpr):
         value = tl.load(x + column, mask=column < first, other=0).to(tl.float32)
         mask = (column >= first) & (column < columns)
         value += gelu(tl.load(more + column - first, mask=mask, other=0).to(tl.float32))
+    elif BEFORE == "gated":
+        mask = column < columns
+        value = tl.load(x + column, mask=mask, other=0).to(tl.float32)
+        value *= exact_gelu(tl.load(more + column, mask=mask, other=0).to(tl.float32))
     else:
         value = tl.load(x + column, mask=column < columns, other=0).to(tl.float32)
     return value
@@ -217,11 +232,13 @@ def _rows(
     most = tl.zeros((CHUNK,), tl.float32)
     for i in tl.static_range(CHUNKS):
         value = _loaded(x, more, i * CHUNK + at, first, columns, BEFORE)
-        if HELD:
+        if HELD and (SIZE or BEFORE == "modulated" or BEFORE == "normed"):
             values = values + (value,)
+        elif HELD:
+            values = values + (value.to(x.dtype.element_ty),)
         else:
             most = tl.maximum(most, _magnitude(value))
-    if BEFORE == "modulated":
+    if BEFORE == "modulated" or BEFORE == "normed":
         values = _normed(values, columns, eps, CHUNK)
         shift += batch * shift_batch + token * shift_token
         scale += batch * scale_batch + token * scale_token
@@ -230,7 +247,9 @@ def _rows(
             column = i * CHUNK + at
             factor = tl.load(scale + column, mask=column < columns, other=0).to(tl.float32)
             moved = tl.load(shift + column, mask=column < columns, other=0).to(tl.float32)
-            done = done + (values[i] * (1.0 + factor) + moved,)
+            if BEFORE == "modulated":
+                factor += 1.0
+            done = done + (values[i] * factor + moved,)
         values = done
     if SIZE:
         done = ()
@@ -239,14 +258,14 @@ def _rows(
         values = done
     if HELD:
         for i in tl.static_range(CHUNKS):
-            most = tl.maximum(most, _magnitude(values[i]))
+            most = tl.maximum(most, _magnitude(values[i].to(tl.float32)))
     amax = tl.max(most, axis=0)
     size = _scale(amax, TOP, LEAST)
     inverse = tl.div_rn(1.0, size)
     for i in tl.static_range(CHUNKS):
         column = i * CHUNK + at
-        if HELD:  # noqa: SIM108 - one branch is compiled
-            value = values[i]
+        if HELD:
+            value = values[i].to(tl.float32)
         else:
             value = _loaded(x, more, column, first, columns, BEFORE)
         tl.store(dst + column, _codes(value, inverse, TOP, INT, CARD), mask=column < columns)
@@ -260,8 +279,20 @@ def serves(columns: int, rotation: int) -> bool:
     return not rotation or (columns % rotation == 0 and rotation in _ROTATIONS)
 
 
-def _warps(columns: int) -> int:
-    return 4 if columns <= 4096 else 8 if columns <= 8192 else 16
+class Way(NamedTuple):
+    """How a program takes a row: its warps, and whether it holds the row in registers."""
+
+    warps: int
+    held: bool = True
+
+
+WAYS = tuple(Way(warps, held) for warps in (4, 8, 16) for held in (True, False))
+
+
+def way_for(before: str, columns: int, rotation: int) -> Way:
+    """The way for rows of so many columns."""
+    del before, rotation
+    return Way(4 if columns <= 4096 else 8 if columns <= 8192 else 16)
 
 
 @functools.cache
@@ -278,6 +309,7 @@ def _quantized(
     columns: int,
     kind: str,
     rotation: int,
+    way: Way | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch: tensors are (B, L, width), one stride for the last dimension."""
     row, (batch, tokens) = KINDS[kind], x.shape[:2]
@@ -286,7 +318,7 @@ def _quantized(
     more = x if more is None else more
     shift, factor = (x, x) if commands is None else commands
     integers, card = row.dtype == torch.int8, _rounds(x.device)
-    warps = _warps(columns)
+    warps, held = way or way_for(before, columns, rotation)
     chunk = max(warps * 32 * _VALUES, rotation)
     launch(
         _rows,
@@ -315,12 +347,14 @@ def _quantized(
         CHUNK=chunk,
         CHUNKS=triton.cdiv(columns, chunk),
         CORES=not triton.knobs.runtime.interpret,  # it has no products of bfloat16
-        HELD=bool(rotation) or before == "modulated" or columns <= _HELD,
+        HELD=held,
     )
     return q, scale
 
 
-def quantize_rows(x: Tensor, kind: str, *, rotation: int = 0) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, kind: str, *, rotation: int = 0, way: Way | None = None
+) -> tuple[Tensor, Tensor]:
     """See rows.quantize_rows; the same numbers, rotated ones to 16 bits."""
     columns = x.shape[1]
     if rotation and not serves(columns, rotation):
@@ -330,7 +364,7 @@ def quantize_rows(x: Tensor, kind: str, *, rotation: int = 0) -> tuple[Tensor, T
         x = aligned(x)
     if columns and not serves(columns, rotation):
         return _in_two(x, kind)
-    return _quantized("plain", x[None], None, None, 0.0, columns, kind, rotation)
+    return _quantized("plain", x[None], None, None, 0.0, columns, kind, rotation, way)
 
 
 def _in_two(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -353,15 +387,31 @@ def modulated_rows(
     Returns:
         As quantize_rows, of what `modulated` would return in float32: q (B L, K), scale (B L, 1).
     """
-    width = x.shape[2]
-    return _quantized("modulated", x, None, (shift, scale), eps, width, kind, rotation)
+    return _quantized("modulated", x, None, (shift, scale), eps, x.shape[2], kind, rotation)
 
 
-def activated_rows(first: Tensor, x: Tensor, kind: str, rotation: int) -> tuple[Tensor, Tensor]:
+def normed_rows(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, kind: str, rotation: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of a layer norm of `x` (B, L, K) with its weight and bias (K,); see modulated_rows."""
+    commands = (bias[None, None], weight[None, None])
+    return _quantized("normed", x, None, commands, eps, x.shape[2], kind, rotation)
+
+
+def activated_rows(
+    first: Tensor, x: Tensor, kind: str, rotation: int, way: Way | None = None
+) -> tuple[Tensor, Tensor]:
     """Rows of `first` (B, L, W) and behind it GELU, by tanh, of `x` (B, L, K - W); W may be 0.
 
     Returns:
         As quantize_rows: q (B L, K), scale (B L, 1).
     """
     columns = first.shape[2] + x.shape[2]
-    return _quantized("activated", first, x, None, 0.0, columns, kind, rotation)
+    return _quantized("activated", first, x, None, 0.0, columns, kind, rotation, way)
+
+
+def gated_rows(
+    x: Tensor, gate: Tensor, kind: str, rotation: int, way: Way | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows of `x` times GELU, by erf, of `gate`, both (B, L, K); see activated_rows."""
+    return _quantized("gated", x, gate, None, 0.0, x.shape[2], kind, rotation, way)

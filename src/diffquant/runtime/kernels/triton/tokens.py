@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from diffquant.runtime.kernels.triton.launch import launch, steps
-from diffquant.runtime.kernels.triton.rows import gelu
+from diffquant.runtime.kernels.triton.rows import exact_gelu, gelu
 
-__all__ = ["gelu_behind", "modulated", "rotated_heads"]
+__all__ = ["gelu_behind", "gelu_gated", "modulated", "rotated_heads"]
 
 _HEADS = 8  # heads a program takes
 _WARPS = 4
@@ -153,6 +153,33 @@ def _gelu_behind(
     tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _gelu_gated(
+    x,
+    gate,
+    out,
+    columns,
+    tokens,
+    x_batch,
+    x_token,
+    gate_batch,
+    gate_token,
+    chunks,
+    CHUNK: tl.constexpr,
+):
+    """A chunk of a token: x times GELU, by erf, of the gate."""
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    column = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
+    token, batch = row % tokens, row // tokens
+    inside = column < columns
+    value = tl.load(x + batch * x_batch + token * x_token + column, mask=inside, other=0.0)
+    active = tl.load(
+        gate + batch * gate_batch + token * gate_token + column, mask=inside, other=0.0
+    )
+    value = value.to(tl.float32) * exact_gelu(active.to(tl.float32))
+    tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
+
+
 def rotated_heads(
     x: tuple[Tensor, Tensor, Tensor | None],
     scales: tuple[Tensor, Tensor],
@@ -230,6 +257,33 @@ def gelu_behind(first: Tensor, x: Tensor) -> Tensor:
         *x.stride()[:2],
         chunks,
         CHUNK=_CHUNK,
+    )
+    return out
+
+
+def gelu_gated(x: Tensor, gate: Tensor) -> Tensor:
+    """`x` times GELU, by erf, of `gate`: (B, L, K) each, one stride for the last.
+
+    Returns:
+        (B, L, K), in one piece.
+    """
+    batch, tokens, columns = x.shape
+    out = torch.empty((batch, tokens, columns), dtype=x.dtype, device=x.device)
+    chunk = min(_CHUNK, triton.next_power_of_2(columns))
+    chunks = triton.cdiv(columns, chunk)
+    launch(
+        _gelu_gated,
+        batch * tokens * chunks,
+        _WARPS,
+        x,
+        gate,
+        out,
+        columns,
+        tokens,
+        *x.stride()[:2],
+        *gate.stride()[:2],
+        chunks,
+        CHUNK=chunk,
     )
     return out
 
