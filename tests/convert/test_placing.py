@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffquant.convert import cutting, gather, jobs, several, step_state
+from diffquant.convert import cutting, gather, jobs, placing, several, step_state
 from diffquant.convert.jobs import opened, run_job
 from diffquant.convert.placing import place
 from diffquant.convert.plan import Request, make_plan
@@ -37,7 +37,7 @@ def q4_k_s(**changed):
 
 def planned(source, found, request, **given):
     with opened(source) as (_, logical, match):
-        return place(make_plan(logical, match, request, **given), found)
+        return place([make_plan(logical, match, request, **given)], found)[0]
 
 
 @pytest.fixture
@@ -73,6 +73,31 @@ def test_searches_go_to_cards_and_casts_stay(examples):
     assert "plain casts cost less than the way to a card" in note
 
 
+def test_chunks_are_larger_where_a_card_encodes(examples, monkeypatch):
+    monkeypatch.setattr(cutting, "CHUNK", 1 << 12)
+    alone = planned(examples / "flux1-shapes", NO_CARDS, q4_k_s())
+    beside = planned(examples / "flux1-shapes", ONE, q4_k_s())
+    count = [sum(len(cutting.chunks_of(step)) for step in one.steps) for one in (alone, beside)]
+    assert count[0] > 2 * count[1]
+    casts = planned(examples / "flux1-shapes", ONE, Request("gguf", type=type_named("f16")))
+    assert {step.chunk for step in casts.steps} == {0}
+
+
+def test_auto_takes_a_card_where_there_is_enough_to_search_for(examples, monkeypatch):
+    source = examples / "flux1-shapes"
+    plan = planned(source, NO_CARDS, q4_k_s())
+    monkeypatch.setattr(cards, "_driver_cards", lambda: (1, ""))
+    few = placing.cards_worth("auto", [plan], lambda _asked: ONE)
+    assert few.devices == ()
+    assert "cards are taken from 4.3 billion on, and with --device cuda" in few.why
+    assert placing.cards_worth("cuda", [plan], lambda _asked: ONE) is ONE
+    monkeypatch.setattr(placing, "AUTO_WEIGHTS", 1000)
+    assert placing.cards_worth("auto", [plan], lambda _asked: ONE) is ONE
+    monkeypatch.setattr(cards, "_driver_cards", lambda: (0, "none"))
+    monkeypatch.setattr(placing, "AUTO_WEIGHTS", 1 << 32)
+    assert placing.cards_worth("auto", [plan], lambda _asked: ONE) is NO_CARDS
+
+
 def test_what_has_no_encoder_for_cards_stays_and_is_told(examples):
     request = q4_k_s(rules=(Rule("img_attn.qkv", "mxfp4", "test"),))
     plan = planned(examples / "flux1-shapes", ONE, request)
@@ -100,7 +125,7 @@ def test_importance_goes_along_where_a_card_weighs_by_it(examples):
 
 def test_files_weighed_by_importance_are_the_same(examples, tmp_path, digest, card):
     found = []
-    for device in ("cpu", "auto"):
+    for device in ("cpu", "cuda"):
         out = tmp_path / f"{device}.gguf"
         run_job(examples / "flux1-shapes", out, q4_k_s(), device=device, matrix=matrix())
         found.append(list(digest(out).values()))
@@ -139,14 +164,15 @@ def test_files_are_the_same_and_the_report_says_who_encoded(
     monkeypatch.setattr(cutting, "CHUNK", 1 << 14)
     monkeypatch.setattr(staging, "_SLAB", 1 << 12)  # chunks are cut once more
     request, found = Request(container, type=type_named(name)), {}
-    for device in ("cpu", "auto"):
+    for device in ("cpu", "cuda"):
         out = tmp_path / f"{device}.{container}"
         report = run_job(examples / source, out, request, device=device, workers=3)
         assert report.verdict == "pass"
         found[device] = (list(digest(out).values()), report.error)
         encoders = {row.encoder for row in report.tensors}
-        assert encoders >= ({"cuda"} if device == "auto" else {"cpu"})
-    assert found["cpu"] == found["auto"]
+        assert encoders >= ({"cuda"} if device == "cuda" else {"cpu"})
+    assert found["cpu"][0] == found["cuda"][0]
+    assert found["cpu"][1] == pytest.approx(found["cuda"][1])  # sums over other chunks
     assert card
     assert max(rows * columns for _, (rows, columns), _ in card) <= 1 << 14
 
@@ -167,7 +193,7 @@ def test_several_outputs_share_the_card(examples, tmp_path, digest, card):
 
 def test_a_dry_run_says_where_weights_would_be_encoded(examples, tmp_path, card):
     report = run_job(
-        examples / "flux1-shapes", tmp_path / "o.gguf", q4_k_s(), dry_run=True, device="auto"
+        examples / "flux1-shapes", tmp_path / "o.gguf", q4_k_s(), dry_run=True, device="cuda"
     )
     assert report.notes[-1].startswith("encoded on card 0")
     assert not card
@@ -184,7 +210,7 @@ def test_weights_that_are_not_finite_are_refused_before_a_card_sees_them(
 
     monkeypatch.setattr(step_state, "float_rows", damaged)
     with pytest.raises(QuantError, match="NaN or infinite"):
-        run_job(examples / "flux1-shapes", tmp_path / "o.gguf", q4_k_s(), device="auto", workers=1)
+        run_job(examples / "flux1-shapes", tmp_path / "o.gguf", q4_k_s(), device="cuda", workers=1)
     assert not card
     assert not (tmp_path / "o.gguf").exists()
 

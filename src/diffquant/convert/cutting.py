@@ -24,10 +24,11 @@ def chunks_of(step: Step) -> Extents:
     shape = step.assignment.shape
     n, k = matrix_shape(shape)
     whole = step.assignment.transpose or any(a.reach == WHOLE for a in step.adapters)
-    if whole or n <= 1 or n * k <= CHUNK:
+    most = step.chunk or CHUNK
+    if whole or n <= 1 or n * k <= most:
         return ((0, n),)
     multiple = step.row_multiple
-    rows = max(CHUNK // k // multiple, 1) * multiple
+    rows = max(most // k // multiple, 1) * multiple
     return tuple((start, min(start + rows, n)) for start in range(0, n, rows))
 
 

@@ -22,7 +22,7 @@ from diffquant.convert.lora.error import write_error_lora
 from diffquant.convert.lora.error_plan import check_lora_target, plan_error_lora, planned
 from diffquant.convert.match import Match
 from diffquant.convert.output import fingerprint
-from diffquant.convert.placing import place
+from diffquant.convert.placing import cards_worth, place
 from diffquant.convert.plan import Request, make_plan
 from diffquant.convert.recognise import recognise, recognise_part
 from diffquant.convert.remember import remember
@@ -165,7 +165,6 @@ def run_job(
         check_lora_target(error_lora, (src, out, base), force=force or dry_run)
     count = workers or default_workers()
     check = verify == "tensors"
-    cards = cards_for(device)
     sources = opened(
         src,
         arch=request.arch,
@@ -184,7 +183,8 @@ def run_job(
         if error_lora is not None:
             lora = plan_error_lora(plan, match, error_lora, matrix=matrix, inputs=inputs)
             plan = replace(plan, notes=(*plan.notes, lora.note))
-        plan = place(plan, cards)
+        cards = cards_worth(device, [plan], cards_for)
+        (plan,) = place([plan], cards)
         around = surroundings(plan, match, source, base)
         plan = replace(plan, notes=(*plan.notes, *around.notes))
         memory = peak_nbytes(plan, count, beside=lora.peak_nbytes if lora else 0)

@@ -3,29 +3,72 @@
 A card takes what costs the CPU more than the way to the card and back: the searches of block
 formats. Reading, the check of every chunk (decoded again by the CPU, whoever encoded it), hashes
 and writing stay with the CPU's threads.
+
+Plans of which a card encodes something are cut into larger chunks. A chunk costs Python the same
+however large it is, one thread at a time: with 16 threads and chunks of a million weights Flux.1 as
+Q4_K_S took 19.8 s beside an H100 that needs 0.4 s for it, with chunks of four million 9.6 s
+(docs/lab-log.md, 2026-11-27).
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from diffquant.convert import cutting
 from diffquant.convert.plan import Plan
 from diffquant.convert.step import Step
 from diffquant.quant.backends import BACKENDS, WEIGHTED_ON_CARDS
-from diffquant.quant.cards import Cards
+from diffquant.quant.cards import Cards, too_few
 from diffquant.quant.formats import format_named
 
-__all__ = ["place"]
+__all__ = ["AUTO_WEIGHTS", "cards_worth", "place"]
+
+# Weights that are searched for, from which `auto` takes a card. A format's kernel is compiled once
+# per machine, for half a minute: as long as 16 cores take for 12 billion weights.
+AUTO_WEIGHTS = 1 << 32
+_CHUNKS = 4  # chunks of the CPU's size in one of a card's: staging.py takes them whole
 
 
-def place(plan: Plan, cards: Cards) -> Plan:
-    """Decide for every step of a plan; a note says what was decided and why.
+def cards_worth(asked: str, plans: Sequence[Plan], find: Callable[[str], Cards]) -> Cards:
+    """The cards that plans are encoded on: those asked for, by `auto` where that pays.
 
     Args:
-        plan: from make_plan.
+        asked: as quant/cards.py's `cards_for` takes it.
+        plans: of one run.
+        find: `cards_for`.
+
+    Raises:
+        DiffquantError: as `find`.
+    """
+    if asked == "auto":
+        searched = sum(
+            math.prod(step.assignment.shape)
+            for plan in plans
+            for step in plan.steps
+            if step.decision.format and not _why_cpu(step, plan)
+        )
+        if searched < AUTO_WEIGHTS:
+            return too_few(searched, AUTO_WEIGHTS)
+    return find(asked)
+
+
+def place(plans: Sequence[Plan], cards: Cards) -> tuple[Plan, ...]:
+    """Decide for every step of the plans of a run; notes say what was decided and why.
+
+    Args:
+        plans: from make_plan; all are cut alike, for what they share is read once.
         cards: that there are.
     """
+    placed = tuple(_placed(plan, cards) for plan in plans)
+    if any(step.encoder == "cuda" for plan in placed for step in plan.steps):
+        return tuple(map(_cut_larger, placed))
+    return placed
+
+
+def _placed(plan: Plan, cards: Cards) -> Plan:
     if not cards.devices:
         told = (f"encoded on the CPU: {cards.why}",) if cards.why else ()
         return replace(plan, notes=(*plan.notes, *told))
@@ -41,6 +84,11 @@ def place(plan: Plan, cards: Cards) -> Plan:
     for why, count in reasons.most_common():
         note += f"; on the CPU: {count}, {why}"
     return replace(plan, steps=tuple(steps), notes=(*plan.notes, note))
+
+
+def _cut_larger(plan: Plan) -> Plan:
+    chunk = _CHUNKS * cutting.CHUNK
+    return replace(plan, steps=tuple(replace(step, chunk=chunk) for step in plan.steps))
 
 
 def _why_cpu(step: Step, plan: Plan) -> str:

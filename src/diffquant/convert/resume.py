@@ -121,7 +121,7 @@ def identity_of(
         "source files": " ".join(stamps(source.path)),
         **{name: _text(getattr(value, "name", value)) for name, value in asked.items()},
         "verify": "tensors" if check else "load or none",
-        "chunk": str(cutting.CHUNK),
+        "chunk": str(max((step.chunk for step in plan.steps), default=0) or cutting.CHUNK),
         "decisions": decisions.hexdigest(),
         "header": hashlib.sha256(repr(sorted(metadata.items())).encode()).hexdigest(),
         "importance": weighed.hexdigest(),

@@ -18,7 +18,7 @@ from diffquant.convert.job_report import JobReport, job_report
 from diffquant.convert.jobs import opened
 from diffquant.convert.match import Match
 from diffquant.convert.output import fingerprint
-from diffquant.convert.placing import place
+from diffquant.convert.placing import cards_worth, place
 from diffquant.convert.plan import Plan, Request, make_plan
 from diffquant.convert.remember import remember
 from diffquant.convert.reread import verify_output
@@ -124,7 +124,6 @@ def run_jobs(
     if any(_reading(one.request) != _reading(first) for one in wanted):
         raise UsageError("outputs of one pass read one source in one way: run them one by one")
     count = workers or default_workers()
-    cards = cards_for(device)
     sources = opened(
         src,
         arch=first.arch,
@@ -140,7 +139,8 @@ def run_jobs(
         )
         if isinstance(source, ComposedSource):
             plans = tuple(replace(plan, notes=(*source.notes, *plan.notes)) for plan in plans)
-        plans = tuple(place(plan, cards) for plan in plans)
+        cards = cards_worth(device, plans, cards_for)
+        plans = place(plans, cards)
         around = [surroundings(plan, match, source, base) for plan in plans]
         planned = [
             _Planned(one.path, replace(plan, notes=(*plan.notes, *beside.notes)), beside)

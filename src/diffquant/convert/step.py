@@ -32,6 +32,7 @@ class Step:
         rounding: how it is rounded, one of ROUNDINGS.
         encoder: "cpu", or "cuda" where cards encode it (placing.py).
         cut: rows that chunk borders must be multiples of beside the format's own (sharing.py).
+        chunk: weights of a chunk, at most; 0: CHUNK (cutting.py).
     """
 
     part: str
@@ -47,6 +48,7 @@ class Step:
     rounding: str = "nearest"
     cut: int = 1
     encoder: str = "cpu"
+    chunk: int = 0
 
     @property
     def row_multiple(self) -> int:

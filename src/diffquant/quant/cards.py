@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from diffquant.core.errors import ResourceError, UsageError
 
-__all__ = ["DEVICES", "NO_CARDS", "Cards", "cards_for"]
+__all__ = ["DEVICES", "NO_CARDS", "Cards", "cards_for", "too_few"]
 
 DEVICES = ("auto", "cpu", "cuda", "cuda:N")
 _DRIVERS = {"linux": "libcuda.so.1"}  # where triton comes from wheels: pyproject.toml
@@ -35,6 +35,16 @@ class Cards:
 
 
 NO_CARDS = Cards()
+
+
+def too_few(weights: int, least: int) -> Cards:
+    """No cards, for a run that has too little for them; told where there are any."""
+    if not weights or not _driver_cards()[0]:
+        return NO_CARDS
+    return Cards(
+        why=f"{weights / 1e9:.1f} billion weights to search for; cards are taken from "
+        f"{least / 1e9:.1f} billion on, and with --device cuda"
+    )
 
 
 def cards_for(asked: str) -> Cards:

@@ -27,7 +27,7 @@ from diffquant.quant.formats import format_named
 
 __all__ = ["Stages"]
 
-_SLAB = 1 << 22  # weights on a card at once per thread: 16 MiB as float32
+_SLAB = 1 << 22  # weights on a card at once per thread, a chunk of placing.py: 16 MiB as float32
 
 
 class Stages:
