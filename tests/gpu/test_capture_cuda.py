@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffquant.runtime.capture import captured
+from diffquant.runtime.job import Job
 from diffquant.runtime.opening import open_pipeline
+from diffquant.runtime.session import generate_pictures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,3 +32,23 @@ def test_replayed_calls_have_the_numbers_of_calls_as_they_are(model):
     assert state.graphs >= 1
     assert state.plain <= 2  # once for each shape: guided calls may be two
     assert torch.equal(made.latents, wanted.latents)
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8", "fp8"])
+@pytest.mark.parametrize("model", ["flux1-shapes", "sdxl-shapes", "qwen-image-shapes"])
+def test_generate_captures_by_itself_and_draws_the_same(model, compute, tmp_path):
+    """From the job on: what the first step finds out (layers in 8 bits) is waited for."""
+    made = {}
+    for graphs in ("off", "auto"):
+        fields = {**FIELDS, "prompt": "a red circle"}
+        out = tmp_path / f"{graphs}.png"
+        job = Job(
+            DEMOS / model, out, fields, device="cuda", graphs=graphs, compute=compute, compile="off"
+        )
+        report = generate_pictures(job)
+        made[graphs] = out, report.graphs["denoise"], report.computing
+    assert made["off"][1] == "no CUDA graph: asked for"
+    assert made["auto"][1].startswith("CUDA graph: ")
+    assert (compute == "exact") == (not made["auto"][2])
+    pictures = [np.asarray(Image.open(path)) for path, *_ in made.values()]
+    assert np.array_equal(*pictures)

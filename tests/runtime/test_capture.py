@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from diffquant.runtime import capture
-from diffquant.runtime.layers import QuantLinear
+from diffquant.runtime.graph_choice import Graphs
+from diffquant.runtime.layers import PackedWeight, QuantLinear
+from diffquant.runtime.low_bit import LowBitLayer
 
 
 class Recorder:
@@ -99,3 +101,91 @@ def test_streamed_weights_are_not_captured(model):
         model.packed.home = None
         model(x, IDS)
     assert (state.graphs, state.plain) == (1, 3)
+
+
+@torch.no_grad()
+def test_weights_that_lie_elsewhere_are_captured_anew(model):
+    x = torch.randn(2, 4)
+    model.packed.bind(PackedWeight.of(torch.randn(3, 4)))
+    with capture.captured(model, Recorder()) as state:
+        for _ in range(3):
+            model(x, IDS)
+        assert (state.graphs, state.replayed) == (1, 1)
+        model.packed.replace(PackedWeight.of(torch.randn(3, 4)))
+        model(x, IDS)
+        assert (state.graphs, state.plain) == (0, 2)
+        for _ in range(2):
+            model(x, IDS)
+        assert (state.graphs, state.replayed) == (1, 2)
+        model.to(torch.float64)
+        assert model(x.double(), IDS).dtype == torch.float64
+        assert state.graphs == 0
+
+
+@torch.no_grad()
+def test_nothing_is_captured_before_it_may_be(model):
+    x, ready = torch.randn(2, 4), []
+    with capture.captured(model, Recorder(), ready=lambda: bool(ready)) as state:
+        for _ in range(3):
+            model(x, IDS)
+        assert (state.plain, state.captured) == (3, 0)
+        ready.append(True)
+        model(x, IDS)
+    assert (state.plain, state.captured) == (3, 1)
+
+
+class Parts:
+    architecture = "flux1"
+
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "steps", "said"),
+    [
+        ("off", "cuda", 20, "no CUDA graph: asked for"),
+        ("auto", "cpu", 20, "no CUDA graph: the device is cpu"),
+        ("on", "mps", 20, "no CUDA graph: the device is mps"),
+        ("auto", "cuda", 3, "no CUDA graph: 3 steps are too few"),
+        ("auto", "cuda", 4, "CUDA graph: 3 of 4 calls"),
+        ("on", "cuda:1", 2, "CUDA graph: 1 of 2 calls"),
+        ("on", "cuda", 1, "no CUDA graph: no call was made twice"),
+    ],
+)
+@torch.no_grad()
+def test_steps_are_captured_where_that_can_be_and_it_is_said(model, mode, device, steps, said):
+    x = torch.randn(2, 4)
+    with Graphs(mode, Parts(model), device, steps, recorder=Recorder()) as graphs:
+        for _ in range(steps):
+            assert torch.equal(model(x, IDS), model.layer(x) + IDS.sum())
+    assert graphs.said == said
+    assert "forward" not in vars(model)
+
+
+@torch.no_grad()
+def test_why_nothing_was_captured_is_said(model):
+    x = torch.randn(2, 4)
+    with Graphs("auto", Parts(model), "cuda", 9, recorder=Recorder(fails=True)) as graphs:
+        for _ in range(9):
+            model(x, IDS)
+    assert graphs.said.startswith("no CUDA graph: capturing failed (RuntimeError: operation not")
+    model.packed.home = object()
+    with Graphs("auto", Parts(model), "cuda", 9, recorder=Recorder()) as graphs:
+        for _ in range(9):
+            model(x, IDS)
+    assert graphs.said == "no CUDA graph: weights are streamed"
+
+
+@torch.no_grad()
+def test_layers_that_find_out_how_they_multiply_are_waited_for(model):
+    """Their first call asks the card for a number."""
+    model.packed.product = LowBitLayer("int8", "", (torch.float32,))
+    x = torch.randn(2, 4)
+    with Graphs("auto", Parts(model), "cuda", 9, recorder=Recorder()) as graphs:
+        for _ in range(3):
+            model(x, IDS)
+        model.packed.product.state = "on"
+        for _ in range(2):
+            model(x, IDS)
+    assert graphs.said == "CUDA graph: 2 of 5 calls"

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from diffquant.core.errors import UsageError
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime import compiling
-from diffquant.runtime.compile_choice import MEASURED, Choice, Compiling, choose
+from diffquant.runtime.compile_choice import MEASURED, Choice, Compiling, Measured, choose
 from diffquant.runtime.compiling import compiled, kinds_of, regions
 from diffquant.runtime.control import damaged
 from diffquant.runtime.layers import LowRank, PackedLayer, PackedWeight, Segment
@@ -230,6 +230,12 @@ def test_a_failing_compiler_ends_the_run_only_where_it_was_asked_for(monkeypatch
     assert "no C compiler" in caplog.text
 
 
+@pytest.fixture
+def repaid(monkeypatch):
+    """A card on which compiling saves a third of a step."""
+    monkeypatch.setitem(MEASURED, "flux1", Measured(saved=0.32, kind_s=3.3))
+
+
 @pytest.mark.parametrize(("architecture", "device", "step_s", "left", "on", "why"), [
     ("flux1", "cpu", 100.0, 50, False, "not for cpu"),
     ("flux1", "mps", 100.0, 50, False, "not for mps"),
@@ -238,13 +244,20 @@ def test_a_failing_compiler_ends_the_run_only_where_it_was_asked_for(monkeypatch
     ("flux1", "cuda", 6.0, 18, True, "a step took 6 s"),
     ("flux1", "cuda", 6.0, 3, False, "the 3 left"),
 ])  # fmt: skip
-def test_auto_compiles_where_the_steps_left_repay_it(architecture, device, step_s, left, on, why):
+def test_auto_compiles_where_the_steps_left_repay_it(
+    architecture, device, step_s, left, on, why, repaid
+):
     choice = choose(architecture, device, kinds=2, step_s=step_s, left=left)
     assert choice.compile == on
     assert why in choice.why
 
 
-def test_auto_times_the_second_step_and_decides_once(monkeypatch):
+def test_what_saves_nothing_is_not_compiled():
+    choice = choose("flux1", "cuda", kinds=2, step_s=100.0, left=50)
+    assert choice == Choice(False, "not compiled: measured for flux1, it saves nothing")
+
+
+def test_auto_times_the_second_step_and_decides_once(monkeypatch, repaid):
     model, call = tiny_flux()
     clock = iter([10.0, 60.0, 61.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
@@ -260,7 +273,7 @@ def test_auto_times_the_second_step_and_decides_once(monkeypatch):
         compiling.stepped(3, 20)
     monkeypatch.undo()
     assert counter.frame_count == 1
-    saves = MEASURED["flux1"].saved * 50 * 18
+    saves = 0.32 * 50 * 18
     assert f"a step took 50 s, the 18 left would save about {saves:.2g} s" in compiling.said
 
 
@@ -284,7 +297,7 @@ def test_kinds_that_serve_few_blocks_are_left():
     ],
 )
 def test_the_compiler_is_loaded_early_where_it_may_be_used(
-    mode, architecture, device, backend, loads, monkeypatch
+    mode, architecture, device, backend, loads, monkeypatch, repaid
 ):
     asked = []
     monkeypatch.setattr("diffquant.runtime.compile_choice.preload", lambda: asked.append(1))

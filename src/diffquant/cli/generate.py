@@ -21,6 +21,7 @@ from diffquant.io.atomic import check_parent
 if TYPE_CHECKING:
     from diffquant.runtime.compile_choice import Mode
     from diffquant.runtime.compute import Mode as ComputeMode
+    from diffquant.runtime.graph_choice import Mode as GraphMode
     from diffquant.runtime.session import Made
 
 __all__ = ["command"]
@@ -49,6 +50,7 @@ class GenerateReport:
         seconds: of the whole run; `phases` has those of its parts.
         memory: of each pass, how its weights were placed and what that takes.
         compiling: of each pass, whether its blocks were compiled, and why.
+        graphs: of each pass, how many calls were replays of a CUDA graph, or why none.
         computing: of each pass, what how many layers were computed in, and why.
         dry_run: nothing was made: `outputs` and `parameters` are empty.
     """
@@ -63,6 +65,7 @@ class GenerateReport:
     phases: Mapping[str, float]
     memory: tuple[Any, ...]
     compiling: Mapping[str, str]
+    graphs: Mapping[str, str]
     computing: Mapping[str, tuple[str, ...]]
     dry_run: bool
 
@@ -124,6 +127,14 @@ class GenerateReport:
     help="Compile the denoiser's blocks once: faster steps; auto: on a GPU, where it repays.",
 )
 @click.option(
+    "--cuda-graphs",
+    "graphs",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Launch a step's kernels at once; auto: on CUDA, where weights stay and steps suffice.",
+)
+@click.option(
     "--compute",
     type=click.Choice(["auto", "exact", "fp8", "int8"]),
     help="Multiply the denoiser's blocks in 8 bits on a GPU; auto: as weights are stored "
@@ -148,6 +159,7 @@ def command(
     dtype: str,
     preview: str | None,
     compile_mode: str,
+    graphs: str,
     compute: str | None,
     memory: dict[str, Any],
     dry_run: bool,
@@ -205,6 +217,7 @@ def command(
             recipe=recipe,
             memory=memory_from(memory),
             compile=cast("Mode", compile_mode),
+            graphs=cast("GraphMode", graphs),
             compute=cast("ComputeMode | None", compute),
         )
         if engine != "bundled" and (dry_run or job.memory != Asked()):
@@ -214,6 +227,8 @@ def command(
             )
         if engine != "bundled" and compile_mode != "auto":
             raise UsageError("--compile is of the bundled engine")
+        if engine != "bundled" and graphs != "auto":
+            raise UsageError("--cuda-graphs is of the bundled engine")
         if engine != "bundled" and compute is not None:
             raise UsageError("--compute is of the bundled engine")
         if dry_run:
@@ -257,6 +272,7 @@ def _report(made: Made, *, dry_run: bool) -> GenerateReport:
         phases=made.seconds,
         memory=made.memory,
         compiling=made.compiling,
+        graphs=made.graphs,
         computing=made.computing,
         dry_run=dry_run,
     )
@@ -272,6 +288,8 @@ def _render(report: GenerateReport, *, explain: bool) -> None:
     render_memory(report.memory, explain=explain)
     for label, text in report.compiling.items() if explain else ():
         echo(f"  compile, {label}: {text}")
+    for label, text in report.graphs.items() if explain else ():
+        echo(f"  graphs, {label}: {text}")
     for label, rows in report.computing.items() if explain else ():
         for text in rows:
             echo(f"  compute, {label}: {text}")

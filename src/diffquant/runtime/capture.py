@@ -7,7 +7,8 @@ weights, rotary tables) must stay where it is until the graphs are gone, which i
 ends. Nothing in a step may ask the card for a number, or allocate on the host and copy.
 
 Weights that are streamed are fetched by Python code, which no graph holds: a denoiser with such a
-layer runs as it is.
+layer runs as it is. Where weights were moved, replaced or turned to another dtype, graphs that were
+made before are dropped, and made anew.
 """
 
 from __future__ import annotations
@@ -64,17 +65,23 @@ class Captured:
     Attributes:
         graphs: made so far.
         plain: calls that ran as they are.
+        captured: calls that were recorded.
+        replayed: calls that were replays.
         failed: why nothing is captured any more, "" while it is.
     """
 
     def __init__(self) -> None:
         """Nothing has run yet."""
-        self.graphs, self.plain, self.failed = 0, 0, ""
+        self.graphs, self.plain, self.captured, self.replayed, self.failed = 0, 0, 0, 0, ""
 
 
 @contextlib.contextmanager
 def captured(
-    denoiser: nn.Module, recorder: Recorder | None = None, *, most: int = _MOST
+    denoiser: nn.Module,
+    recorder: Recorder | None = None,
+    *,
+    most: int = _MOST,
+    ready: Callable[[], bool] = lambda: True,
 ) -> Iterator[Captured]:
     """Replay a denoiser's calls for the duration.
 
@@ -86,9 +93,10 @@ def captured(
         denoiser: its `forward` is replaced, and put back.
         recorder: CudaGraphs().
         most: shapes that are captured; calls of further ones run as they are.
+        ready: whether a call may be captured by now.
     """
     state = Captured()
-    denoiser.forward = _Replays(denoiser, recorder or CudaGraphs(), state, most)
+    denoiser.forward = _Replays(denoiser, recorder or CudaGraphs(), state, most, ready)
     try:
         yield state
     finally:
@@ -117,8 +125,17 @@ class _Graph:
 class _Replays:
     """A denoiser's `forward` meanwhile."""
 
-    def __init__(self, model: nn.Module, recorder: Recorder, state: Captured, most: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recorder: Recorder,
+        state: Captured,
+        most: int,
+        ready: Callable[[], bool],
+    ) -> None:
         self._model, self._recorder, self._state, self._most = model, recorder, state, most
+        self._ready = ready
+        self._places: Hashable = None  # where what graphs read lay when they were made
         self._layers = [one for one in model.modules() if isinstance(one, PackedLayer)]
         self._plain = type(model).forward
         self._seen: dict[Hashable, _Graph | None] = {}
@@ -127,11 +144,16 @@ class _Replays:
         state = self._state
         leaves, shape = pytree.tree_flatten((args, kwargs))
         key = (shape, *map(_fixed, leaves))
-        graph = self._seen.get(key)
         streamed = any(layer.home is not None for layer in self._layers)
-        if graph is not None and not streamed:
+        if state.graphs and (streamed or self._places != self._now()):
+            self._seen.clear()
+            state.graphs = 0
+        graph = self._seen.get(key)
+        if graph is not None:
+            state.replayed += 1
             return graph(leaves)
-        if key in self._seen and not streamed and not state.failed and state.graphs < self._most:
+        may = not streamed and not state.failed and state.graphs < self._most
+        if key in self._seen and may and self._ready():
 
             def call(given: list[Any]) -> Any:  # noqa: ANN401
                 positional, named = pytree.tree_unflatten(given, shape)
@@ -142,12 +164,24 @@ class _Replays:
             except RuntimeError as error:
                 state.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             else:
+                self._places = self._now()
                 state.graphs += 1
+                state.captured += 1
                 self._seen[key] = graph
                 return graph.result()
         self._seen.setdefault(key, None)
         state.plain += 1
         return self._plain(self._model, *args, **kwargs)
+
+    def _now(self) -> Hashable:
+        """Where every packed weight lies, and a parameter: all of them move and change together."""
+        weights = tuple(
+            layer.packed.segments[0].parts["weight"].data_ptr()
+            for layer in self._layers
+            if layer.packed is not None
+        )
+        one = next(self._model.parameters(), None)
+        return weights, None if one is None else (one.data_ptr(), one.dtype)
 
 
 def _moves(leaf: object) -> bool:

@@ -28,6 +28,7 @@ from diffquant.runtime.titles import titles_of_file
 if TYPE_CHECKING:
     from diffquant.runtime import compute as computing
     from diffquant.runtime.compile_choice import Mode
+    from diffquant.runtime.graph_choice import Mode as GraphMode
 
 __all__ = [
     "FIELDS", "HIRES_STRENGTH", "SWITCH", "Job", "Preview", "differences", "files_of", "further",
@@ -74,6 +75,7 @@ class Job:
         recipe: of a picture that is repeated; `fields` win over it.
         memory: what may be taken, and how weights are placed.
         compile: whether the denoiser's blocks are compiled, see compile_choice.py.
+        graphs: whether the denoiser's calls are replayed, see graph_choice.py.
         compute: what the denoiser's layers multiply in, see compute.py; None: the recipe's, else
             exact.
     """
@@ -95,6 +97,7 @@ class Job:
     recipe: Recipe | None = None
     memory: Asked = field(default_factory=Asked)
     compile: Mode = "auto"
+    graphs: GraphMode = "auto"
     compute: computing.Mode | None = None
 
 

@@ -21,6 +21,7 @@ from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.runtime.compile_choice import Compiling
 from diffquant.runtime.compute import Mode, card_of
 from diffquant.runtime.facts_of_run import Files, facts_of
+from diffquant.runtime.graph_choice import Graphs
 from diffquant.runtime.hires import again
 from diffquant.runtime.job import (
     Job,
@@ -71,6 +72,7 @@ class Made:
         warnings: sentences for people.
         memory: of each pass.
         compiling: pass -> whether its blocks were compiled, and why.
+        graphs: pass -> how many of its calls were replays of a CUDA graph, or why none.
         computing: pass -> what how many layers were computed in, and why; none: all exactly.
     """
 
@@ -83,6 +85,7 @@ class Made:
     warnings: tuple[str, ...]
     memory: tuple[Placed, ...] = ()
     compiling: Mapping[str, str] = field(default_factory=dict)
+    graphs: Mapping[str, str] = field(default_factory=dict)
     computing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -94,6 +97,7 @@ class _Run:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     compiling: dict[str, str] = field(default_factory=dict)
+    graphs: dict[str, str] = field(default_factory=dict)
     computing: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     current: str = ""
@@ -264,6 +268,7 @@ def _made(
         tuple(dict.fromkeys(run.warnings)),
         memory,
         run.compiling,
+        run.graphs,
         run.computing,
     )
 
@@ -318,7 +323,8 @@ def _generated(job: Job, ready: _Ready, shown: OnLatents | None, run: _Run) -> G
         compiling = Compiling(
             job.compile, parts, job.device, lambda what: run.progress.advance(0, what)
         )
-        with compiling:
+        graphs = Graphs(job.graphs, parts, job.device, request.steps)
+        with compiling, graphs:
             found = denoise_finite(
                 one.opened.pipeline,
                 request,
@@ -326,6 +332,7 @@ def _generated(job: Job, ready: _Ready, shown: OnLatents | None, run: _Run) -> G
                 hooks=hooks(one.label, compiling.stepped),
             )
         run.compiling[one.label] = compiling.said
+        run.graphs[one.label] = graphs.said
         if said := ready.low_bit[one.path].said:
             run.computing[one.label] = said
         return found

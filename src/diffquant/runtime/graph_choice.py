@@ -1,0 +1,113 @@
+"""Whether a denoiser's steps run as one CUDA graph: asked for, or where it can and enough follow.
+
+What it saves is Python's launching of kernels, which a fast card waits for: an H100's SDXL step
+took 66 to 130 ms as it is and 39 to 47 as a graph, Flux.1's 134 to 180 and 130 to 140
+(docs/lab-log.md, 2026-11-27). It costs one more run of a step's Python, and no memory to speak of:
+what a step allocates is freed before it is captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+
+from diffquant.runtime.capture import Captured, Recorder, captured
+from diffquant.runtime.families import PipelineParts
+from diffquant.runtime.layers import PackedLayer
+from diffquant.runtime.low_bit import pending
+
+__all__ = ["LEAST_STEPS", "Graphs", "Mode"]
+
+Mode = Literal["auto", "on", "off"]
+LEAST_STEPS = 4  # one runs as it is, one is captured
+_LOG = logging.getLogger(__name__)
+
+
+class Graphs:
+    """The denoiser of one pass, its calls replayed from the third on; a context manager.
+
+    Attributes:
+        said: what came of it, for people.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        parts: PipelineParts,
+        device: str,
+        steps: int,
+        *,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """Take the model.
+
+        Args:
+            mode: "on" does not ask how many steps there are.
+            parts: its denoiser is captured.
+            device: of torch.
+            steps: of the pass.
+            recorder: see capture.captured.
+        """
+        self._denoiser, self._recorder = parts.denoiser, recorder
+        self._stack = contextlib.ExitStack()
+        self._state: Captured | None = None
+        kind = torch.device(device).type
+        if mode == "off":
+            self.said = "no CUDA graph: asked for"
+        elif kind != "cuda":
+            self.said = f"no CUDA graph: the device is {kind}"
+        elif mode == "auto" and steps < LEAST_STEPS:
+            self.said = f"no CUDA graph: {steps} steps are too few"
+        else:
+            self.said = ""
+
+    @property
+    def possible(self) -> bool:
+        """Whether calls are to be captured."""
+        return not self.said
+
+    def __enter__(self) -> Self:
+        """Begin to look at calls."""
+        if self.possible:
+            self._state = self._stack.enter_context(
+                captured(
+                    self._denoiser,
+                    self._recorder,
+                    # a layer that has yet to find out how it multiplies asks the card for numbers
+                    ready=lambda: not pending(self._denoiser),
+                )
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Put the denoiser's own calls back, and let go of the graphs."""
+        self._stack.close()
+        if self._state is not None:
+            self.said = _told(self._state, streamed=_streams(self._denoiser))
+            _LOG.info("%s", self.said)
+
+
+def _streams(denoiser: torch.nn.Module) -> bool:
+    return any(
+        layer.home is not None for layer in denoiser.modules() if isinstance(layer, PackedLayer)
+    )
+
+
+def _told(state: Captured, *, streamed: bool) -> str:
+    if state.failed:
+        return f"no CUDA graph: capturing failed ({state.failed})"
+    if not state.graphs:
+        why = "weights are streamed" if streamed else "no call was made twice"
+        return f"no CUDA graph: {why}"
+    calls = state.plain + state.captured + state.replayed
+    text = f"CUDA graph: {state.captured + state.replayed} of {calls} calls"
+    return text + (", until weights were streamed" if streamed else "")
