@@ -44,6 +44,8 @@ _UNITS: Mapping[Level, str] = {
     "latents": "mean squared error of the last latents, to first order",
 }
 LEVELS: tuple[Level, ...] = ("pictures", "latents")
+# Power of a gradient, next to the strongest layer's, that float32 leaves where the true one is 0.
+_ROUNDING = float(np.finfo(np.float32).eps) ** 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def _priced(
     progress: Progress,
 ) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
     errors: dict[str, dict[str, float]] = {}
-    unused = []
+    totals: dict[str, float] = {}
     matrix, everywhere = weighing
     progress.start("encode", len(power.layers), "tensor")
     try:
@@ -174,9 +176,12 @@ def _priced(
                 values = matrix.entries[key].values().astype(np.float32)
             found = format_errors(weight, names, known, importance=values, everywhere=everywhere)
             errors[key] = {name: float(error / elements) for name, error in found.items()}
-            if not known.total:
-                unused.append(key)
+            totals[key] = float(known.total)
             progress.advance(1, key)
     finally:
         progress.stop()
-    return {key: found for key, found in errors.items() if found}, tuple(unused)
+    least = max(totals.values(), default=0.0) * _ROUNDING
+    unused = tuple(key for key, total in totals.items() if total <= least)
+    for key in unused:
+        errors[key] = dict.fromkeys(errors[key], 0.0)
+    return {key: found for key, found in errors.items() if found}, unused
