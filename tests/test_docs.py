@@ -241,5 +241,6 @@ def test_files_named_in_documents_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for named in re.findall(r"`((?:src|tests|benchmarks|scripts|docs)/[\w./]+\w)`", text):
         assert (ROOT / named).exists(), named
-    for named in re.findall(r"`((?:quant|convert|runtime|io|core|cli)/[\w./]+\.py)`", text):
+    rooms = "core|io|quant|convert|inspect|runtime|publish|cli"
+    for named in re.findall(rf"`((?:{rooms})/[\w./]+\.py)`", text):
         assert (ROOT / "src" / "diffquant" / named).exists(), named
