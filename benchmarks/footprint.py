@@ -9,7 +9,7 @@ of the denoiser or one decoding. Measured on a CPU: peak anonymous memory, sampl
 second, less what the same process holds after imports, a small convolution and matmul, and for
 `ours` a small weight decoded by numba: what CONTEXT_NBYTES has for a CPU, printed first. On CUDA:
 torch.cuda.max_memory_allocated, and max_memory_reserved beside it. Estimated: weights, activations
-and the decoding of one packed weight, as convert/footprint.py adds them up for a level.
+and the decoding of one packed weight, as convert/footprint/ adds them up for a level.
 
 `ours` runs the runtime of this package, `diffusers` that library with plain weights (`pip install
 diffusers`; its cases are left out where it is missing). Flux runs one double and one single block

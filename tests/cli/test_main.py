@@ -105,6 +105,13 @@ def test_python_m_is_the_same_program():
     assert (ran.returncode, ran.stdout) == (0, f"diffquant {__version__}\n")
 
 
+def test_the_overview_imports_no_numbers():
+    """It is read off a table: a hundredth of a second, and no command's module."""
+    ran = process("-c", LOADED, "--help")
+    assert ran.returncode == 0, ran.stderr
+    assert not {"numpy", "psutil", "torch", "numba"} & set(ran.stderr.split())
+
+
 @pytest.mark.parametrize("what", ["safetensors", "gguf", "folder"])
 def test_inspect_imports_neither_torch_nor_numba(examples, unet, gguf_file, what):
     path = {"safetensors": unet, "gguf": gguf_file, "folder": examples / "sd15-shapes"}[what]

@@ -104,9 +104,9 @@ def after(rules, shapes):
 def test_diffusers_names_become_the_real_canonical_header_and_back(kind, slug, theirs, ours):
     component = component_of(kind, slug)
     source, expected = shapes_of(theirs), shapes_of(ours)
-    forward = component.diffusers_rules(source)
+    forward = component.rules(source, "diffusers", "canonical")
     assert after(forward, source) == expected
-    backward = component.canonical_rules(expected)
+    backward = component.rules(expected, "canonical", "diffusers")
     assert after(backward, expected) == source
 
 
@@ -114,9 +114,9 @@ def test_diffusers_names_become_the_real_canonical_header_and_back(kind, slug, t
 def test_what_diffusers_has_no_place_for_is_dropped(slug, theirs, ours, dropped):
     component = component_of(slug, slug)
     source, expected = shapes_of(theirs), shapes_of(ours)
-    assert after(component.canonical_rules(expected), expected) == source
+    assert after(component.rules(expected, "canonical", "diffusers"), expected) == source
     kept = {key: shape for key, shape in expected.items() if key not in dropped}
-    assert after(component.diffusers_rules(source), source) == kept
+    assert after(component.rules(source, "diffusers", "canonical"), source) == kept
 
 
 @pytest.mark.parametrize(
@@ -124,9 +124,9 @@ def test_what_diffusers_has_no_place_for_is_dropped(slug, theirs, ours, dropped)
 )
 def test_both_directions_are_each_other_s_inverse(kind, slug, theirs):
     component, source = component_of(kind, slug), shapes_of(theirs)
-    forward = component.diffusers_rules(source)
+    forward = component.rules(source, "diffusers", "canonical")
     canonical = after(forward, source)
-    backward = component.canonical_rules(canonical)
+    backward = component.rules(canonical, "canonical", "diffusers")
 
     def by_target(rules):
         return sorted(rules, key=lambda rule: rule.targets)
@@ -138,9 +138,12 @@ def test_both_directions_are_each_other_s_inverse(kind, slug, theirs):
 def test_openclip_names_become_transformers_names_but_for_the_loss_scale():
     component = component_of("openclip_text", "sdxl")
     source = shapes_of("openclip-bigg.open_clip")
-    rules = component.canonical_rules(source)
+    rules = component.rules(source, "canonical", "diffusers")
     assert after(rules, source) == shapes_of("openclip-bigg.hf")
-    back = after(component.diffusers_rules(shapes_of("openclip-bigg.hf")), after(rules, source))
+    back = after(
+        component.rules(shapes_of("openclip-bigg.hf"), "diffusers", "canonical"),
+        after(rules, source),
+    )
     assert back == {key: shape for key, shape in source.items() if key != "logit_scale"}
     with pytest.raises(NotInvertible, match="logit_scale"):
         invert(rules, source)
@@ -149,15 +152,17 @@ def test_openclip_names_become_transformers_names_but_for_the_loss_scale():
 def test_sd2_drops_the_layer_that_is_not_read_once():
     component = component_of("openclip_text", "sd2")
     source = shapes_of("openclip-h.open_clip")
-    folder = after(component.canonical_rules(source), source)
+    folder = after(component.rules(source, "canonical", "diffusers"), source)
     assert folder == shapes_of("openclip-h.hf")
-    single = after(component.diffusers_rules(folder), folder)
-    assert after(component.canonical_rules(single), single) == folder
+    single = after(component.rules(folder, "diffusers", "canonical"), folder)
+    assert after(component.rules(single, "canonical", "diffusers"), single) == folder
 
 
 def test_old_attention_names_of_the_vae_are_read():
     component, source = component_of("vae_kl"), shapes_of("sd.vae-kl-f8.diffusers-old-attn")
-    assert after(component.diffusers_rules(source), source) == shapes_of("sd.vae-kl-f8.ldm")
+    assert after(component.rules(source, "diffusers", "canonical"), source) == shapes_of(
+        "sd.vae-kl-f8.ldm"
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +186,7 @@ def test_openclip_without_its_prefix_reaches_both_layouts():
     bare = {key.removeprefix("text_model."): shape for key, shape in source.items()}
     assert after(component.rules(bare, "alternate", "diffusers"), bare) == source
     canonical = after(component.rules(bare, "alternate", "canonical"), bare)
-    assert canonical == after(component.diffusers_rules(source), source)
+    assert canonical == after(component.rules(source, "diffusers", "canonical"), source)
 
 
 def scaled(shapes, factor):
@@ -206,13 +211,13 @@ def scaled(shapes, factor):
 def test_other_widths_and_depths_need_no_other_rules(kind, slug, name, factor, keep):
     component = component_of(kind, slug)
     source = {k: s for k, s in scaled(shapes_of(name), factor).items() if re.search(keep, k)}
-    canonical = after(component.diffusers_rules(source), source)
-    assert after(component.canonical_rules(canonical), canonical) == source
+    canonical = after(component.rules(source, "diffusers", "canonical"), source)
+    assert after(component.rules(canonical, "canonical", "diffusers"), canonical) == source
 
 
 def test_scale_and_shift_change_places():
     component, source = component_of("flux"), shapes_of("flux-dev.transformer.diffusers")
-    rules = component.diffusers_rules(source)
+    rules = component.rules(source, "diffusers", "canonical")
     found = {one.target: one for one in apply_rules(rules, source)}
     pieces = found["final_layer.adaLN_modulation.1.bias"].pieces
     half = source["norm_out.linear.bias"][0] // 2
@@ -221,7 +226,7 @@ def test_scale_and_shift_change_places():
 
 def test_linear1_is_query_key_value_and_mlp_in_this_order():
     component, source = component_of("flux"), shapes_of("flux-dev.transformer.diffusers")
-    rules = component.diffusers_rules(source)
+    rules = component.rules(source, "diffusers", "canonical")
     found = {one.target: one for one in apply_rules(rules, source)}
     for leaf in ("weight", "bias"):
         keys = [piece.key for piece in found[f"single_blocks.3.linear1.{leaf}"].pieces]
@@ -234,7 +239,7 @@ def test_a_key_without_a_rule_is_named():
     component = component_of("unet_ldm", "sdxl")
     source = {**shapes_of("sdxl-base.unet.diffusers"), "stray.weight": (4, 4)}
     with pytest.raises(UnmappedKeys) as caught:
-        apply_rules(component.diffusers_rules(source), source)
+        apply_rules(component.rules(source, "diffusers", "canonical"), source)
     assert set(caught.value.keys) == {"stray.weight"}
 
 
@@ -242,7 +247,7 @@ def test_a_missing_member_of_a_fused_tensor_is_named():
     component, source = component_of("flux"), shapes_of("flux-dev.transformer.diffusers")
     del source["transformer_blocks.4.attn.to_q.weight"]
     with pytest.raises(MissingKeys) as caught:
-        apply_rules(component.diffusers_rules(source), source)
+        apply_rules(component.rules(source, "diffusers", "canonical"), source)
     assert caught.value.keys == ("transformer_blocks.4.attn.to_q.weight",)
 
 
@@ -344,7 +349,7 @@ def canonical_shapes(slug):
     """Names as the policy sees them: without a prefix, and Kolors' rewritten."""
     shapes = {key.removeprefix("net."): shape for key, shape in shapes_of(CANONICAL[slug]).items()}
     return (
-        after(component_of("unet_ldm", slug).diffusers_rules(shapes), shapes)
+        after(component_of("unet_ldm", slug).rules(shapes, "diffusers", "canonical"), shapes)
         if (slug == "kolors")
         else shapes
     )

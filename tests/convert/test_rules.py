@@ -12,7 +12,6 @@ from diffquant.convert.rules import (
     Reorder,
     Reshape,
     Split,
-    Synthesize,
     Tie,
     Transpose,
     apply_rules,
@@ -125,12 +124,6 @@ def test_tie_copies_and_its_inverse_drops_the_copy():
     assert found[0].pieces == found[1].pieces
     back = apply_rules(invert(rules, {"shared": (3, 2)}), {"shared": (3, 2), "embed": (3, 2)})
     assert [one.target for one in back] == ["shared"]
-
-
-def test_synthesize_has_no_pieces_and_inverts_to_a_drop():
-    rule = Synthesize("scale", (), 4.6)
-    assert apply_rules((rule,), {}) == (Assignment("scale", (), (), fill=4.6),)
-    assert isinstance(rule.inverse({}), Drop)
 
 
 def test_drop_consumes_its_key_and_does_not_invert():

@@ -81,7 +81,7 @@ def convert(component, tensors):
 
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     out = {}
-    for one in apply_rules(component.diffusers_rules(shapes), shapes):
+    for one in apply_rules(component.rules(shapes, "diffusers", "canonical"), shapes):
         whole = torch.cat([tensors[p.key][p.start : p.stop] for p in one.pieces])
         out[one.target] = (whole.T if one.transpose else whole).reshape(one.shape)
     return out
@@ -334,7 +334,7 @@ def to_canonical_names(component, shapes, tensors):
     import torch
 
     out = {}
-    for one in apply_rules(component.diffusers_rules(shapes), shapes):
+    for one in apply_rules(component.rules(shapes, "diffusers", "canonical"), shapes):
         whole = torch.cat([tensors[p.key][p.start : p.stop] for p in one.pieces])
         out[one.target] = whole
     return out

@@ -172,3 +172,17 @@ def test_weights_of_a_planned_file_cannot_be_read(flux):
         source.read("double_blocks.0.img_attn.qkv.weight")
     state = "double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4"
     assert json.loads(source.read(state).tobytes())["quant_type"] == "nf4"
+
+
+@pytest.mark.parametrize(("name", "container"), [("q8_0", "gguf"), ("fp8_scaled", "safetensors")])
+def test_a_planned_header_is_the_written_one(examples, tmp_path, name, container):
+    """Of a folder, whose components' header pairs lose their folder; the oracle is the file."""
+    request = Request(container, type=type_named(name))
+    out = tmp_path / f"written.{container}"
+    run_job(examples / "flux1-shapes", out, request)
+    with open_subject(examples / "flux1-shapes") as subject, open_subject(out) as written:
+        plan = make_plan(subject.logical, subject.match, request)
+        planned = planned_subject(plan, subject.match, subject.source, "written").source
+        unknown = {key: None for key in planned.metadata if key.endswith(".fingerprint")}
+        assert {**planned.metadata, **unknown} == {**written.source.metadata, **unknown}
+        assert planned.specs == written.source.specs

@@ -101,7 +101,7 @@ def composed(
         for part in parts:
             other = stack.enter_context(open_source(part.path))
             found, config = _part_of(other, part, architecture)
-            _replace_part(base, match, architecture, part, other, found, renamed)
+            _replace_part(match, architecture, part, other, found, renamed)
             folder = architecture.component(part.name).folder
             if base.configs:
                 if config is None:
@@ -214,7 +214,6 @@ def _as_clip(part: PartMatch, wanted: Component) -> PartMatch | None:
 
 
 def _replace_part(
-    base: TensorSource,
     match: Match,
     architecture: Architecture,
     part: AddedPart,

@@ -39,7 +39,6 @@ __all__ = [
     "Shape",
     "Shapes",
     "Split",
-    "Synthesize",
     "Tie",
     "Transpose",
     "apply_rules",
@@ -66,9 +65,8 @@ class Assignment:
     Attributes:
         target: key in the target naming.
         shape: the target's shape.
-        pieces: concatenated along dim 0; empty for a synthesized tensor.
+        pieces: concatenated along dim 0.
         transpose: the (2-D, whole) concatenation is transposed.
-        fill: the value of every element when there are no pieces.
         axis: 0, or the axis that pieces count along: a single piece takes slice `start` of it away,
             several are whole tensors that become its slices.
     """
@@ -77,7 +75,6 @@ class Assignment:
     shape: Shape
     pieces: tuple[Piece, ...]
     transpose: bool = False
-    fill: float = 0.0
     axis: int = 0
 
 
@@ -282,33 +279,6 @@ class Tie(_OneToOne):
     def inverse(self, shapes: Shapes) -> Rule:
         """The rule that leads back."""
         return Drop(self.target, f"copy of {self.source}")
-
-
-@dataclass(frozen=True, slots=True)
-class Synthesize:
-    """A constant tensor the source does not have."""
-
-    target: str
-    shape: Shape
-    fill: float
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Source keys read."""
-        return ()
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Target keys written."""
-        return (self.target,)
-
-    def assignments(self, shapes: Shapes) -> tuple[Assignment, ...]:
-        """Where each target comes from."""
-        return (Assignment(self.target, self.shape, (), fill=self.fill),)
-
-    def inverse(self, shapes: Shapes) -> Rule:
-        """The rule that leads back."""
-        return Drop(self.target, f"constant {self.fill:g}")
 
 
 @dataclass(frozen=True, slots=True)

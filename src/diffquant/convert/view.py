@@ -7,15 +7,14 @@ surroundings of what it looks at; it opens nothing, so it closes nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from diffquant.core.tensors import TensorSource
+from diffquant.core.tensors import Closing, TensorSource
 
 __all__ = ["SourceView"]
 
 
-class SourceView:
+class SourceView(Closing):
     """A TensorSource's path, header and side files; `specs`, `nbytes` and `read` are the view's."""
 
     def __init__(self, source: TensorSource) -> None:
@@ -34,14 +33,3 @@ class SourceView:
 
     def close(self) -> None:
         """Nothing: whoever opened the source closes it."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

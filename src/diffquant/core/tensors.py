@@ -1,4 +1,4 @@
-"""TensorSpec, and the two protocols that every container implements.
+"""TensorSpec, the two protocols that every container implements, and how their contexts end.
 
 A tensor is addressed by key and, for streaming, by a half-open range of rows. A *row* is one slice
 along the first dimension of a tensor with two or more dimensions; a tensor with fewer dimensions is
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from diffquant.core.dtypes import storage_nbytes
 
-__all__ = ["ByteArray", "TensorSink", "TensorSource", "TensorSpec"]
+__all__ = ["Aborting", "ByteArray", "Closing", "TensorSink", "TensorSource", "TensorSpec"]
 
 ByteArray = NDArray[np.uint8]
 
@@ -129,3 +129,45 @@ class TensorSink(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+
+class Closing:
+    """A source's context: leaving it closes the source."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        """Release what is open."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Aborting:
+    """A sink's context: leaving it removes what was not committed."""
+
+    __slots__ = ()
+
+    def abort(self) -> None:
+        """Remove what was written; harmless after a commit."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.abort()

@@ -17,6 +17,7 @@ from diffquant.inspect.audit_gguf import GGUF_RULES, GgufFile
 from diffquant.inspect.audit_rules import Finding, run_rules
 from diffquant.inspect.audit_safetensors import SAFETENSORS_RULES, SafetensorsFile
 from diffquant.io import gguf, safetensors, sharded
+from diffquant.io.gguf_header import read_header as read_gguf_header
 from diffquant.io.reading import RandomFile
 from diffquant.io.remote_name import parse_remote
 
@@ -134,7 +135,7 @@ def _container(path: Path, head: bytes) -> str:
 
 def _gguf(file: RandomFile, full: bool) -> Findings:
     try:
-        header = gguf.read_header(file)
+        header = read_gguf_header(file)
     except CheckpointError as error:
         return _unreadable(error, "docs/gguf.md, ggml-org/ggml@01f0d4d")
     return run_rules(GGUF_RULES, GgufFile(file, header, full))

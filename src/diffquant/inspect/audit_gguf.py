@@ -15,7 +15,8 @@ from functools import cached_property
 from diffquant.core.dtypes import GGML_IDS, Storage
 from diffquant.inspect.audit_rules import Found, Rule, windows
 from diffquant.inspect.audit_values import CODES, not_finite, unused_codes
-from diffquant.io.gguf import MAX_NAME_NBYTES, RETIRED_IDS, GgufHeader, TensorInfo
+from diffquant.io.gguf import MAX_NAME_NBYTES, RETIRED_IDS
+from diffquant.io.gguf_header import GgufHeader, TensorInfo
 from diffquant.io.gguf_values import GgufArray
 from diffquant.io.reading import RandomFile
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from diffquant.convert.match import Match
 from diffquant.convert.plan import Plan
 from diffquant.convert.surroundings import metadata_of, surroundings
+from diffquant.convert.view import SourceView
 from diffquant.core.errors import PlanMismatch
 from diffquant.core.tensors import ByteArray, TensorSource
 from diffquant.inspect.subject import Subject, subject_of
@@ -43,33 +42,18 @@ def planned_subject(plan: Plan, match: Match, source: TensorSource, stem: str) -
     return subject_of(_Planned(plan, match, source, path), str(path))
 
 
-class _Unread:
+class _Unread(SourceView):
     """A source whose weights are all zero: the fingerprint of a planned file matters to nobody."""
 
     def __init__(self, source: TensorSource) -> None:
-        self.path, self.container = source.path, source.container
-        self.specs, self.metadata, self.configs = source.specs, source.metadata, source.configs
-        self.nbytes = source.nbytes
+        super().__init__(source)
+        self.specs, self.nbytes = source.specs, source.nbytes
         self.typed_metadata = getattr(source, "typed_metadata", {})
 
     def read(self, key: str, rows: tuple[int, int] | None = None) -> ByteArray:
         """No byte of the source."""
         del key, rows
         return np.zeros(1, np.uint8)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class _Planned(_Unread):
@@ -85,6 +69,7 @@ class _Planned(_Unread):
         self.specs = {spec.key: spec for spec in plan.specs}
         self.metadata = {} if container == "folder" else pairs
         self.configs = around.configs
+        self.files, self.components = tuple(around.files), {}
         self.nbytes = plan.nbytes
         if container == "gguf":
             self.typed_metadata = {key: _typed(key, value) for key, value in pairs.items()}

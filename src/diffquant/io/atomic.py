@@ -17,8 +17,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from diffquant.core.errors import (
     UsageError,
     shorten,
 )
-from diffquant.core.tensors import ByteArray, TensorSpec
+from diffquant.core.tensors import Aborting, ByteArray, TensorSpec
 
 __all__ = [
     "FlatSink",
@@ -225,7 +224,7 @@ def unique_specs(specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
     return found
 
 
-class FlatSink:
+class FlatSink(Aborting):
     """A TensorSink that is one file: a header, then tensors at offsets known beforehand."""
 
     def __init__(
@@ -364,14 +363,3 @@ class FlatSink:
     def _check_open(self) -> None:
         if self._state != "open":
             raise PlanMismatch(f"{self.path}: used after it was {self._state}")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.abort()

@@ -24,11 +24,10 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from diffquant.core.errors import CheckpointError, MalformedFile, MissingKeys
-from diffquant.core.tensors import ByteArray, TensorSource, TensorSpec
+from diffquant.core.tensors import ByteArray, Closing, TensorSource, TensorSpec
 from diffquant.io import safetensors, sharded, torch_pickle
 from diffquant.io.reading import expect_files, find_spec
 
@@ -89,7 +88,7 @@ def find_weights(folder: Path) -> Path | None:
     return None
 
 
-class FolderSource:
+class FolderSource(Closing):
     """A folder's components as one source; keys are "component/key".
 
     Attributes:
@@ -155,17 +154,6 @@ class FolderSource:
         """Close every component."""
         for source in self._sources.values():
             source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_folder(path: Path) -> FolderSource:

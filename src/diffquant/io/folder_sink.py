@@ -17,11 +17,10 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from diffquant.core.errors import CheckpointError, PlanMismatch, UsageError
-from diffquant.core.tensors import ByteArray, TensorSpec
+from diffquant.core.tensors import Aborting, ByteArray, TensorSpec
 from diffquant.io import safetensors, shard_sink
 from diffquant.io.atomic import (
     FlatSink,
@@ -118,7 +117,7 @@ def _by_component(path: Path, specs: tuple[TensorSpec, ...]) -> dict[str, list[T
     return groups
 
 
-class FolderSink:
+class FolderSink(Aborting):
     """A TensorSink of several files in one folder."""
 
     def __init__(
@@ -208,17 +207,6 @@ class FolderSink:
             sink.abort()
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._folder)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.abort()
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -22,8 +22,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +33,7 @@ from diffquant.core.errors import (
     UsageError,
     shorten,
 )
-from diffquant.core.tensors import TensorSpec
+from diffquant.core.tensors import Closing, TensorSpec
 from diffquant.io import safetensors
 from diffquant.io.atomic import check_parent
 from diffquant.io.reading import FlatSource
@@ -82,7 +80,7 @@ def covariance_shape(columns: int) -> tuple[int, ...]:
     return blocks, columns // blocks, columns // blocks
 
 
-class InputsFile:
+class InputsFile(Closing):
     """An open file of input statistics; `columns` maps a layer's key to K."""
 
     def __init__(self, source: FlatSource) -> None:
@@ -170,17 +168,6 @@ class InputsFile:
     def close(self) -> None:
         """Close the file."""
         self.source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_inputs(path: Path) -> InputsFile:

@@ -13,8 +13,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from diffquant.core.errors import (
     TruncatedFile,
     closest,
 )
-from diffquant.core.tensors import ByteArray, TensorSpec
+from diffquant.core.tensors import ByteArray, Closing, TensorSpec
 
 __all__ = [
     "FlatSource",
@@ -219,7 +218,7 @@ def check_end(
     )
 
 
-class FlatSource:
+class FlatSource(Closing):
     """A TensorSource whose tensors are byte ranges of one open file."""
 
     def __init__(
@@ -249,14 +248,3 @@ class FlatSource:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -15,11 +15,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from diffquant.core.errors import PlanMismatch, UsageError
-from diffquant.core.tensors import ByteArray, TensorSpec
+from diffquant.core.tensors import Aborting, ByteArray, TensorSpec
 from diffquant.io import safetensors
 from diffquant.io.atomic import FlatSink, PartialFile, check_disk, check_parent, unique_specs
 
@@ -77,7 +76,7 @@ def create(
     return ShardSink(index, dict(zip(names, shards, strict=True)), metadata, force=force)
 
 
-class ShardSink:
+class ShardSink(Aborting):
     """A TensorSink of several files and an index."""
 
     def __init__(
@@ -136,14 +135,3 @@ class ShardSink:
         """Remove what was written and has no name yet; harmless after a commit."""
         for sink in self._sinks.values():
             sink.abort()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.abort()

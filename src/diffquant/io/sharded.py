@@ -13,11 +13,10 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from diffquant.core.errors import CheckpointError, MalformedFile, MissingKeys, shorten
-from diffquant.core.tensors import ByteArray, TensorSource, TensorSpec
+from diffquant.core.tensors import ByteArray, Closing, TensorSource, TensorSpec
 from diffquant.io import safetensors, torch_pickle
 from diffquant.io.reading import expect_files, find_spec, open_random
 
@@ -33,7 +32,7 @@ def sniff(path: Path, head: bytes) -> bool:
     return head[:1] == b"{" and ".index." in path.name and path.suffix == ".json"
 
 
-class ShardedSource:
+class ShardedSource(Closing):
     """Several sources as one; `unlisted` are (shard, key) that the index does not name."""
 
     def __init__(
@@ -69,17 +68,6 @@ class ShardedSource:
         """Close every shard."""
         for source in self._sources.values():
             source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_index(path: Path) -> ShardedSource:

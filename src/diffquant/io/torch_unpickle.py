@@ -26,8 +26,9 @@ from diffquant.core.errors import MalformedFile, UnsafePickle, UnsupportedDtype,
 from diffquant.io.pickle_scan import Scan, scan
 from diffquant.io.reading import checked_shape
 
-__all__ = ["StorageRef", "TensorRef", "checked_scan", "load"]
+__all__ = ["MAX_PICKLE_NBYTES", "StorageRef", "TensorRef", "checked_scan", "load"]
 
+MAX_PICKLE_NBYTES = 64 << 20  # of what `load` is given
 _MAX_COPIED = 4_000_000  # elements that constructors may copy while one pickle loads
 _MAX_EXPANDED_NBYTES = 16 << 20  # a tensor may exceed its storage (stride 0) up to this size
 

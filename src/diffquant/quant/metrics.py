@@ -1,8 +1,6 @@
 """How far decoded weights are from the reference: defined once, for reports, gates and benchmarks.
 
-    error   relative RMSE = sqrt(sum((x - y)^2) / sum(x^2))      0 is exact, 1 is as bad as zeros
-    sqnr    signal to quantization noise, 20 log10(1 / error)    decibels; infinite when exact
-    cosine  sum(x y) / sqrt(sum(x^2) sum(y^2))                   1 is the same direction
+    error = relative RMSE = sqrt(sum((x - y)^2) / sum(x^2))      0 is exact, 1 is as bad as zeros
 
 Tensors arrive in chunks: only three sums are kept, in float64, so a tensor of any size takes no
 more memory than a chunk, and any split into chunks gives the same value to about 1e-15.
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ErrorStats", "relative_error", "verdict_of"]
+__all__ = ["ErrorStats", "verdict_of"]
 
 _PASS = 1.5
 _WARN = 3.0
@@ -74,20 +72,6 @@ class ErrorStats:
             return 0.0
         return math.sqrt(self.noise / self.reference) if self.reference else math.inf
 
-    @property
-    def sqnr_db(self) -> float:
-        """Signal to quantization noise ratio in dB; inf when exact, NaN when not finite."""
-        error = self.relative_rmse
-        return -20.0 * math.log10(error) if error else math.inf
-
-    @property
-    def cosine(self) -> float:
-        """Cosine of the angle between the tensors; 1 for two zero tensors, 0 for one."""
-        size = math.sqrt(self.reference) * math.sqrt(self.decoded)
-        if size == 0.0:
-            return 1.0 if self.noise == 0.0 else 0.0
-        return (self.reference + self.decoded - self.noise) / 2.0 / size
-
 
 def _sums(x: NDArray[np.floating], y: NDArray[np.floating]) -> tuple[float, float, float]:
     if x.dtype == y.dtype == np.float32:
@@ -101,13 +85,6 @@ def _sums(x: NDArray[np.floating], y: NDArray[np.floating]) -> tuple[float, floa
     with np.errstate(invalid="ignore"):  # inf - inf: not finite, and reported as such
         noise = x - y
         return float(x @ x), float(y @ y), float(noise @ noise)
-
-
-def relative_error(reference: NDArray[np.floating], decoded: NDArray[np.floating]) -> float:
-    """Relative RMSE of one pair of arrays held in memory."""
-    stats = ErrorStats()
-    stats.add(reference, decoded)
-    return stats.relative_rmse
 
 
 def verdict_of(error: float, gaussian_error: float) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +28,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffquant.core.errors import UsageError, VerificationError
+from diffquant.core.errors import UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.io.importance import Entry, ImportanceMatrix
 from diffquant.io.inputs import LayerInputs
+from diffquant.runtime.calibration_run import CalibrationRun
 from diffquant.runtime.layers import QuantConv2d, QuantLinear
-from diffquant.runtime.moments import Moments
-from diffquant.runtime.opening import PartOrigin, open_pipeline
+from diffquant.runtime.moments import Moments, finite_sums
+from diffquant.runtime.opening import PartOrigin
 
 __all__ = ["Calibration", "Collector", "calibrate", "column_squares", "layers_of"]
 
@@ -146,12 +148,7 @@ class Collector:
         for key, entry in self.sums.items():
             if entry.recent is None:
                 continue
-            recent = entry.recent.cpu().numpy().astype(np.float64)
-            if not np.isfinite(recent).all():
-                raise VerificationError(
-                    f"{key}: its input is not finite, or its squares overflow: try --dtype float32"
-                )
-            entry.total += recent
+            entry.total += finite_sums(key, entry.recent)
             entry.recent = None
 
     def matrix(self, datasets: tuple[str, ...] = ()) -> ImportanceMatrix:
@@ -179,64 +176,38 @@ def calibrate(
     prompts: Sequence[str],
     *,
     dataset: str = "",
-    seed: int = 0,
-    steps: int = 20,
-    cfg: float | None = None,
-    guidance: float | None = None,
-    size: tuple[int, int] | None = None,
-    sampler: str | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    base: Path | None = None,
-    vae: Path | None = None,
     moments: bool = False,
     progress: Progress = NO_PROGRESS,
+    **run: Any,  # noqa: ANN401 (what CalibrationRun takes)
 ) -> Calibration:
     """Make one picture per prompt and measure what drives each layer of the denoiser.
 
     Args:
         model: what `generate` takes; its own weights decide the activations, so use the
             unquantized source.
-        prompts: picture i starts from seed + i.
+        prompts: one per picture.
         dataset: name of the prompts, kept in the file.
-        seed: of the first picture.
-        steps: sampler steps per picture.
-        cfg: guidance strength, None for the family's.
-        guidance: distilled guidance of Flux dev.
-        size: (width, height), None for the model's own.
-        sampler: None for the model's own.
-        device: torch device.
-        dtype: compute dtype.
-        base: where missing parts come from.
-        vae: VAE file to use instead.
         moments: whether to measure means and covariances too (runtime/moments.py).
         progress: told about sampler steps.
+        run: fields of CalibrationRun: how the pictures are made.
 
     Raises:
         DiffquantError: a part, a size or a value that does not fit; or inputs that are not finite.
     """
     if not prompts:
         raise UsageError("no prompts to calibrate with")
-    opened = open_pipeline(model, base=base, vae=vae, dtype=getattr(torch, dtype), device=device)
+    how = CalibrationRun(**run)
+    opened = how.open(model)
     denoiser = opened.pipeline.parts.denoiser
-    width, height = size or opened.size
     collector, sums = Collector(), Moments()
     hooked = sums.hooked(layers_of(denoiser)) if moments else nullcontext()
     warnings = list(opened.warnings)
-    progress.start("calibrate", steps * len(prompts), "step")
+    progress.start("calibrate", how.steps * len(prompts), "step")
     try:
         with collector.hooked(denoiser), hooked:
-            for index, prompt in enumerate(prompts):
-                made = opened.pipeline.generate(
-                    prompt,
-                    seed=seed + index,
-                    steps=steps,
-                    cfg=cfg,
-                    guidance=guidance,
-                    width=width,
-                    height=height,
-                    sampler=sampler,
-                    on_step=lambda _done, _total: progress.advance(1),
+            for request in how.requests(prompts, opened):
+                made = opened.pipeline.run(
+                    request, on_step=lambda _done, _total: progress.advance(1)
                 )
                 collector.flush()
                 sums.flush()

@@ -22,7 +22,7 @@ from diffquant.core.errors import VerificationError
 from diffquant.io.inputs import LayerInputs, covariance_shape
 from diffquant.runtime.layers import QuantConv2d, QuantLinear
 
-__all__ = ["Moments", "moments_of", "rows_seen"]
+__all__ = ["Moments", "finite_sums", "moments_of", "rows_seen"]
 
 _ROWS = 1 << 14  # rows of patches at a time: unfolding multiplies a picture's size by 9
 
@@ -79,13 +79,7 @@ class Moments:
             if one.recent is None:
                 continue
             for total, recent in zip((one.mean, one.covariance), one.recent, strict=True):
-                found = recent.cpu().numpy().astype(np.float64)
-                if not np.isfinite(found).all():
-                    raise VerificationError(
-                        f"{key}: its input is not finite, or its squares overflow: try --dtype "
-                        "float32"
-                    )
-                total += found
+                total += finite_sums(key, recent)
             one.recent = None
 
     def inputs(self) -> dict[str, LayerInputs]:
@@ -127,3 +121,17 @@ def moments_of(rows: Tensor) -> tuple[Tensor, Tensor]:
         return rows.sum(0), rows.T @ rows
     blocks = rows.reshape(len(rows), shape[0], shape[1]).permute(1, 0, 2)  # (B, R, b)
     return rows.sum(0), blocks.transpose(1, 2) @ blocks
+
+
+def finite_sums(key: str, recent: Tensor) -> NDArray[np.float64]:
+    """A layer's recent sums, to be added to its totals.
+
+    Raises:
+        VerificationError: the layer's input is not finite.
+    """
+    found = recent.cpu().numpy().astype(np.float64)
+    if not np.isfinite(found).all():
+        raise VerificationError(
+            f"{key}: its input is not finite, or its squares overflow: try --dtype float32"
+        )
+    return found

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -27,10 +27,10 @@ from diffquant.core.errors import UsageError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.io.importance import ImportanceMatrix
 from diffquant.runtime.calibrate import layers_of
+from diffquant.runtime.calibration_run import CalibrationRun
 from diffquant.runtime.devices import full_float32
 from diffquant.runtime.facts_of_run import hash_of_model
 from diffquant.runtime.gradients import GradientPower, recomputed
-from diffquant.runtime.opening import open_pipeline
 from diffquant.runtime.pipeline import Pipeline
 from diffquant.runtime.pricing import AMONG, check_among, format_errors
 from diffquant.runtime.request import PictureRequest
@@ -44,6 +44,8 @@ _UNITS: Mapping[Level, str] = {
     "latents": "mean squared error of the last latents, to first order",
 }
 LEVELS: tuple[Level, ...] = ("pictures", "latents")
+# Power of a gradient, next to the strongest layer's, that float32 leaves where the true one is 0.
+_ROUNDING = float(np.finfo(np.float32).eps) ** 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,39 +73,21 @@ def measure_sensitivity(
     level: Level = "pictures",
     matrix: ImportanceMatrix | None = None,
     everywhere: bool = False,
-    seed: int = 0,
-    steps: int = 10,
-    cfg: float | None = None,
-    guidance: float | None = None,
-    size: tuple[int, int] | None = None,
-    sampler: str | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    base: Path | None = None,
-    vae: Path | None = None,
     progress: Progress = NO_PROGRESS,
+    **run: Any,  # noqa: ANN401 (what CalibrationRun takes)
 ) -> MeasuredSensitivity:
     """Differentiate one picture per prompt, and price the denoiser's layers.
 
     Args:
         model: what `generate` takes; use the unquantized source.
-        prompts: picture i starts from seed + i.
+        prompts: one per picture.
         among: FORMATS names to price.
         level: what is differentiated, the decoded picture or the last latents (less memory).
         matrix: importance matrix, by canonical key, for formats that need one.
         everywhere: whether formats that can do without are priced as encoded with it too. Their
             errors then are not independent, and the sum can promise too much.
-        seed: of the first picture.
-        steps: sampler steps per picture.
-        cfg: guidance strength, None for the family's.
-        guidance: distilled guidance of Flux dev.
-        size: (width, height), None for the model's own.
-        sampler: None for the model's own.
-        device: torch device.
-        dtype: compute dtype.
-        base: where missing parts come from.
-        vae: VAE file to use instead.
         progress: told about steps, then about tensors.
+        run: fields of CalibrationRun: how the pictures are made.
 
     Raises:
         DiffquantError: a part, a size or a value that does not fit; or gradients not finite.
@@ -111,26 +95,17 @@ def measure_sensitivity(
     if not prompts:
         raise UsageError("no prompts to measure with")
     names = check_among(among, matrix=matrix is not None)
-    opened = open_pipeline(model, base=base, vae=vae, dtype=getattr(torch, dtype), device=device)
+    how = CalibrationRun(**run)
+    opened = how.open(model)
     denoiser = opened.pipeline.parts.denoiser
-    width, height = size or opened.size
-    power = GradientPower(dict(layers_of(denoiser)), seed)
+    requests = how.requests(prompts, opened)
+    power = GradientPower(dict(layers_of(denoiser)), how.seed)
     warnings = list(opened.warnings)
     elements = 0
-    progress.start("differentiate", steps * len(prompts), "step")
+    progress.start("differentiate", how.steps * len(prompts), "step")
     try:
         with power.hooked(), recomputed(denoiser):
-            for index, prompt in enumerate(prompts):
-                request = PictureRequest(
-                    prompt,
-                    seed=seed + index,
-                    steps=steps,
-                    cfg=cfg,
-                    guidance=guidance,
-                    width=width,
-                    height=height,
-                    sampler=sampler,
-                )
+            for request in requests:
                 elements, cut = _differentiate(opened.pipeline, request, level, progress)
                 power.finish_picture()
                 warnings += [f"the prompt was cut: {text!r}" for text in cut]
@@ -140,9 +115,9 @@ def measure_sensitivity(
     context = {
         "level": level,
         "pictures": str(len(prompts)),
-        "steps": str(steps),
-        "seed": str(seed),
-        "size": f"{width}x{height}",
+        "steps": str(how.steps),
+        "seed": str(how.seed),
+        "size": f"{requests[0].width}x{requests[0].height}",
         "importance": "none" if matrix is None else "all formats" if everywhere else "if needed",
     }
     made = Sensitivity(
@@ -189,7 +164,7 @@ def _priced(
     progress: Progress,
 ) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
     errors: dict[str, dict[str, float]] = {}
-    unused = []
+    totals: dict[str, float] = {}
     matrix, everywhere = weighing
     progress.start("encode", len(power.layers), "tensor")
     try:
@@ -201,9 +176,12 @@ def _priced(
                 values = matrix.entries[key].values().astype(np.float32)
             found = format_errors(weight, names, known, importance=values, everywhere=everywhere)
             errors[key] = {name: float(error / elements) for name, error in found.items()}
-            if not known.total:
-                unused.append(key)
+            totals[key] = float(known.total)
             progress.advance(1, key)
     finally:
         progress.stop()
-    return {key: found for key, found in errors.items() if found}, tuple(unused)
+    least = max(totals.values(), default=0.0) * _ROUNDING
+    unused = tuple(key for key, total in totals.items() if total <= least)
+    for key in unused:
+        errors[key] = dict.fromkeys(errors[key], 0.0)
+    return {key: found for key, found in errors.items() if found}, unused

@@ -169,7 +169,7 @@ AURAFLOW = Architecture(
             "sample_size": 64,
             "attention_head_dim": 256,
         },
-        "vae": {**vae_kl.DEFAULTS, "sample_size": 1024, "scaling_factor": 0.13025},
+        "vae": vae_kl.SDXL_DEFAULTS,
         "text_encoder": t5_encoder.DEFAULTS,
         "scheduler": {
             "_class_name": "FlowMatchEulerDiscreteScheduler",

@@ -109,18 +109,6 @@ class Component:
         """The correspondence, empty where none is known."""
         return self.links(shapes, layout) if self.links is not None else []
 
-    def diffusers_rules(
-        self, shapes: Shapes, hyper: Mapping[str, object] | None = None
-    ) -> tuple[Rule, ...]:
-        """Rules from Diffusers keys (part-local, with their shapes) to canonical keys."""
-        return self.rules(shapes, "diffusers", "canonical")
-
-    def canonical_rules(
-        self, shapes: Shapes, hyper: Mapping[str, object] | None = None
-    ) -> tuple[Rule, ...]:
-        """Rules from canonical keys (part-local, with their shapes) to Diffusers keys."""
-        return self.rules(shapes, "canonical", "diffusers")
-
     def rules(self, shapes: Shapes, source: Layout, target: Layout) -> tuple[Rule, ...]:
         """Rules between two layouts; identity when they are the same.
 

@@ -18,13 +18,12 @@ from diffquant.convert.architectures.base import (
     Facts,
     Family,
     Keep,
-    Latent,
     Layout,
     Sampling,
     Signature,
     Variant,
 )
-from diffquant.convert.architectures.flux_blocks import block_links
+from diffquant.convert.architectures.flux_blocks import block_facts, block_links
 from diffquant.convert.architectures.links import Link, rename_table
 from diffquant.convert.architectures.names import count, width
 from diffquant.convert.rules import Shapes
@@ -54,16 +53,8 @@ def _links(shapes: Shapes, layout: Layout) -> list[Link]:
 
 
 def _facts(shapes: Shapes) -> Facts:
-    hidden = width(shapes, "x_embedder.weight", 0)
-    head_dim = width(shapes, "transformer_blocks.0.attn.norm_q.weight", 0)
     return {
-        "in_channels": width(shapes, "x_embedder.weight", 1),
-        "out_channels": width(shapes, "proj_out.weight", 0),
-        "num_layers": count(shapes, "transformer_blocks"),
-        "num_single_layers": count(shapes, "single_transformer_blocks"),
-        "attention_head_dim": head_dim,
-        "num_attention_heads": hidden // head_dim if hidden and head_dim else None,
-        "joint_attention_dim": width(shapes, "context_embedder.weight", 1),
+        **block_facts(shapes),
         "approximator_num_channels": width(shapes, f"{_GUIDE}.in_proj.weight", 1),
         "approximator_hidden_dim": width(shapes, f"{_GUIDE}.in_proj.weight", 0),
         "approximator_layers": count(shapes, f"{_GUIDE}.layers"),
@@ -166,7 +157,7 @@ CHROMA = Architecture(
     families=(Family("qkv", r"attn\.qkv\.weight$"),),
     gguf_architecture="flux",
     gguf_prefix="",
-    latent=Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1"),
+    latent=vae_kl.FLUX1_LATENT,
     variant_spaces={"radiance": ""},
     sampling={
         "": Sampling(
@@ -181,15 +172,7 @@ CHROMA = Architecture(
             "patch_size": 1,
             "axes_dims_rope": (16, 56, 56),
         },
-        "vae": {
-            **vae_kl.DEFAULTS,
-            "latent_channels": 16,
-            "sample_size": 1024,
-            "scaling_factor": 0.3611,
-            "shift_factor": 0.1159,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
+        "vae": vae_kl.FLUX1_DEFAULTS,
         "text_encoder": t5_encoder.DEFAULTS,
         "scheduler": {
             "_class_name": "FlowMatchEulerDiscreteScheduler",

@@ -15,15 +15,14 @@ from diffquant.convert.architectures.base import (
     Facts,
     Family,
     Keep,
-    Latent,
     Layout,
     Sampling,
     Signature,
     Variant,
 )
-from diffquant.convert.architectures.flux_blocks import block_links
+from diffquant.convert.architectures.flux_blocks import block_facts, block_links
 from diffquant.convert.architectures.links import Link, rename_table
-from diffquant.convert.architectures.names import count, width
+from diffquant.convert.architectures.names import width
 from diffquant.convert.rules import Shapes
 
 __all__ = ["FLUX1"]
@@ -48,16 +47,8 @@ def _links(shapes: Shapes, layout: Layout) -> list[Link]:
 
 
 def _facts(shapes: Shapes) -> Facts:
-    hidden = width(shapes, "x_embedder.weight", 0)
-    head_dim = width(shapes, "transformer_blocks.0.attn.norm_q.weight", 0)
     return {
-        "in_channels": width(shapes, "x_embedder.weight", 1),
-        "out_channels": width(shapes, "proj_out.weight", 0),
-        "num_layers": count(shapes, "transformer_blocks"),
-        "num_single_layers": count(shapes, "single_transformer_blocks"),
-        "attention_head_dim": head_dim,
-        "num_attention_heads": hidden // head_dim if hidden and head_dim else None,
-        "joint_attention_dim": width(shapes, "context_embedder.weight", 1),
+        **block_facts(shapes),
         "pooled_projection_dim": width(shapes, "time_text_embed.text_embedder.linear_1.weight", 1),
         "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
         "_conditioning": _conditioning(shapes),
@@ -166,7 +157,7 @@ FLUX1 = Architecture(
     tuned_families=(Family("ffn_down", r"((img|txt)_mlp\.2|linear2)\.weight$"),),
     gguf_architecture="flux",
     gguf_prefix="",
-    latent=Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1"),
+    latent=vae_kl.FLUX1_LATENT,
     sampling={
         "": Sampling(
             28, 1.0, 3.5, "euler", "simple", 1024, 1024, "FLUX.1-dev model card, FluxPipeline"
@@ -192,15 +183,7 @@ FLUX1 = Architecture(
             "theta": 10000,
             "eps": 1e-6,
         },
-        "vae": {
-            **vae_kl.DEFAULTS,
-            "latent_channels": 16,
-            "sample_size": 1024,
-            "scaling_factor": 0.3611,
-            "shift_factor": 0.1159,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
+        "vae": vae_kl.FLUX1_DEFAULTS,
         "text_encoder": clip_text.CLIP_L_DEFAULTS,
         "text_encoder_2": t5_encoder.DEFAULTS,
         "scheduler": {

@@ -1,4 +1,4 @@
-"""Double and single blocks of Flux.1, which Chroma has too: tables and links.
+"""Double and single blocks of Flux.1, which Chroma has too: tables, links and sizes.
 
 Key correspondence: huggingface/diffusers@58eb52c:src/diffusers/loaders/single_file_utils.py,
 convert_flux_transformer_checkpoint_to_diffusers and the one of Chroma;
@@ -7,12 +7,12 @@ they write widths down, here they come from shapes.
 
 from __future__ import annotations
 
-from diffquant.convert.architectures.base import Layout
+from diffquant.convert.architectures.base import Facts, Layout
 from diffquant.convert.architectures.links import Link, rename_table
-from diffquant.convert.architectures.names import count
+from diffquant.convert.architectures.names import count, width
 from diffquant.convert.rules import Shapes
 
-__all__ = ["block_links"]
+__all__ = ["block_facts", "block_links"]
 
 _DOUBLE = {
     "norm1.linear": "img_mod.lin",
@@ -39,6 +39,21 @@ _DOUBLE_QKV: dict[tuple[str, ...], str] = {
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"): "txt_attn.qkv",
 }
 _LINEAR1 = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+
+
+def block_facts(shapes: Shapes) -> Facts:
+    """Sizes that Diffusers' names tell of either model, as fields of its config.json."""
+    hidden = width(shapes, "x_embedder.weight", 0)
+    head_dim = width(shapes, "transformer_blocks.0.attn.norm_q.weight", 0)
+    return {
+        "in_channels": width(shapes, "x_embedder.weight", 1),
+        "out_channels": width(shapes, "proj_out.weight", 0),
+        "num_layers": count(shapes, "transformer_blocks"),
+        "num_single_layers": count(shapes, "single_transformer_blocks"),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": hidden // head_dim if hidden and head_dim else None,
+        "joint_attention_dim": width(shapes, "context_embedder.weight", 1),
+    }
 
 
 def block_links(shapes: Shapes, layout: Layout) -> list[Link]:

@@ -21,7 +21,6 @@ from diffquant.convert.architectures.base import (
     Facts,
     Family,
     Keep,
-    Latent,
     Layout,
     Sampling,
     Signature,
@@ -147,7 +146,7 @@ HIDREAM = Architecture(
     gguf_architecture="hidream",
     gguf_prefix="",
     gguf_names={"o1": "hidream_o1"},
-    latent=Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1"),
+    latent=vae_kl.FLUX1_LATENT,
     variant_spaces={"o1": ""},
     sampling={
         "": Sampling(
@@ -164,15 +163,7 @@ HIDREAM = Architecture(
             "axes_dims_rope": (64, 32, 32),
             "max_resolution": (128, 128),
         },
-        "vae": {
-            **vae_kl.DEFAULTS,
-            "latent_channels": 16,
-            "sample_size": 1024,
-            "scaling_factor": 0.3611,
-            "shift_factor": 0.1159,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
+        "vae": vae_kl.FLUX1_DEFAULTS,
         "text_encoder": clip_text.CLIP_L_DEFAULTS,
         "text_encoder_2": openclip_text.BIGG_DEFAULTS,
         "text_encoder_3": t5_encoder.DEFAULTS,

@@ -61,7 +61,7 @@ KOLORS = Architecture(
             "encoder_hid_dim_type": "text_proj",
             "sample_size": 128,
         },
-        "vae": {**vae_kl.DEFAULTS, "sample_size": 1024, "scaling_factor": 0.13025},
+        "vae": vae_kl.SDXL_DEFAULTS,
         "scheduler": {
             "_class_name": "EulerDiscreteScheduler",
             "beta_start": 0.00085,

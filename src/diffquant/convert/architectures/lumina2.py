@@ -19,7 +19,6 @@ from diffquant.convert.architectures.base import (
     Facts,
     Family,
     Keep,
-    Latent,
     Layout,
     Sampling,
     Signature,
@@ -149,7 +148,7 @@ LUMINA2 = Architecture(
     ),
     gguf_architecture="lumina2",
     gguf_prefix="",
-    latent=Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1"),
+    latent=vae_kl.FLUX1_LATENT,
     sampling={
         "": Sampling(
             30, 4.0, None, "euler", "simple", 1024, 1024, "Lumina2Pipeline, diffusers 0.42.1"
@@ -164,15 +163,7 @@ LUMINA2 = Architecture(
             "axes_dim_rope": (32, 32, 32),
             "axes_lens": (300, 512, 512),
         },
-        "vae": {
-            **vae_kl.DEFAULTS,
-            "latent_channels": 16,
-            "sample_size": 1024,
-            "scaling_factor": 0.3611,
-            "shift_factor": 0.1159,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
+        "vae": vae_kl.FLUX1_DEFAULTS,
         "text_encoder": gemma2_text.DEFAULTS,
         "scheduler": {
             "_class_name": "FlowMatchEulerDiscreteScheduler",

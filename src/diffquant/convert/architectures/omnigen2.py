@@ -12,7 +12,6 @@ from diffquant.convert.architectures.base import (
     Facts,
     Family,
     Keep,
-    Latent,
     Layout,
     Sampling,
     Signature,
@@ -93,21 +92,13 @@ OMNIGEN2 = Architecture(
     gguf_architecture="omnigen2",
     gguf_prefix="",
     gguf_note="no published loader of GGUF files knows general.architecture omnigen2",
-    latent=Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1"),
+    latent=vae_kl.FLUX1_LATENT,
     sampling={
         "": Sampling(50, 5.0, None, "euler", "simple", 1024, 1024, "OmniGen2 model card (steps)")
     },
     hyper_defaults={
         "denoiser": {"_class_name": "OmniGen2Transformer2DModel", "patch_size": 2},
-        "vae": {
-            **vae_kl.DEFAULTS,
-            "latent_channels": 16,
-            "sample_size": 1024,
-            "scaling_factor": 0.3611,
-            "shift_factor": 0.1159,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
+        "vae": vae_kl.FLUX1_DEFAULTS,
         "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
     },
 )

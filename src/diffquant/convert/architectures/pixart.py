@@ -189,7 +189,7 @@ PIXART = Architecture(
             "norm_type": "ada_norm_single",
             "norm_eps": 1e-6,
         },
-        "vae": {**vae_kl.DEFAULTS, "sample_size": 1024, "scaling_factor": 0.13025},
+        "vae": vae_kl.SDXL_DEFAULTS,
         "text_encoder": t5_encoder.DEFAULTS,
         "scheduler": {
             "_class_name": "DPMSolverMultistepScheduler",

@@ -11,9 +11,7 @@ __all__ = ["SCHEDULER", "SDXL", "VAE"]
 
 # stabilityai/stable-diffusion-xl-base-1.0, and the refiner's: vae, scheduler
 VAE: Mapping[str, object] = {
-    **vae_kl.DEFAULTS,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
+    **vae_kl.SDXL_DEFAULTS,
     "force_upcast": True,
 }
 SCHEDULER: Mapping[str, object] = {

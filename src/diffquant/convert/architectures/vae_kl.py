@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from diffquant.convert.architectures.base import Component, Facts, Layout, Signature
+from diffquant.convert.architectures.base import Component, Facts, Latent, Layout, Signature
 from diffquant.convert.architectures.links import Link, rename_table
 from diffquant.convert.architectures.names import count, width
 from diffquant.convert.rules import Shapes
 
-__all__ = ["DEFAULTS", "component"]
+__all__ = ["DEFAULTS", "FLUX1_DEFAULTS", "FLUX1_LATENT", "SDXL_DEFAULTS", "component"]
 
 # stabilityai/sdxl-vae config.json, which SD1.5's agrees with where both name a field.
 DEFAULTS: Mapping[str, object] = {
@@ -27,6 +27,22 @@ DEFAULTS: Mapping[str, object] = {
     "norm_num_groups": 32,
     "layers_per_block": 2,
 }
+SDXL_DEFAULTS: Mapping[str, object] = {
+    **DEFAULTS,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+}
+# black-forest-labs/FLUX.1-dev vae/config.json; other makers took this autoencoder as it is.
+FLUX1_DEFAULTS: Mapping[str, object] = {
+    **DEFAULTS,
+    "latent_channels": 16,
+    "sample_size": 1024,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+FLUX1_LATENT = Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1")  # 2 x 2 pixels a token
 
 _TOP = {
     "conv_in": "conv_in",

@@ -18,7 +18,6 @@ from diffquant.convert.architectures.base import (
     Facts,
     Family,
     Keep,
-    Latent,
     Layout,
     Sampling,
     Signature,
@@ -152,7 +151,7 @@ Z_IMAGE = Architecture(
     ),
     gguf_architecture="lumina2",
     gguf_prefix="",
-    latent=Latent(16, 8, 0.3611, 0.1159, patch=2, space="flux1"),
+    latent=vae_kl.FLUX1_LATENT,
     sampling={
         "": Sampling(
             9, 1.0, None, "euler", "simple", 1024, 1024, "Z-Image-Turbo, diffusers documentation"
@@ -171,15 +170,7 @@ Z_IMAGE = Architecture(
             "axes_dims": (32, 48, 48),
             "axes_lens": (1024, 512, 512),
         },
-        "vae": {
-            **vae_kl.DEFAULTS,
-            "latent_channels": 16,
-            "sample_size": 1024,
-            "scaling_factor": 0.3611,
-            "shift_factor": 0.1159,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
+        "vae": vae_kl.FLUX1_DEFAULTS,
         "text_encoder": qwen3_text.DEFAULTS,
         "scheduler": {
             "_class_name": "FlowMatchEulerDiscreteScheduler",

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from diffquant.convert.templates import Templates, shapes_of
-from diffquant.core.tensors import ByteArray, TensorSpec
+from diffquant.core.tensors import ByteArray, Closing, TensorSpec
 
 __all__ = ["Published", "PublishedHeader", "published"]
 
@@ -47,7 +46,7 @@ class Published:
 
 
 @dataclass(slots=True)  # TensorSource has settable attributes
-class PublishedHeader:
+class PublishedHeader(Closing):
     """A TensorSource of names and shapes alone."""
 
     path: Path
@@ -63,17 +62,6 @@ class PublishedHeader:
 
     def close(self) -> None:
         """Nothing is open."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        return None
 
 
 @cache

@@ -91,7 +91,6 @@ class AdapterFile:
 
     Attributes:
         naming: whose names it has.
-        namings: slug -> modules it names; several where trainers' habits are mixed.
         adapters: in file order.
         broken: modules whose tensors contradict each other or lack a half.
         vectors: keys of token vectors that come with the adapters (textual inversion).
@@ -99,7 +98,6 @@ class AdapterFile:
     """
 
     naming: NamingRow
-    namings: Mapping[str, int]
     adapters: tuple[Adapter, ...]
     broken: tuple[Broken, ...]
     vectors: tuple[str, ...]
@@ -149,10 +147,8 @@ def group_adapters(
             broken.append(made)
         else:
             ignored.append((made.key, "alpha of a layer without factors"))
-    naming, counts = naming_of(next(iter(roles.values())) for roles in groups.values())
-    return AdapterFile(
-        naming, counts, tuple(adapters), tuple(broken), tuple(vectors), tuple(ignored)
-    )
+    naming = naming_of(next(iter(roles.values())) for roles in groups.values())
+    return AdapterFile(naming, tuple(adapters), tuple(broken), tuple(vectors), tuple(ignored))
 
 
 def _sort_stray(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -146,8 +146,8 @@ _COMPILED = tuple((row, re.compile(row.pattern)) for row in NAMINGS)
 _DECISIVE = ("uso", "bfl_control", "cloneofsimo")
 
 
-def naming_of(keys: Iterable[str]) -> tuple[NamingRow, Mapping[str, int]]:
-    """Whose naming a file has, and how many of the keys each naming claims.
+def naming_of(keys: Iterable[str]) -> NamingRow:
+    """Whose naming a file has.
 
     Raises:
         ValueError: no keys.
@@ -158,5 +158,4 @@ def naming_of(keys: Iterable[str]) -> tuple[NamingRow, Mapping[str, int]]:
     if not counts:
         raise ValueError("a naming needs keys")
     slug = next((one for one in _DECISIVE if counts[one]), "") or counts.most_common(1)[0][0]
-    row = next(one for one in NAMINGS if one.slug == slug)
-    return row, dict(counts)
+    return next(one for one in NAMINGS if one.slug == slug)

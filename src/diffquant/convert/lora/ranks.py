@@ -21,9 +21,7 @@ from numpy.typing import NDArray
 
 from diffquant.core.errors import UsageError
 
-__all__ = ["MEASURES", "Keep", "keep_of"]
-
-MEASURES = ("energy", "sv_fro", "sv_cumulative", "sv_ratio")
+__all__ = ["Keep", "keep_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,7 @@ class Keep:
 
     Attributes:
         rank: at most so many; None for no limit.
-        measure: one of MEASURES, "" for the rank alone.
+        measure: one of the table above, "" for the rank alone.
         value: of the measure.
         conv_rank: in place of `rank` for kernels above 1x1; None for the same.
     """

@@ -28,7 +28,6 @@ __all__ = [
     "named",
     "odd_unet_width",
     "only_variants",
-    "other_variants",
     "packed_as",
     "reshaped",
     "short_pad_tokens",
@@ -167,11 +166,6 @@ def keys_like(pattern: str, what: str) -> Look:
 def only_variants(*names: str) -> Look:
     """One of these members of the family."""
     return lambda case: case.variant if case.variant in names else None
-
-
-def other_variants(*names: str) -> Look:
-    """Any member but these."""
-    return lambda case: None if case.variant in names else case.variant or case.architecture
 
 
 def extension_denies(case: Case) -> str | None:

@@ -62,7 +62,7 @@ def route_of(model: Path, host: Path, logical: LogicalSource, match: Match) -> R
     formats = {tensor.format or tensor.dtype for tensor in logical.tensors.values()}
     packed = sorted(one for one in formats if one in FORMATS and not FORMATS[one].is_cast)
     if model.suffix.lower() == ".gguf":
-        return _single(model, host, match, _unknown_gguf(packed))
+        return _single(host, match, _unknown_gguf(packed))
     if model.is_dir():
         if not packed:
             return Route("folder")
@@ -73,10 +73,10 @@ def route_of(model: Path, host: Path, logical: LogicalSource, match: Match) -> R
         return Route("decoded", f"{', '.join(packed)} weights, and {why}")
     if packed:
         return Route("decoded", f"it has no loader for {', '.join(packed)} in a single file")
-    return _single(model, host, match, "")
+    return _single(host, match, "")
 
 
-def _single(model: Path, host: Path, match: Match, problem: str) -> Route:
+def _single(host: Path, match: Match, problem: str) -> Route:
     """A single file: the denoiser alone, or a checkpoint of a family whose pipelines load one."""
     if problem:
         return Route("decoded", problem)

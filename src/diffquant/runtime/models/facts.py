@@ -28,6 +28,7 @@ __all__ = [
     "param_dtype",
     "per_level",
     "require",
+    "rotary_axes",
     "shape_of",
     "timestep_embedding",
 ]
@@ -105,6 +106,20 @@ def per_level(value: Any, level: int) -> int:  # noqa: ANN401 (a json value: int
     if isinstance(value, Sequence) and not isinstance(value, str):
         return int(value[level])
     return int(value)
+
+
+def rotary_axes(
+    hyper: Hyper, name: str, default: tuple[int, ...], head_dim: int
+) -> tuple[int, ...]:
+    """How many numbers of a head each axis of positions turns.
+
+    Raises:
+        ArchitectureError: they do not fill a head.
+    """
+    axes = tuple(int(axis) for axis in hyper.get(name) or default)
+    if sum(axes) != head_dim:
+        raise ArchitectureError(f"rotary axes {axes} do not add up to the head width {head_dim}")
+    return axes
 
 
 def require(hyper: Hyper, name: str, supported: Sequence[object]) -> None:

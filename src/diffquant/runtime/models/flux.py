@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffquant.core.errors import ArchitectureError, UsageError
+from diffquant.core.errors import UsageError
 from diffquant.runtime.kernels import tokens
 from diffquant.runtime.layers import QuantLinear
 from diffquant.runtime.models.attention import (
@@ -34,6 +34,7 @@ from diffquant.runtime.models.facts import (
     count,
     number,
     param_dtype,
+    rotary_axes,
     shape_of,
     tanh_gelu,
     timestep_embedding,
@@ -91,9 +92,7 @@ def config_from(shapes: Shapes, hyper: Hyper) -> FluxConfig:
     """
     width, in_channels = shape_of(shapes, "img_in.weight")
     (head_dim,) = shape_of(shapes, "double_blocks.0.img_attn.norm.query_norm.scale")
-    axes = tuple(int(axis) for axis in hyper.get("axes_dims_rope") or _DEFAULT_AXES)
-    if sum(axes) != head_dim:
-        raise ArchitectureError(f"rotary axes {axes} do not add up to the head width {head_dim}")
+    axes = rotary_axes(hyper, "axes_dims_rope", _DEFAULT_AXES, head_dim)
     single = count(shapes, "single_blocks")
     linear2 = shape_of(shapes, "single_blocks.0.linear2.weight")[1] if single else width
     return FluxConfig(

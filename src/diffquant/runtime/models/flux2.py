@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffquant.core.errors import ArchitectureError, UsageError
+from diffquant.core.errors import UsageError
 from diffquant.runtime.layers import QuantLinear
 from diffquant.runtime.models.attention import Positions, QkNorm, attend, gated, modulated, rotary
 from diffquant.runtime.models.facts import (
@@ -26,6 +26,7 @@ from diffquant.runtime.models.facts import (
     number,
     param_dtype,
     require,
+    rotary_axes,
     shape_of,
     timestep_embedding,
 )
@@ -74,9 +75,7 @@ def config_from(shapes: Shapes, hyper: Hyper) -> Flux2Config:
     require(hyper, "patch_size", (1,))
     width, in_channels = shape_of(shapes, "img_in.weight")
     (head_dim,) = shape_of(shapes, "double_blocks.0.img_attn.norm.query_norm.scale")
-    axes = tuple(int(axis) for axis in hyper.get("axes_dims_rope") or _DEFAULT_AXES)
-    if sum(axes) != head_dim:
-        raise ArchitectureError(f"rotary axes {axes} do not add up to the head width {head_dim}")
+    axes = rotary_axes(hyper, "axes_dims_rope", _DEFAULT_AXES, head_dim)
     single = count(shapes, "single_blocks")
     linear2 = shape_of(shapes, "single_blocks.0.linear2.weight")[1] if single else width
     return Flux2Config(

@@ -9,8 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffquant.core.errors import ArchitectureError
-from diffquant.runtime.models.facts import Hyper, Shapes, count, number, require, shape_of
+from diffquant.runtime.models.facts import (
+    Hyper,
+    Shapes,
+    count,
+    number,
+    require,
+    rotary_axes,
+    shape_of,
+)
 
 __all__ = ["QwenImageConfig", "config_from"]
 
@@ -61,9 +68,7 @@ def config_from(shapes: Shapes, hyper: Hyper) -> QwenImageConfig:
     block = "transformer_blocks.0"
     width, in_channels = shape_of(shapes, "img_in.weight")
     (head_dim,) = shape_of(shapes, f"{block}.attn.norm_q.weight")
-    axes = tuple(int(axis) for axis in hyper.get("axes_dims_rope") or _DEFAULT_AXES)
-    if sum(axes) != head_dim:
-        raise ArchitectureError(f"rotary axes {axes} do not add up to the head width {head_dim}")
+    axes = rotary_axes(hyper, "axes_dims_rope", _DEFAULT_AXES, head_dim)
     return QwenImageConfig(
         in_channels=in_channels,
         out_channels=shape_of(shapes, "proj_out.weight")[0],

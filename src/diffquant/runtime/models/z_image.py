@@ -29,6 +29,7 @@ from diffquant.runtime.models.facts import (
     number,
     param_dtype,
     require,
+    rotary_axes,
     shape_of,
     timestep_embedding,
 )
@@ -86,9 +87,7 @@ def config_from(shapes: Shapes, hyper: Hyper) -> ZImageConfig:
         )
     width, columns = shape_of(shapes, "x_embedder.weight")
     (head_dim,) = shape_of(shapes, "layers.0.attention.q_norm.weight")
-    axes = tuple(int(axis) for axis in hyper.get("axes_dims") or _DEFAULT_AXES)
-    if sum(axes) != head_dim:
-        raise ArchitectureError(f"rotary axes {axes} do not add up to the head width {head_dim}")
+    axes = rotary_axes(hyper, "axes_dims", _DEFAULT_AXES, head_dim)
     time_hidden, time = shape_of(shapes, "t_embedder.mlp.0.weight")
     return ZImageConfig(
         in_channels=columns // 4,
