@@ -10,6 +10,7 @@ TRITON_INTERPRET=1 python benchmarks/gpu_matmul.py --tiny      every branch, no 
     rows     quantizing activations: to fp8, to int8, to rotated int8; GB/s of what must move
     fused    the same behind GELU, by every way (warps, row held or not); for triton/rows.py
     few      --few rows with a packed weight: one kernel, against decoding and then multiplying
+    tiles    the same by every tile; for triton/few.py
 
     ms       median of --rounds by CUDA events; 512 MiB are written before each (cold cache)
     x        over the bfloat16 GEMM of the same shape in this run
@@ -290,6 +291,38 @@ def few_row(bench: Bench, name: str, shape: Shape, x: Tensor, base: float) -> di
     }
 
 
+TILED = ((18432, 3072), (3072, 15360))  # a modulation; few programs by rows alone
+
+
+def few_tiles(bench: Bench) -> None:
+    """Few rows by every tile, the fastest first."""
+    for shape in TINY if bench.args.tiny else TILED:
+        for count in bench.args.few:
+            x, w = bench.normal(count, shape[1]), bench.normal(*shape)
+            base = bench.ms(functools.partial(functional.linear, x, w))
+            for name in FEW_FORMATS:
+                if shape[1] % (FORMATS[name].block_size or 1) == 0:
+                    work = functools.partial(tile_row, bench, name, shape, x, base)
+                    bench.row("tiles", f"{name}, {count} rows", shape, work)
+
+
+def tile_row(bench: Bench, name: str, shape: Shape, x: Tensor, base: float) -> dict[str, Any]:
+    parts = random_parts(name, shape, bench.device)
+    wanted = x.float() @ KERNELS[name](parts, shape, x.dtype).float().t()
+    found, failed = [], []
+    for tile in few.CANDIDATES:
+        call = functools.partial(few.few_rows, x, name, parts, shape, None, tile=tile)
+        try:
+            gap = float((call().float() - wanted).norm() / wanted.norm())
+            found.append((bench.ms(call) / base, tuple(tile), gap))
+        except Exception as error:  # a tile that is too large for the card
+            failed.append((tuple(tile), type(error).__name__))
+    found.sort()
+    told = ", ".join(f"{x_:.2f} {tile}" for x_, tile, _ in found)
+    worst = max(gap for *_, gap in found)
+    return {"x": found[0][0], "error": worst, "every": told, "not_served": len(failed)}
+
+
 def sweep(bench: Bench) -> None:
     """Every tile for every layer, and the table for triton/gemm.py."""
     best: dict[str, dict[Shape, tuple[float, gemm.GemmTile]]] = {}
@@ -352,7 +385,13 @@ def main() -> None:
     if not args.tiny:
         found["device"] = torch.cuda.get_device_name()
         print(found["device"])
-    work = {"layers": layers, "rows": activation_rows, "fused": fused_rows, "few": few_rows}
+    work = {
+        "layers": layers,
+        "rows": activation_rows,
+        "fused": fused_rows,
+        "few": few_rows,
+        "tiles": few_tiles,
+    }
     with torch.no_grad():
         if args.sweep:
             sweep(bench)

@@ -214,15 +214,23 @@ def test_activations_are_quantized_on_the_oldest_cards(kind, rotation, cache, mo
     assert rotation or not re.search(r"\bfma\.", found.asm["ptx"])
 
 
-@pytest.mark.parametrize("count", [1, 64])
-def test_few_rows_go_through_tensor_cores_and_fit_small_cards(count, cache, monkeypatch):
+@pytest.mark.parametrize("which", [0, 1], ids=["product", "sum"])
+@pytest.mark.parametrize("count", [1, 2, 64])
+def test_few_rows_fit_small_cards_and_one_or_two_need_no_tensor_core(
+    count, which, cache, monkeypatch
+):
     from triton_compiled import compiled_call
 
     from diffquant.runtime.kernels.triton import few
 
     parts, x = random_parts("q4_k", (64, 1024)), torch.zeros(count, 1024, dtype=torch.bfloat16)
     found = compiled_call(
-        monkeypatch, few, lambda: few.few_rows(x, "q4_k", parts, (64, 1024), None), capability=80
+        monkeypatch,
+        few,
+        lambda: few.few_rows(x, "q4_k", parts, (64, 1024), None),
+        capability=80,
+        of=2,
+        which=which,
     )
-    assert "mma.sync" in found.asm["ptx"]
+    assert ("mma.sync" in found.asm["ptx"]) == (count > 2 and which == 0)
     assert found.metadata.shared <= 99 << 10

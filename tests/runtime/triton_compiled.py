@@ -72,8 +72,11 @@ def compiled(monkeypatch, name, shape, dtype, *, capability=90, **changed):
     return _compiled(kernel, args, constants, capability, **changed)
 
 
-def compiled_call(monkeypatch, module, call, *, capability, direct=()):
-    """The kernel that `call` would launch: by `module.launch`, or one of the names `direct`."""
+def compiled_call(monkeypatch, module, call, *, capability, direct=(), of=1, which=0):
+    """The kernel that `call` would launch: by `module.launch`, or one of the names `direct`.
+
+    Where it launches several (`of`), the one that is asked for.
+    """
     calls = []
 
     def recording(kernel, programs, warps, *args, **constants):
@@ -87,5 +90,6 @@ def compiled_call(monkeypatch, module, call, *, capability, direct=()):
         monkeypatch.setattr(module, "launch", recording)
     call()
     monkeypatch.undo()
-    ((kernel, args, constants),) = calls
+    assert len(calls) == of
+    kernel, args, constants = calls[which]
     return _compiled(kernel, args, constants, capability)

@@ -1,9 +1,16 @@
 """Products of few rows (1 to 64) with a packed weight: no decoded weight is ever in memory.
 
-A program takes N rows of the weight. Step by step along K it decodes a tile with the function that
-the format's own decoder uses, rounds it to the compute dtype, as a decoded weight would be, and
-multiplies it on tensor cores with the rows of activations; sums are float32's. What is read is the
-packed weight, once. For more rows decoding once pays: see gemm.py and the decoders.
+A program takes N rows of the weight and a share of their columns. Step by step it decodes a tile
+with the function that the format's own decoder uses and rounds it to the compute dtype, as a
+decoded weight would be. What is read is the packed weight, once. For more rows decoding once pays:
+see gemm.py and the decoders.
+
+    lanes    1 or 2 rows: each number times its activation, summed in float32 where it was decoded;
+             nothing goes through shared memory before the end
+    cores    more rows: tiles go to tensor cores, sums are float32's
+
+Weights with few rows leave most of a card idle, so columns are shared out to as many programs as
+fill it; their sums are added up in a fixed order by a second kernel: results repeat bit for bit.
 
     blocks   ggml's formats in KERNELS of blocks_32 and blocks_k (rows of whole blocks)
     scaled   fp8 and int8 with a scale for the tensor or per row
@@ -12,9 +19,10 @@ packed weight, once. For more rows decoding once pays: see gemm.py and the decod
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,12 +38,37 @@ from diffquant.runtime.kernels.triton.blocks import Table
 from diffquant.runtime.kernels.triton.launch import aligned, launch
 from diffquant.runtime.kernels.triton.tables import table
 
-__all__ = ["FORMATS_SERVED", "MOST_ROWS", "few_rows", "serves"]
+__all__ = ["CANDIDATES", "FORMATS_SERVED", "MOST_ROWS", "FewTile", "few_rows", "serves", "tile_for"]
 
 MOST_ROWS = 64
 _LEAST_ROWS = 16  # of a tensor core's tile
-_N, _WARPS = 16, 4  # rows of the weight of a program
-_DEPTHS = {True: 256, False: 128}  # of a step, for up to 16 rows and more: tiles share 100 KB
+_LANES = 2  # rows up to which numbers are multiplied where they were decoded
+_PROGRAMS = 8  # per multiprocessor: so many fill a card
+_SUMMED = 1024  # results of a program that adds up
+
+
+class FewTile(NamedTuple):
+    """Rows of the weight of a program, columns of a step, warps, programs per multiprocessor."""
+
+    n: int
+    k: int
+    warps: int
+    programs: int = _PROGRAMS
+
+
+CANDIDATES = tuple(
+    FewTile(n, k, warps, programs)
+    for n, k, warps in ((16, 256, 4), (8, 512, 4), (32, 256, 8), (16, 256, 2), (4, 1024, 4))
+    for programs in (4, 16)
+)
+
+
+def tile_for(rows: int, nbytes: int) -> FewTile:
+    """The tile for so many rows of activations of `nbytes` per number."""
+    if rows <= _LANES:
+        return FewTile(16, 256, 4)
+    wide = rows <= _LEAST_ROWS and nbytes == 2
+    return FewTile(16, 256 if wide else 128, 4)  # tiles share 100 KB
 
 
 @triton.jit
@@ -68,36 +101,97 @@ def _scaled_tile(src, scale, table, row, some, start, columns, per_row, DECODE: 
 def _flat_tile(src, scale, table, row, some, start, columns, per_row, DECODE: tl.constexpr,
                WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr, NBYTES: tl.constexpr,
                N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    column = start // 2 + tl.arange(0, K // 2)
-    mask = some[:, None] & (column < columns // 2)[None, :]
-    place = row.to(tl.int64)[:, None] * per_row + column[None, :]
-    packed = tl.load(src + place, mask=mask, other=0).to(tl.int32)
-    factor = tl.load(scale + place // (WIDTH // 2), mask=mask, other=0)
+    # A run is WIDTH weights of one scale, WIDTH / 2 bytes, high nibble first.
+    run = tl.arange(0, N * K // WIDTH)
+    place = start // WIDTH + run % (K // WIDTH)
+    down = tl.reshape(tl.broadcast_to(row[:, None], (N, K // WIDTH)), (N * K // WIDTH,))
+    live = tl.reshape(tl.broadcast_to(some[:, None], (N, K // WIDTH)), (N * K // WIDTH,))
+    live = live & (place * WIDTH < columns)
+    block = down.to(tl.int64) * (columns // WIDTH) + place
+    inside = block[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
+    packed = tl.load(src + inside, mask=live[:, None], other=0).to(tl.int32)
+    factor = tl.load(scale + block, mask=live, other=0)[:, None]
     high = tl.load(table + (packed >> 4)) * factor
     low = tl.load(table + (packed & 15)) * factor
     return tl.reshape(tl.join(high, low), (N, K))
 
 
 @triton.jit
-def _few(x, src, scale, table, bias, dst, rows, columns, depth, per_row, TILE: tl.constexpr,
-         DECODE: tl.constexpr, WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr,
-         NBYTES: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-         K: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0) * N + tl.arange(0, N)  # of the weight
+def _finish(
+    total, bias, dst, partial, split, splits, rows, columns, row, token, BIAS: tl.constexpr
+):
+    """Write (M, N) sums: with the bias, or what one of several programs has of them."""
+    mask = (token < rows)[:, None] & (row < columns)[None, :]
+    place = token[:, None] * columns + row[None, :]
+    if splits == 1:
+        if BIAS:
+            total += tl.load(bias + row, mask=row < columns, other=0.0).to(tl.float32)[None, :]
+        tl.store(dst + place, total.to(dst.dtype.element_ty), mask=mask)
+    else:
+        tl.store(partial + split * rows * columns + place, total, mask=mask)
+
+
+@triton.jit
+def _cores(x, src, scale, table, bias, dst, partial, tiles, splits, share, rows, columns, depth,
+           per_row, TILE: tl.constexpr, DECODE: tl.constexpr, WIDTH: tl.constexpr,
+           PER_BLOCK: tl.constexpr, NBYTES: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr,
+           N: tl.constexpr, K: tl.constexpr):  # fmt: skip
+    split = tl.program_id(0) // tiles
+    row = tl.program_id(0) % tiles * N + tl.arange(0, N)  # of the weight
     some = row < columns
     token, step = tl.arange(0, M), tl.arange(0, K)
     kind = x.dtype.element_ty
     total = tl.zeros((M, N), tl.float32)
-    for start in range(0, depth, K):
+    for start in range(split * share, tl.minimum(split * share + share, depth), K):
         weight = TILE(src, scale, table, row, some, start, depth, per_row, DECODE, WIDTH,
                       PER_BLOCK, NBYTES, N, K)  # fmt: skip
         mask = (token < rows)[:, None] & (start + step < depth)[None, :]
         left = tl.load(x + token[:, None] * depth + start + step[None, :], mask=mask, other=0.0)
         total = tl.dot(left, tl.trans(weight.to(kind)), total, input_precision="ieee")
+    _finish(total, bias, dst, partial, split, splits, rows, columns, row, token, BIAS)
+
+
+@triton.jit
+def _lanes(x, src, scale, table, bias, dst, partial, tiles, splits, share, rows, columns, depth,
+           per_row, TILE: tl.constexpr, DECODE: tl.constexpr, WIDTH: tl.constexpr,
+           PER_BLOCK: tl.constexpr, NBYTES: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr,
+           N: tl.constexpr, K: tl.constexpr):  # fmt: skip
+    split = tl.program_id(0) // tiles
+    row = tl.program_id(0) % tiles * N + tl.arange(0, N)  # of the weight
+    some = row < columns
+    step = tl.arange(0, K)
+    kind = x.dtype.element_ty
+    first = tl.zeros((N, K), tl.float32)
+    second = first
+    for start in range(split * share, tl.minimum(split * share + share, depth), K):
+        weight = TILE(src, scale, table, row, some, start, depth, per_row, DECODE, WIDTH,
+                      PER_BLOCK, NBYTES, N, K)  # fmt: skip
+        weight = weight.to(kind).to(tl.float32)
+        inside = start + step < depth
+        left = tl.load(x + start + step, mask=inside, other=0.0).to(tl.float32)
+        first += weight * left[None, :]
+        if M == 2:
+            left = tl.load(x + depth + start + step, mask=inside, other=0.0).to(tl.float32)
+            second += weight * left[None, :]
+    token = tl.arange(0, 1)
+    total = tl.sum(first, axis=1)[None, :]
+    _finish(total, bias, dst, partial, split, splits, rows, columns, row, token, BIAS)
+    if M == 2:
+        total = tl.sum(second, axis=1)[None, :]
+        _finish(total, bias, dst, partial, split, splits, rows, columns, row, token + 1, BIAS)
+
+
+@triton.jit
+def _together(partial, bias, dst, splits, count, columns, BIAS: tl.constexpr, SIZE: tl.constexpr):
+    """Add up what programs have of a result, in their order."""
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    mask = at < count
+    total = tl.zeros((SIZE,), tl.float32)
+    for split in range(splits):
+        total += tl.load(partial + split * count + at, mask=mask, other=0.0)
     if BIAS:
-        total += tl.load(bias + row, mask=some, other=0.0).to(tl.float32)[None, :]
-    mask = (token < rows)[:, None] & some[None, :]
-    tl.store(dst + token[:, None] * columns + row[None, :], total.to(kind), mask=mask)
+        total += tl.load(bias + at % columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dst + at, total.to(dst.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +255,21 @@ def serves(fmt: str, parts: Parts, shape: tuple[int, ...]) -> bool:
     return stored.numel() == FORMATS[fmt].nbytes(shape)
 
 
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def few_rows(
-    x: Tensor, fmt: str, parts: Parts, shape: tuple[int, int], bias: Tensor | None
+    x: Tensor,
+    fmt: str,
+    parts: Parts,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    *,
+    tile: FewTile | None = None,
 ) -> Tensor:
     """Multiply up to MOST_ROWS rows with a packed weight that `serves` accepts.
 
@@ -172,6 +279,7 @@ def few_rows(
         parts: its stored tensors, on the device of `x`.
         shape: (N, K) of the weight.
         bias: (N,) or None.
+        tile: instead of `tile_for`'s.
 
     Returns:
         (M, N) in the dtype of `x`: decoded weight rounded to that dtype, float32 sums.
@@ -184,17 +292,31 @@ def few_rows(
     width = one.width
     if one.tile is _scaled_tile:
         width = int(scale.numel() > 1)
+    lanes = rows <= _LANES
+    size = tile or tile_for(rows, x.dtype.itemsize)
+    tiles, steps = triton.cdiv(columns, size.n), triton.cdiv(depth, size.k)
+    wanted = triton.cdiv(size.programs * _processors(x.device), tiles)
+    each = triton.cdiv(steps, max(1, min(wanted, steps)))  # steps of a program
+    splits = triton.cdiv(steps, each)
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    partial = out
+    if splits > 1:
+        partial = torch.empty((splits, rows, columns), dtype=torch.float32, device=x.device)
+    added = weight if bias is None else bias.contiguous()
     launch(
-        _few,
-        -(-columns // _N),
-        _WARPS,
+        _lanes if lanes else _cores,
+        tiles * splits,
+        size.warps,
         x,
         weight,
         scale,
         one.table(weight.device) if one.table else weight,
-        weight if bias is None else bias.contiguous(),
+        added,
         out,
+        partial,
+        tiles,
+        splits,
+        each * size.k,
         rows,
         columns,
         depth,
@@ -205,8 +327,23 @@ def few_rows(
         PER_BLOCK=one.per_block,
         NBYTES=one.nbytes,
         BIAS=bias is not None,
-        M=max(_LEAST_ROWS, triton.next_power_of_2(rows)),
-        N=_N,
-        K=_DEPTHS[rows <= _LEAST_ROWS and x.dtype.itemsize == 2],
+        M=rows if lanes else max(_LEAST_ROWS, triton.next_power_of_2(rows)),
+        N=size.n,
+        K=size.k,
     )
+    if splits > 1:
+        count = rows * columns
+        launch(
+            _together,
+            triton.cdiv(count, _SUMMED),
+            4,
+            partial,
+            added,
+            out,
+            splits,
+            count,
+            columns,
+            BIAS=bias is not None,
+            SIZE=_SUMMED,
+        )
     return out
