@@ -40,7 +40,7 @@ def test_generate_captures_by_itself_and_draws_the_same(model, compute, tmp_path
     """From the job on: what the first step finds out (layers in 8 bits) is waited for."""
     made = {}
     for graphs in ("off", "auto"):
-        fields = {**FIELDS, "prompt": "a red circle"}
+        fields = {**FIELDS, "width": 256, "height": 256, "prompt": "a red circle"}
         out = tmp_path / f"{graphs}.png"
         job = Job(
             DEMOS / model, out, fields, device="cuda", graphs=graphs, compute=compute, compile="off"

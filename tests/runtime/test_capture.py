@@ -7,7 +7,6 @@ from torch import nn
 from diffquant.runtime import capture
 from diffquant.runtime.graph_choice import Graphs
 from diffquant.runtime.layers import PackedWeight, QuantLinear
-from diffquant.runtime.low_bit import LowBitLayer
 
 
 class Recorder:
@@ -122,18 +121,6 @@ def test_weights_that_lie_elsewhere_are_captured_anew(model):
         assert state.graphs == 0
 
 
-@torch.no_grad()
-def test_nothing_is_captured_before_it_may_be(model):
-    x, ready = torch.randn(2, 4), []
-    with capture.captured(model, Recorder(), ready=lambda: bool(ready)) as state:
-        for _ in range(3):
-            model(x, IDS)
-        assert (state.plain, state.captured) == (3, 0)
-        ready.append(True)
-        model(x, IDS)
-    assert (state.plain, state.captured) == (3, 1)
-
-
 class Parts:
     architecture = "flux1"
 
@@ -175,17 +162,3 @@ def test_why_nothing_was_captured_is_said(model):
         for _ in range(9):
             model(x, IDS)
     assert graphs.said == "no CUDA graph: weights are streamed"
-
-
-@torch.no_grad()
-def test_layers_that_find_out_how_they_multiply_are_waited_for(model):
-    """Their first call asks the card for a number."""
-    model.packed.product = LowBitLayer("int8", "", (torch.float32,))
-    x = torch.randn(2, 4)
-    with Graphs("auto", Parts(model), "cuda", 9, recorder=Recorder()) as graphs:
-        for _ in range(3):
-            model(x, IDS)
-        model.packed.product.state = "on"
-        for _ in range(2):
-            model(x, IDS)
-    assert graphs.said == "CUDA graph: 2 of 5 calls"

@@ -381,7 +381,7 @@ def test_few_rows_of_a_rotated_weight_are_rotated_instead_of_it(monkeypatch):
         asked.append(fmt)
         return rows @ KERNELS[fmt](parts, shape, rows.dtype).T + bias
 
-    monkeypatch.setattr(low_bit.products, "few_rows_serve", lambda *_given: True)
+    monkeypatch.setattr(low_bit.products, "few_rows_serve", lambda *_given: 64)
     monkeypatch.setattr(low_bit.products, "few_rows", few_rows)
     layer.product = LowBitLayer("int8", "", (torch.float32,))
     assert relative(layer(x), wanted) < 1e-6

@@ -81,22 +81,21 @@ def captured(
     recorder: Recorder | None = None,
     *,
     most: int = _MOST,
-    ready: Callable[[], bool] = lambda: True,
 ) -> Iterator[Captured]:
     """Replay a denoiser's calls for the duration.
 
     The first call with inputs of some shapes runs as it is (kernels are compiled, work spaces
-    made), the second is captured, the others are replays. A result is a copy: the next call of the
-    same shapes, such as the other half of a guided step, does not change it.
+    made, layers find out how they multiply), the second is captured, the others are replays. A
+    result is a copy: the next call of the same shapes, such as the other half of a guided step,
+    does not change it.
 
     Args:
         denoiser: its `forward` is replaced, and put back.
         recorder: CudaGraphs().
         most: shapes that are captured; calls of further ones run as they are.
-        ready: whether a call may be captured by now.
     """
     state = Captured()
-    denoiser.forward = _Replays(denoiser, recorder or CudaGraphs(), state, most, ready)
+    denoiser.forward = _Replays(denoiser, recorder or CudaGraphs(), state, most)
     try:
         yield state
     finally:
@@ -131,10 +130,8 @@ class _Replays:
         recorder: Recorder,
         state: Captured,
         most: int,
-        ready: Callable[[], bool],
     ) -> None:
         self._model, self._recorder, self._state, self._most = model, recorder, state, most
-        self._ready = ready
         self._places: Hashable = None  # where what graphs read lay when they were made
         self._layers = [one for one in model.modules() if isinstance(one, PackedLayer)]
         self._plain = type(model).forward
@@ -153,7 +150,7 @@ class _Replays:
             state.replayed += 1
             return graph(leaves)
         may = not streamed and not state.failed and state.graphs < self._most
-        if key in self._seen and may and self._ready():
+        if key in self._seen and may:
 
             def call(given: list[Any]) -> Any:  # noqa: ANN401
                 positional, named = pytree.tree_unflatten(given, shape)

@@ -18,7 +18,6 @@ import torch
 from diffquant.runtime.capture import Captured, Recorder, captured
 from diffquant.runtime.families import PipelineParts
 from diffquant.runtime.layers import PackedLayer
-from diffquant.runtime.low_bit import pending
 
 __all__ = ["LEAST_STEPS", "Graphs", "Mode"]
 
@@ -73,14 +72,7 @@ class Graphs:
     def __enter__(self) -> Self:
         """Begin to look at calls."""
         if self.possible:
-            self._state = self._stack.enter_context(
-                captured(
-                    self._denoiser,
-                    self._recorder,
-                    # a layer that has yet to find out how it multiplies asks the card for numbers
-                    ready=lambda: not pending(self._denoiser),
-                )
-            )
+            self._state = self._stack.enter_context(captured(self._denoiser, self._recorder))
         return self
 
     def __exit__(

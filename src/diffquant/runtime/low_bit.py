@@ -72,10 +72,10 @@ class LowBitLayer:
         self.state: State = "pending" if kind else "off"
         self.error: float | None = None
         self.requantized = False
-        self._few: bool | None = None  # whether the kernel of few rows serves; None: not asked
+        self._few: int | None = None  # rows that the kernel of few serves; None: not asked
 
     @property
-    def key(self) -> tuple[str, str, bool | None]:
+    def key(self) -> tuple[str, str, int | None]:
         """What a compiled graph depends on."""
         return self.kind, self.state, self._few
 
@@ -140,10 +140,9 @@ class LowBitLayer:
         one = weight.segments[0]
         fmt, parts, rotation = unrotated(one)
         if self._few is None and not torch.compiler.is_compiling():
-            self._few = len(weight.segments) == 1 and products.few_rows_serve(
-                fmt, parts, layer.logical_shape, count
-            )
-        if not self._few or len(weight.segments) > 1:
+            alone = len(weight.segments) == 1
+            self._few = products.few_rows_serve(fmt, parts, layer.logical_shape) if alone else 0
+        if count > (self._few or 0) or len(weight.segments) > 1:
             return _exact(layer, x)
         rows = x.reshape(count, -1)
         if rotation:

@@ -174,12 +174,12 @@ def levels(fmt: str, parts: Parts, shape: tuple[int, ...]) -> Tensor:
     return found
 
 
-def few_rows_serve(fmt: str, parts: Parts, shape: tuple[int, ...], rows_of_x: int) -> bool:
-    """Whether `few_rows` takes this weight with so many rows of activations."""
+def few_rows_serve(fmt: str, parts: Parts, shape: tuple[int, ...]) -> int:
+    """Rows of activations that `few_rows` takes this weight with, at most; 0: none."""
     if _triton(parts["weight"]) is None:
-        return False
+        return 0
     few = _module("few")
-    return bool(rows_of_x <= few.MOST_ROWS and few.serves(fmt, parts, shape))
+    return int(few.most_rows(fmt)) if few.serves(fmt, parts, shape) else 0
 
 
 def few_rows(

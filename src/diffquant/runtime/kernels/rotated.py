@@ -39,6 +39,8 @@ def _matrix(group: int, device: torch.device) -> Tensor:
 
 def rotated_by_matrix(x: Tensor, group: int) -> Tensor:
     """As `rotated` to the order of sums, by one product: (M, K) of any dtype, sums in float32."""
+    if torch.compiler.is_compiling():  # a graph looks into no cache
+        return rotated(x.float(), group).to(x.dtype)
     turned = x.float().reshape(-1, group) @ _matrix(group, x.device)
     return turned.reshape(x.shape).to(x.dtype)
 

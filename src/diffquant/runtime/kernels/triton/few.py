@@ -38,12 +38,16 @@ from diffquant.runtime.kernels.triton.blocks import Table
 from diffquant.runtime.kernels.triton.launch import aligned, launch
 from diffquant.runtime.kernels.triton.tables import table
 
-__all__ = ["CANDIDATES", "FORMATS_SERVED", "MOST_ROWS", "FewTile", "few_rows", "serves", "tile_for"]
+__all__ = [
+    "CANDIDATES", "FORMATS_SERVED", "MOST_ROWS", "FewTile", "few_rows", "most_rows", "serves",
+    "tile_for",
+]  # fmt: skip
 
 MOST_ROWS = 64
 _LEAST_ROWS = 16  # of a tensor core's tile
 _LANES = 2  # rows up to which numbers are multiplied where they were decoded
 _PROGRAMS = 8  # per multiprocessor: so many fill a card
+_LARGE = 200 << 10  # bytes of shared memory
 _SUMMED = 1024  # results of a program that adds up
 
 
@@ -63,12 +67,46 @@ CANDIDATES = tuple(
 )
 
 
-def tile_for(rows: int, nbytes: int) -> FewTile:
-    """The tile for so many rows of activations of `nbytes` per number."""
+# One H100, median of both shapes of gpu_matmul.py --parts tiles, over a bfloat16 GEMM with as many
+# rows. One row: 0.6 to 1.05, q6_k 2.0. 64 rows: 1.3 to 1.7; formats that are slower there than
+# decoding and multiplying apart (1.8 to 2.1) are served for one or two rows only.
+_LANE_TILES = {
+    "q4_k": FewTile(4, 1024, 4, 4),
+    "q5_k": FewTile(4, 1024, 4, 4),
+    "q6_k": FewTile(16, 256, 4, 4),
+    "fp8_e4m3_scaled": FewTile(16, 256, 4, 4),
+    "fp8_e4m3_rowwise": FewTile(16, 256, 4, 4),
+    "int8_tensor": FewTile(4, 1024, 4, 4),
+    "int8_rowwise": FewTile(4, 1024, 4, 4),
+    "nf4": FewTile(16, 256, 2, 16),
+    "fp4": FewTile(16, 256, 2, 16),
+}
+_CORE_TILES = {
+    "q8_0": FewTile(32, 256, 8, 16),
+    "q4_0": FewTile(32, 256, 8, 16),
+    "q4_k": FewTile(16, 256, 4, 16),
+    "fp8_e4m3_scaled": FewTile(16, 256, 4, 16),
+    "fp8_e4m3_rowwise": FewTile(16, 256, 4, 16),
+    "int8_tensor": FewTile(16, 256, 4, 4),
+    "int8_rowwise": FewTile(16, 256, 4, 4),
+}
+
+
+def tile_for(fmt: str, rows: int, nbytes: int, *, large: bool = False) -> FewTile:
+    """The tile for a format and so many rows of activations of `nbytes` per number.
+
+    `large`: whether a program may have Hopper's shared memory; else it fits into 99 KB.
+    """
     if rows <= _LANES:
-        return FewTile(16, 256, 4)
-    wide = rows <= _LEAST_ROWS and nbytes == 2
-    return FewTile(16, 256 if wide else 128, 4)  # tiles share 100 KB
+        return _LANE_TILES.get(fmt, FewTile(8, 512, 4, 4))
+    found = _CORE_TILES.get(fmt, FewTile(16, 256, 4))
+    deep = large or (rows <= _LEAST_ROWS and nbytes == 2)
+    return found if deep and nbytes == 2 else found._replace(k=128)
+
+
+def most_rows(fmt: str) -> int:
+    """Rows up to which a format is faster so than decoded first."""
+    return MOST_ROWS if fmt in _CORE_TILES else _LANES
 
 
 @triton.jit
@@ -262,6 +300,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def _is_large(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    found = torch.cuda.get_device_properties(device)
+    return bool(getattr(found, "shared_memory_per_block_optin", 0) >= _LARGE)
+
+
 def few_rows(
     x: Tensor,
     fmt: str,
@@ -293,7 +339,7 @@ def few_rows(
     if one.tile is _scaled_tile:
         width = int(scale.numel() > 1)
     lanes = rows <= _LANES
-    size = tile or tile_for(rows, x.dtype.itemsize)
+    size = tile or tile_for(fmt, rows, x.dtype.itemsize, large=_is_large(x.device))
     tiles, steps = triton.cdiv(columns, size.n), triton.cdiv(depth, size.k)
     wanted = triton.cdiv(size.programs * _processors(x.device), tiles)
     each = triton.cdiv(steps, max(1, min(wanted, steps)))  # steps of a program
