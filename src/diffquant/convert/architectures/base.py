@@ -160,13 +160,16 @@ class Component:
 class Keep:
     """Canonical keys (regular expression, searched) that stay in high precision.
 
-    `table` marks weights that are no layer's matrix, such as embedding tables.
+    `table` marks weights that are no layer's matrix, such as embedding tables. `frees` marks linear
+    layers that the GGUF readers are known to unpack all the same, and whose width none of them
+    reads: `--free-kept` may choose for these (docs/allocate.md).
     """
 
     pattern: str
     reason: str
     source: str
     table: bool = False
+    frees: bool = False
 
 
 @dataclass(frozen=True, slots=True)
