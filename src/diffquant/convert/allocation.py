@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffquant.convert.allocation_choice import Choice
 from diffquant.convert.allocation_errors import items_of, sensitivity_for
 from diffquant.convert.allocation_options import among_from, tensor_options
 from diffquant.convert.allocation_part import allocated_part
@@ -54,11 +55,13 @@ class Allocated:
         request: what to run: the one given, with a recipe and a type named after its bits.
         label: the plainest type of the format that most weights have; names files and recipes.
         report: what was chosen, and why.
+        choice: the same as data that can be kept.
     """
 
     request: Request
     label: QuantType
     report: AllocationReport
+    choice: Choice
 
 
 def allocate_bits(
@@ -161,7 +164,14 @@ def allocate_bits(
             freed=freed_tensors(planner, formats),
             notes=tuple(notes),
         )
-        return Allocated(found.plan.request, planner.label(formats), report)
+        asked = found.plan.request
+        assert asked.type is not None
+        choice = replace(
+            planner.choice(formats),
+            type=asked.type.name,
+            notes=(f"errors from {known.told}", *notes),
+        )
+        return Allocated(asked, planner.label(formats), report, choice)
 
 
 def _check(request: Request, budget: Budget) -> None:

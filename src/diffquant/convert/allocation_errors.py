@@ -76,8 +76,7 @@ def sensitivity_for(
             what = "was measured on another checkpoint" if found.source else "names no checkpoint"
             notes.append(f"{named.name} {what}: its errors are taken for those of this one")
         return Known(found, f"{named.name} ({found.method})", (*notes, *merged))
-    place = src.resolve() if src.exists() else src  # "." has no name to look beside
-    cached = find_sensitivity(place, source) if planner.part.name == "denoiser" else ""
+    cached = find_sensitivity(src, source) if planner.part.name == "denoiser" else ""
     passed = ""
     if not isinstance(cached, str) and (passed := _unpriced(cached[1], planner)):
         cached = f"{cached[0].name} is not used: it knows no error of {passed}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from diffquant.convert.allocation_choice import Choice
 from diffquant.convert.allocation_options import Among, label_type, step_nbytes
 from diffquant.convert.allocation_part import AllocatedPart
 from diffquant.convert.budgets import Measure
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.match import Match
 from diffquant.convert.plan import Plan, make_plan
-from diffquant.convert.recipes import Recipe
 from diffquant.convert.request import Request
 from diffquant.convert.step import Step
 from diffquant.core.errors import PlanMismatch
@@ -104,25 +104,24 @@ class AllocationPlanner:
 
     def plan(self, formats: Mapping[str, str]) -> Plan:
         """The plan that stores these tensors so; its type is named after its bits per weight."""
-        recipe = Recipe(
-            self.match.architecture,
-            "",
-            {self.part.name: self.written(formats)},
-            why="allocated",
-            reasons=self.freed(formats),
-        )
-        kind = replace(
-            self.label(formats, casts=False),
-            mix={},
-            edge="",
-            tuned={},
-            published=False,
-            file_type=self.label(formats).file_type,
-        )
-        asked = replace(self.request, recipe=recipe, target=self.among.target.name, pure=False)
+        choice = self.choice(formats)
         # Bits follow from formats alone, so the first plan tells the name of the second.
-        bits = self._made(replace(asked, type=kind)).bits_per_weight(self.part.name)
-        return self._made(replace(asked, type=replace(kind, name=f"{bits:.2f}bpw")))
+        bits = self._made(choice.into(self.request)).bits_per_weight(self.part.name)
+        return self._made(replace(choice, type=f"{bits:.2f}bpw").into(self.request))
+
+    def choice(self, formats: Mapping[str, str]) -> Choice:
+        """The formats as data, but for the type's name and notes."""
+        return Choice(
+            architecture=self.match.architecture,
+            part=self.part.name,
+            formats=self.written(formats),
+            reasons=self.freed(formats),
+            type="",
+            base=self.label(formats, casts=False).name,
+            file_type=self.label(formats).file_type,
+            target=self.among.target.name,
+            allocated=self.request.allocated,
+        )
 
     def _made(self, request: Request) -> Plan:
         return make_plan(self.logical, self.match, request, matrix=self.matrix, inputs=self.inputs)
