@@ -86,6 +86,11 @@ def sensitivity_for(
         return Known(found, told, merged)
     made = _made(planner, wanted, source, workers, progress)
     notes = [cached] if cached else []
+    if planner.part.name != "denoiser":
+        notes.append(
+            "what an encoder's rounding does to pictures was not measured: where a named type has "
+            "the size, it draws no worse (docs/allocate.md)"
+        )
     if planner.request.rounding != "nearest":
         notes.append(f"errors are those of rounding to nearest, not of {planner.request.rounding}")
     told = "weights and importance" if "importance" in made.context else "weights alone"
