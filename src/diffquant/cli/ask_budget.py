@@ -172,8 +172,8 @@ def budget_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--free-kept",
         is_flag=True,
-        help="Choose for time embeddings and output layers too, which types keep in 16 bits "
-        "(.gguf; SD 1 and 2, SDXL, Flux.1, Qwen-Image).",
+        help="Choose for time embeddings, output layers and the like too, which types keep in 16 "
+        "bits (.gguf; SD, SDXL, SD3, Flux, Qwen-Image, Z-Image).",
     )
     @click.option("--explain", is_flag=True, help="Say of each tensor why it has its format.")
     @functools.wraps(function)

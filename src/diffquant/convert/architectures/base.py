@@ -161,8 +161,8 @@ class Keep:
     """Canonical keys (regular expression, searched) that stay in high precision.
 
     `table` marks weights that are no layer's matrix, such as embedding tables. `frees` marks linear
-    layers that the GGUF readers are known to unpack all the same, and whose width none of them
-    reads: `--free-kept` may choose for these (docs/allocate.md).
+    layers that diffusers was seen to unpack all the same (tests/clients/test_freed_layers.py), and
+    whose width no loader reads: `--free-kept` may choose for these (docs/allocate.md).
     """
 
     pattern: str

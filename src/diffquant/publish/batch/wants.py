@@ -5,7 +5,7 @@
         { max_size = "6GB" },                                 # or bpw, or vram: a budget
         { bpw = 4.6, among = ["q3_k", "q4_k", "q6_k"], sensitivity = "s.json", free_kept = true },
         { recipe = "flux.txt" },                              # of a file; `type` labels it
-        { type = "iq2_xs", imatrix = "m.gguf" },              # each may have a matrix of its own
+        { type = "iq2_xs", imatrix = "m.gguf" },              # each may have its own matrix
     ]
 
 Names are those of `quantize`'s options. A file is called after what was asked for, not after what
