@@ -116,16 +116,22 @@ def test_only_linear_layers_whose_width_no_loader_reads_are_marked():
     assert not [one for one in marked.values() if "convolution" in one.reason]
 
 
-def test_the_formats_that_were_named_do_not_force_a_kept_layer_down(examples, tmp_path):
-    """A measurement that knows nothing of a layer leaves it as types have it."""
+@pytest.mark.parametrize(("dtype", "kept"), [("", "bf16"), ("f32", "f16")])
+def test_the_formats_that_were_named_do_not_force_a_kept_layer_down(
+    examples, tmp_path, dtype, kept
+):
+    """Kept as types have it: where a measurement knows nothing of a layer, or only its worst."""
     src = examples / "flux1-shapes"
+    if dtype:
+        src = tmp_path / "wide.safetensors"
+        asked = Request("safetensors", dtype=dtype, parts=("denoiser",))
+        run_job(examples / "flux1-shapes", src, asked)
     first = allocate_bits(src, Request("gguf"), free(3_000_000, "q4_k", "q8_0")).report
     freed = {one.key for one in first.freed}
     errors = {
         one.key: {"q4_k": 0.1, "q8_0": 0.001} for one in first.tensors if one.key not in freed
     }
-    loud = "time_in.in_layer.weight"
-    errors[loud] = {"q4_k": 100.0, "q8_0": 50.0}
+    errors["time_in.in_layer.weight"] = {"q4_k": 100.0, "q8_0": 50.0}
     write_sensitivity(tmp_path / "s.json", Sensitivity("flux1", "outputs", "u", "", errors, {}))
     found = allocate_bits(
         src,
@@ -133,7 +139,7 @@ def test_the_formats_that_were_named_do_not_force_a_kept_layer_down(examples, tm
         free(first.smallest_nbytes * 3 // 2, "q4_k", "q8_0"),
         sensitivity=tmp_path / "s.json",
     ).report
-    assert {one.format for one in found.freed} == {"bf16"}
+    assert {one.format for one in found.freed} == {kept}
     assert {one.key for one in found.freed} == freed
 
 
