@@ -293,7 +293,10 @@ def test_an_entry_may_have_a_matrix_of_its_own_and_goes_in_a_pass_of_its_own(
     report = run_batch(path)
     assert results(report) == ["written"] * 3, [row.message for row in report.outputs]
     assert [row.name for row in report.outputs][:2] == [NAMES[0], NAMES[3]]
-    assert sorted(job.outputs for job in report.jobs) == [1, 2]
+    assert [(job.outputs, job.label.partition(") ")[2]) for job in report.jobs] == [
+        (1, "flux with m.gguf"),
+        (2, "flux"),
+    ]
     made = files(tmp_path / "out")
     assert made[NAMES[3]] == whole[0][NAMES[3]]
     source, out = tmp_path / "flux.safetensors", tmp_path / "alone.gguf"

@@ -54,12 +54,12 @@ class Job:
         write: outputs to make in one pass.
         judge: outputs that are whole, and only to be compared by pictures.
         identities: an output's name -> what its bytes depend on.
-        choices: an output's name -> formats that its budget was spent on.
         pictures: what a comparison by pictures depends on; "" for none.
         threads: of this job.
         peak_nbytes: predicted memory.
         nbytes: of all outputs to be written.
         gpu: index of the GPU it has to itself, "" for none.
+        choices: an output's name -> formats that its budget was spent on.
     """
 
     label: str
@@ -68,12 +68,12 @@ class Job:
     write: tuple[Item, ...]
     judge: tuple[Item, ...]
     identities: dict[str, dict[str, str]]
-    choices: dict[str, Choice] = field(default_factory=dict)
     pictures: str = ""
     threads: int = 1
     peak_nbytes: int = 0
     nbytes: int = 0
     gpu: str = ""
+    choices: dict[str, Choice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,8 +185,9 @@ def _plan_model(
     peak = made.peak_nbytes
     if pictures:
         peak = max(peak, _SIDES * _FLOAT32_NBYTES * source.parameters)
+    own = items[0].want.imatrix  # told apart from other passes over the model
     job = Job(
-        label=f"{model.where} {settings.name}",
+        label=" ".join((model.where, settings.name, *(f"with {one.name}" for one in own))),
         folder=file.output,
         settings=settings,
         write=tuple(one.item for one in write),
