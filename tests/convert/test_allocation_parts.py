@@ -201,7 +201,7 @@ def test_a_text_encoder_alone_meets_a_size(t5, tmp_path, suffix, nbytes, target)
     assert report.policy == "allocated"
     assert found.report.part == "text_encoder_3"
     assert "weights alone" in found.report.sensitivity
-    assert "where a named type has the size, it draws no worse" in found.report.notes[0]
+    assert "against a named type of the size this is no safe gain" in found.report.notes[0]
     vectors = {row.stored for row in report.tensors if "layer_norm" in row.key}
     assert vectors
     assert vectors <= {"f32", "bf16"}

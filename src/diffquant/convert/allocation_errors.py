@@ -88,8 +88,8 @@ def sensitivity_for(
     notes = [cached] if cached else []
     if planner.part.name != "denoiser":
         notes.append(
-            "what an encoder's rounding does to pictures was not measured: where a named type has "
-            "the size, it draws no worse (docs/allocate.md)"
+            "what an encoder's rounding does to pictures is not measured: against a named type of "
+            "the size this is no safe gain (docs/allocate.md)"
         )
     if planner.request.rounding != "nearest":
         notes.append(f"errors are those of rounding to nearest, not of {planner.request.rounding}")
