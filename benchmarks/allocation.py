@@ -8,7 +8,8 @@ Per type a published GGUF is written; then files of at most its size whose forma
 - weights: relative weight errors, what `quantize --max-size` has without a measurement;
 - pictures: `calibrate --sensitivity` on other prompts than those the pictures are compared on;
 - matrix: published, with an importance matrix; pictures+matrix: both;
-- small: pictures+matrix, among formats below q2_k too, which need the matrix.
+- small: pictures+matrix, among formats below q2_k too, which need the matrix;
+- weights free, pictures free: the same with --free-kept, for layers that types keep as well.
 
 A size that nothing smaller than the published file fits has no row but says so.
 
@@ -55,7 +56,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 BATCH = 16
 NAMES = (
-    "published", "weights", "pictures", "published+matrix", "pictures+matrix", "small+matrix"
+    "published", "weights", "weights free", "pictures", "pictures free",
+    "published+matrix", "pictures+matrix", "small+matrix",
 )  # fmt: skip
 SMALL = ("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", *AMONG)
 
@@ -108,12 +110,13 @@ def predicted(found: Sensitivity, formats: Mapping[str, str]) -> float:
 def write(bench: Bench, name: str, kind: str, budget: int, out: Path) -> dict[str, str]:
     """Write one file; its formats by canonical key."""
     how, _, weighed = name.partition("+")
+    how, _, free = how.partition(" ")
     matrix = bench.matrix if weighed else None
     request = Request("gguf", type=type_named(kind))
     if how != "published":
         sensitivity = None if how == "weights" else bench.weighed if weighed else bench.plain
         among = SMALL if how == "small" else ()
-        asked = Budget("file", budget, f"--max-size {budget}", among)
+        asked = Budget("file", budget, f"--max-size {budget}", among, bool(free))
         allocated = allocate_bits(
             bench.model, Request("gguf"), asked, sensitivity=sensitivity, matrix=matrix
         )

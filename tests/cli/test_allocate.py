@@ -173,6 +173,9 @@ def test_pictures_judge_an_allocated_file(command, flux, here):
         (("-t", "q4_k_s", "--among", "q4_k"), "--among is for a budget"),
         (("-t", "q4_k_s", "--explain"), "--explain is for a budget"),
         (("-t", "q4_k_s", "--sensitivity", "f"), "--sensitivity is for a budget"),
+        (("-t", "q4_k_s", "--free-kept"), "--free-kept is for a budget"),
+        (("--max-size", "5MB", "--free-kept", "-o", "x.safetensors"), "--free-kept is for .gguf"),
+        (("--max-size", "3MB", "--part", "vae", "-o", "x.safetensors"), "quantize it by type"),
     ],
 )
 def test_wrong_requests_are_usage_errors(command, flux, here, words, message):
@@ -237,3 +240,42 @@ def test_the_range_of_bits_is_told_however_few_were_asked_for(command, flux, her
     ran = command("quantize", flux, "--dry-run", "--bpw", bits)
     assert ran.code == 2
     assert "takes 4.728 to 16.056 bits per weight" in " ".join(ran.err.split())
+
+
+def test_freed_layers_are_told_and_the_recipe_frees_them_again(command, flux, here, digest_tensors):
+    words = ("quantize", flux, "-o", "a.gguf", "--max-size", "2.5MB", "--free-kept")
+    ran = command(*words, "--dry-run")
+    assert ran.code == 0, ran.err
+    told = " ".join(ran.out.split())
+    assert "allocated, freed: 6" in told
+    assert re.search(
+        r"freed, q\d_\w for bf16, [\d.]+ KiB less: time_in.in_layer.weight \(types keep it: "
+        r"timestep embedding\)",
+        told,
+    )
+    made = command(*words, "--emit-recipe", "r.txt", "--json")
+    assert made.code == 0, made.err
+    freed = made.result["allocation"]["freed"]
+    assert {one["kept_as"] for one in freed} == {"bf16"}
+    assert len(freed) == 6
+    again = command("quantize", flux, "-o", "b.gguf", "--recipe-from", "r.txt", "--json")
+    assert again.code == 0, again.err
+    assert digest_tensors("a.gguf") == digest_tensors("b.gguf")
+    assert not any("recipe" in text for text in again.json["warnings"])
+
+
+def test_a_text_encoder_is_named_by_its_bits_and_its_recipe_is_read_again(
+    command, flux, here, digest_tensors
+):
+    source = flux / "text_encoder_2" / "model.safetensors"
+    made = command("quantize", source, "--max-size", "250kB", "--emit-recipe", "r.txt", "--json")
+    assert made.code == 0, made.err
+    file = next(here.glob("*.gguf"))
+    found = made.result["allocation"]
+    assert file.stat().st_size == found["nbytes"] <= 250_000
+    assert file.name.startswith(f"model-{found['bits_per_weight']:.2f}bpw-")
+    again = command("quantize", source, "-o", "b.gguf", "--recipe-from", "r.txt", "--json")
+    assert again.code == 0, again.err
+    assert digest_tensors(file) == digest_tensors("b.gguf")
+    shown = command("quantize", source, "--bpw", 5, "--dry-run")
+    assert "text_encoder_3 takes" in shown.out

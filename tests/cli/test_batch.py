@@ -149,3 +149,23 @@ def test_stopped_and_run_again_it_goes_on(command, plan, tmp_path, kind):
     assert sorted(one.name for one in out.iterdir() if one.is_file()) == sorted(NAMES)
     records = (out / ".diffquant-batch").glob("*.json")
     assert all(json.loads(one.read_text())["done"] for one in records)
+
+
+def test_budgets_show_what_was_asked_for_and_where_errors_come_from(command, plan):
+    text = '[[model]]\nsource = "unet.safetensors"\ntypes = [{ bpw = 11.5, free_kept = true }]\n'
+    path = plan(text)
+    ran = command("batch", path, "--dry-run")
+    assert ran.code == 0, ran.err
+    row = next(line for line in ran.out.splitlines() if line.endswith("unet-11.5bpw-freed.gguf"))
+    assert row.split()[0] == "11.5bpw-freed"
+    assert "unet-11.5bpw-freed.gguf: errors from weights alone" in ran.out
+    found = command("batch", path, "--json").result["outputs"][0]
+    assert found["result"] == "written"
+    assert found["bits_per_weight"] <= 11.5
+    assert found["notes"][0].startswith("errors from weights alone")
+    path.write_text(path.read_text().replace("11.5", "1.5"))
+    ran = command("batch", path)
+    assert ran.code == 2
+    told = " ".join(ran.err.split())
+    assert "[[model]] 1 (line 2): --bpw 1.5 cannot be met: among q2_k" in told
+    assert "bits per weight (for universal)" in told

@@ -141,7 +141,9 @@ def test_what_cannot_be_met_is_told_with_the_range(examples, budget, message):
     [
         (Request("folder"), "single files"),
         (Request("safetensors", all_parts=True), "leave out --all"),
-        (Request("gguf", parts=("text_encoder_2",)), "leave out --all and --part"),
+        (Request("safetensors", parts=("denoiser", "vae")), "leave out --all, and write parts one"),
+        (Request("safetensors", parts=("vae",)), "vae is a vae_kl: quantize it by type"),
+        (Request("safetensors", parts=("nothing",)), "no part nothing in this flux1 source"),
         (Request("gguf", rules=(Rule("", None, "--exclude ."),)), "rules and shapes decide all"),
     ],
 )

@@ -230,7 +230,7 @@ def test_a_job_that_fails_does_not_stop_the_others(plan, tmp_path, monkeypatch):
     plain = batch_works.job_module.convert
 
     def convert(settings, items, **options):
-        if settings.types == ("q8_0", "q4_k_s"):
+        if [one.label for one in settings.types] == ["q8_0", "q4_k_s"]:
             raise ResourceError("disk full")
         return plain(settings, items, **options)
 

@@ -57,7 +57,7 @@ def test_a_table_overrides_the_defaults_key_by_key(plan):
     text += '[[model]]\nsource = "a.safetensors"\n'
     text += '[[model]]\nsource = "b.safetensors"\nset = "q2-q8"\ntarget = "universal"\n'
     first, second = read_plan_file(plan(text)).models
-    assert first.settings.types == ("q8_0",)
+    assert [one.label for one in first.settings.types] == ["q8_0"]
     assert first.settings.targets == ("sdcpp", "universal")
     assert len(second.settings.types) == 13
     assert second.settings.targets == ("universal",)

@@ -10,9 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 from markdown_it import MarkdownIt
 from PIL import Image, PngImagePlugin
 
+from diffquant.cli.main import cli
+from diffquant.convert.allocation import allocate_bits
+from diffquant.convert.budgets import budget_of
 from diffquant.convert.jobs import run_job
 from diffquant.convert.request import Request
 from diffquant.convert.several import Wanted, run_jobs
@@ -395,6 +399,41 @@ def test_what_is_no_model_is_not_published(tmp_path):
 )
 def test_a_header_writes_no_command_but_ours(stated, shown):
     assert shlex.join(card_module._stated_options(stated)) == shown
+
+
+def test_the_command_of_a_file_under_a_budget_makes_that_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFQUANT_CACHE", str(tmp_path / "cache"))
+    source, out = ROOT / "examples" / "flux1-shapes", tmp_path / "made" / "flux1-Q4_K_S.gguf"
+    out.parent.mkdir()
+    budget = budget_of("--max-size", "2.5 MB", ("q3_k", "q4_k", "q8_0"), free_kept=True)
+    run_job(source, out, allocate_bits(source, Request("gguf"), budget).request, verify="none")
+    card = render_card(release_of(out.parent))
+    (line,) = (one for one in card.splitlines() if one.startswith("diffquant quantize"))
+    assert line == (
+        "diffquant quantize flux1-shapes -o flux1-Q4_K_S.gguf --max-size '2.5 MB' --free-kept "
+        "--among q3_k,q4_k,q8_0"
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flux1-shapes").symlink_to(source)
+    ran = CliRunner().invoke(cli, shlex.split(line)[1:])
+    assert ran.exit_code == 0, ran.output
+    assert (tmp_path / out.name).read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("allocation", "shown"),
+    [
+        ("--bpw 4.6; among: q4_k; sensitivity: outputs of unknown",
+         "--bpw 4.6 --among q4_k --sensitivity FILE"),
+        ("--vram 8GiB; among: q4_k, bf16; sensitivity: weights of 0123456789abcdef",
+         "--vram 8GiB --among q4_k,bf16"),
+        ("--vram 8GiB; rm -rf ~; among: q4_k; sensitivity: weights of unknown", ""),
+        ("--out x; among: q4_k; sensitivity: weights of unknown", ""),
+        ("--bpw 4.6; among: q4_k", ""),
+    ],
+)  # fmt: skip
+def test_a_budget_in_a_header_is_read_word_by_word(allocation, shown):
+    assert shlex.join(card_module._formats("4.60bpw", allocation)) == shown
 
 
 def test_a_source_is_named_without_folders_and_is_no_option():

@@ -14,20 +14,15 @@ import click
 from diffquant.cli.frame import Outcome
 from diffquant.cli.job import JobOutcome
 from diffquant.cli.outputs import PLACE, allocated_name, stem_of
-from diffquant.cli.values import bytes_from
 from diffquant.convert.allocation import Allocated, allocate_bits
-from diffquant.convert.allocation_options import among_from
+from diffquant.convert.allocation_options import container_of
 from diffquant.convert.allocation_report import AllocationReport
-from diffquant.convert.budgets import Budget, Counts
+from diffquant.convert.budgets import Budget, budget_of
 from diffquant.convert.output_names import file_name
 from diffquant.convert.request import Request
-from diffquant.convert.targets import TARGETS
 from diffquant.core.errors import UsageError
 
 __all__ = ["BudgetAsked", "allocated_path", "budget_options", "check_alone", "with_allocation"]
-
-_MAX_BITS = 32.0
-_WRITTEN = ("gguf", "safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +33,7 @@ class BudgetAsked:
         max_size, bpw, vram: at most one of them.
         among: formats to choose from.
         sensitivity: file of predicted errors.
+        free_kept: whether layers that types keep are chosen for too.
         explain: whether every tensor's reason is shown.
     """
 
@@ -46,6 +42,7 @@ class BudgetAsked:
     vram: str | None
     among: str | None
     sensitivity: Path | None
+    free_kept: bool
     explain: bool
 
     @property
@@ -74,17 +71,13 @@ class BudgetAsked:
         among = tuple(one.strip() for one in (self.among or "").split(",") if one.strip())
         if self.among is not None and not among:
             raise UsageError("--among: expected formats with commas, such as q3_k,q4_k,q6_k")
-        if isinstance(value, float):
-            if not 0 < value <= _MAX_BITS:
-                raise UsageError(f"--bpw {value:g}: expected bits per weight, such as 4.6")
-            return Budget("denoiser", value, f"--bpw {value:g}", among)
-        counts: Counts = "file" if option == "--max-size" else "device"
-        return Budget(counts, bytes_from(value, option), f"{option} {value.strip()}", among)
+        return budget_of(option, value, among, free_kept=self.free_kept)
 
     def _check_alone(self) -> None:
         for option, value in (
             ("--among", self.among),
             ("--sensitivity", self.sensitivity),
+            ("--free-kept", self.free_kept),
             ("--explain", self.explain),
         ):
             if value:
@@ -98,22 +91,9 @@ class BudgetAsked:
         Raises:
             UsageError: no container holds the formats.
         """
-        return Path(output or f"allocated.{self._container(target)}")
-
-    def _container(self, target: str) -> str:
-        """The first that holds the formats to choose from."""
         budget = self.budget
         assert budget is not None
-        wanted = [one for one in _WRITTEN if target not in TARGETS or one in TARGETS[target].reads]
-        errors = []
-        for container in wanted or _WRITTEN:
-            try:
-                among_from(budget.among, container, target)
-            except UsageError as error:
-                errors.append(error)
-            else:
-                return container
-        raise errors[0]
+        return Path(output or f"allocated.{container_of(budget.among, target)}")
 
     def chosen(
         self, source: Path, request: Request, out: Path, common: Mapping[str, Any]
@@ -134,6 +114,7 @@ class BudgetAsked:
             sensitivity=self.sensitivity,
             matrix=common["matrix"],
             inputs=common["inputs"],
+            base=common["base"],
             workers=common["workers"],
             progress=common["progress"],
         )
@@ -188,6 +169,12 @@ def budget_options(function: Callable[..., Any]) -> Callable[..., Any]:
         help="Predicted errors (`diffquant calibrate --sensitivity`). Default: one that was "
         "measured on this source, else from weights alone.",
     )
+    @click.option(
+        "--free-kept",
+        is_flag=True,
+        help="Choose for time embeddings, output layers and the like too, which types keep in 16 "
+        "bits (.gguf; SD, SDXL, SD3, Flux, Qwen-Image, Z-Image).",
+    )
     @click.option("--explain", is_flag=True, help="Say of each tensor why it has its format.")
     @functools.wraps(function)
     def wrapped(
@@ -197,10 +184,11 @@ def budget_options(function: Callable[..., Any]) -> Callable[..., Any]:
         vram: str | None,
         among: str | None,
         sensitivity: Path | None,
+        free_kept: bool,
         explain: bool,
         **kwargs: object,
     ) -> object:
-        asked = BudgetAsked(max_size, bpw, vram, among, sensitivity, explain)
+        asked = BudgetAsked(max_size, bpw, vram, among, sensitivity, free_kept, explain)
         return function(*args, asked=asked, **kwargs)
 
     return wrapped

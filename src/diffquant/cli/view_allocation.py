@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffquant.cli.frame import echo, human, table
 from diffquant.cli.screen import wrap
+from diffquant.convert.allocation_part import named_part
 from diffquant.convert.allocation_report import AllocationReport, TensorChoice
 
 __all__ = ["render_allocation"]
@@ -11,7 +12,7 @@ __all__ = ["render_allocation"]
 _MIB = 1 << 20
 _COUNTS = {
     "file": "the file",
-    "denoiser": "the denoiser",
+    "denoiser": "{part}",
     "device": "the denoiser's step",
 }
 
@@ -19,7 +20,7 @@ _COUNTS = {
 def render_allocation(report: AllocationReport, *, explain: bool = False) -> None:
     """Print what was chosen; with `explain` why, tensor by tensor."""
     echo()
-    what = _COUNTS[report.counts]
+    what = _COUNTS[report.counts].format(part=named_part(report.part))
     used = report.nbytes / report.limit_nbytes
     echo(
         f"  {report.asked}: {what} takes {report.nbytes:,} of {report.limit_nbytes:,} bytes "
@@ -30,6 +31,7 @@ def render_allocation(report: AllocationReport, *, explain: bool = False) -> Non
     for line in wrap(f"errors from {report.sensitivity}: {report.unit}"):
         echo(line)
     echo(f"  predicted error {report.error:.4g}, {_nearness(report)}")
+    _freed(report)
     for note in report.notes:
         for line in wrap(f"note: {note}"):
             echo(line)
@@ -44,6 +46,17 @@ def _nearness(report: AllocationReport) -> str:
     if report.exact:
         return "the least there is at this size"
     return f"at most {1 - report.bound / report.error:.2%} over the least there is at this size"
+
+
+def _freed(report: AllocationReport) -> None:
+    for one in report.freed:
+        if one.format == one.kept_as:
+            what = f"stays {one.format}"
+        else:
+            saved = human(abs(one.saves_nbytes))
+            what = f"freed, {one.format} for {one.kept_as}, {saved} less"
+        for line in wrap(f"{what}: {one.key} (types keep it: {one.reason})"):
+            echo(line)
 
 
 def _curve(report: AllocationReport) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffquant.cli.frame import echo, human, table
-from diffquant.cli.screen import count
+from diffquant.cli.screen import count, wrap
 from diffquant.publish.batch import BatchReport
 from diffquant.publish.batch.report import OutputRow
 
@@ -23,6 +23,8 @@ def render_batch(report: BatchReport) -> None:
     for row in report.outputs:
         if row.state not in ("new", "done"):
             echo(f"  {row.name}: {row.state}")
+        for line in (one for note in row.notes for one in wrap(f"{row.name}: {note}")):
+            echo(line)
     for note in report.notes:
         echo(f"  {note}")
     if report.dry_run:

@@ -1,4 +1,4 @@
-"""allocate_bits(): a format for every weight of the denoiser, under a budget.
+"""allocate_bits(): a format for every weight of one part, under a budget.
 
 options (allocation_options.py) x errors (allocation_errors.py) -> quant/allocate.py -> a recipe,
 which the usual plan follows. What a plan takes of the budget is measured on the plan itself, header
@@ -11,18 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffquant.convert.allocation_choice import Choice
 from diffquant.convert.allocation_errors import items_of, sensitivity_for
 from diffquant.convert.allocation_options import among_from, tensor_options
+from diffquant.convert.allocation_part import allocated_part
 from diffquant.convert.allocation_plan import AllocationPlanner, chosen_formats
 from diffquant.convert.allocation_report import AllocationReport
 from diffquant.convert.allocation_view import (
     curve_of,
     format_shares,
+    freed_tensors,
     named_plans,
     named_rows,
     tensor_choices,
 )
-from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.budgets import Budget, Counts, measure_for
 from diffquant.convert.jobs import opened
 from diffquant.convert.output import fingerprint
@@ -40,7 +42,7 @@ __all__ = ["Allocated", "allocate_bits"]
 _USUALLY_LEFT = 0.01
 _WHAT: Mapping[Counts, str] = {
     "file": "the file",
-    "denoiser": "the denoiser",
+    "denoiser": "{part}",
     "device": "the denoiser's step on a device",
 }
 
@@ -53,11 +55,13 @@ class Allocated:
         request: what to run: the one given, with a recipe and a type named after its bits.
         label: the plainest type of the format that most weights have; names files and recipes.
         report: what was chosen, and why.
+        choice: the same as data that can be kept.
     """
 
     request: Request
     label: QuantType
     report: AllocationReport
+    choice: Choice
 
 
 def allocate_bits(
@@ -68,10 +72,11 @@ def allocate_bits(
     sensitivity: Path | None = None,
     matrix: ImportanceMatrix | None = None,
     inputs: InputsFile | None = None,
+    base: Path | None = None,
     workers: int | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Allocated:
-    """Choose a format for every weight of the denoiser.
+    """Choose a format for every weight of the denoiser, or of a text encoder on its own.
 
     Args:
         src: any source.
@@ -80,6 +85,7 @@ def allocate_bits(
         sensitivity: a file of predicted errors; looked for where None, else made of the weights.
         matrix: importance matrix.
         inputs: statistics of layer inputs, as for run_job.
+        base: folder that run_job will be given; a text encoder's header is filled from it.
         workers: threads.
         progress: told about tensors, where weights are measured.
 
@@ -89,24 +95,29 @@ def allocate_bits(
         DiffquantError: as run_job, of what can be known beforehand.
     """
     _check(request, budget)
-    among = among_from(budget.among, request.container, request.target)
     sources = opened(
         src, arch=request.arch, parts=request.added, ema=request.use_ema, quantized=True
     )
     with sources as (source, logical, match):
-        if match.part("denoiser") is None:
-            raise UsageError(f"{src}: no denoiser, whose bits {budget.text} would choose")
-        architecture = architecture_named(match.architecture)
-        options = tensor_options(logical, match, architecture, request, among)
-        if not options:
+        part = allocated_part(match, request, budget.text)
+        among = among_from(budget.among, request.container, request.target, part.targets)
+        choices = tensor_options(logical, part, request, among, free_kept=budget.free_kept)
+        if not choices.steps:
             raise UsageError(
                 f"{budget.text}: no weight of this {match.architecture} is left to choose for: "
                 f"rules and shapes decide all of them"
             )
+        if budget.free_kept and not choices.kept:
+            raise UsageError(
+                f"--free-kept: of no layer that types keep of this {match.architecture} is it "
+                "known that every program reads it packed; free what yours reads with --tensor-type"
+            )
         source_id = fingerprint(source)
         named = replace(request, allocated=_header(budget, among.names))
-        measure = measure_for(budget, source, logical, match)
-        planner = AllocationPlanner(logical, match, named, among, options, measure, matrix, inputs)
+        measure = measure_for(budget, source, logical, match, part, base=base)
+        planner = AllocationPlanner(
+            logical, match, part, named, among, choices.steps, choices.kept, measure, matrix, inputs
+        )
         plans, refused = named_plans(planner)
         known = sensitivity_for(
             planner,
@@ -131,12 +142,13 @@ def allocate_bits(
         notes[:0] = _left_over(budget, measure.limit, found.nbytes, largest)
         report = AllocationReport(
             asked=budget.text,
+            part=part.name,
             counts=budget.counts,
             limit_nbytes=measure.limit,
             nbytes=found.nbytes,
             smallest_nbytes=smallest,
             largest_nbytes=largest,
-            bits_per_weight=found.plan.bits_per_weight(),
+            bits_per_weight=found.plan.bits_per_weight(part.name),
             among=among.names,
             sensitivity=known.told,
             method=known.sensitivity.method,
@@ -149,9 +161,17 @@ def allocate_bits(
             tensors=tensor_choices(items, found.choice.chosen),
             curve=curve_of(items, taken),
             published=named_rows(planner, plans, known.sensitivity, items),
+            freed=freed_tensors(planner, formats),
             notes=tuple(notes),
         )
-        return Allocated(found.plan.request, planner.label(formats), report)
+        asked = found.plan.request
+        assert asked.type is not None
+        choice = replace(
+            planner.choice(formats),
+            type=asked.type.name,
+            notes=(f"errors from {known.told}", *notes),
+        )
+        return Allocated(asked, planner.label(formats), report, choice)
 
 
 def _check(request: Request, budget: Budget) -> None:
@@ -159,17 +179,23 @@ def _check(request: Request, budget: Budget) -> None:
         raise UsageError(
             f"{budget.text}: bits are allocated in single files: write a .gguf or .safetensors file"
         )
-    if request.all_parts or any(name != "denoiser" for name in request.parts):
+    if request.all_parts or len(request.parts) > 1:
         raise UsageError(
-            f"{budget.text}: bits are allocated to the denoiser: leave out --all and --part, and "
-            "quantize other parts by type"
+            f"{budget.text}: bits are allocated to one part, the denoiser or the one that --part "
+            "names: leave out --all, and write parts one by one"
+        )
+    if budget.free_kept and request.container != "gguf":
+        raise UsageError(
+            "--free-kept is for .gguf files: which layers that types keep are read packed from "
+            f"{request.container} is not known here; name them with --tensor-type"
         )
     if budget.value <= 0:
         raise UsageError(f"{budget.text}: expected more than nothing")
 
 
 def _header(budget: Budget, among: tuple[str, ...]) -> str:
-    return f"{budget.text}; among: {', '.join(among)}"
+    freed = "; with --free-kept" if budget.free_kept else ""
+    return f"{budget.text}{freed}; among: {', '.join(among)}"
 
 
 def _left_over(budget: Budget, limit: int, nbytes: int, largest: int) -> list[str]:
@@ -188,7 +214,7 @@ def _wanted(planner: AllocationPlanner, plans: Mapping[str, Plan]) -> dict[str, 
     """Formats that errors are wanted of: options, and what named types store."""
     wanted = {key: set(steps) for key, steps in planner.options.items()}
     for plan in plans.values():
-        for step in plan.part_steps("denoiser"):
+        for step in plan.part_steps(planner.part.name):
             if step.key in wanted and step.decision.format:
                 wanted[step.key].add(step.stored)
     return wanted
@@ -207,7 +233,7 @@ def _range(planner: AllocationPlanner, items: tuple[Item, ...]) -> tuple[int, in
 
 def _below(budget: Budget, ends: tuple[int, int], planner: AllocationPlanner) -> str:
     smallest, largest = ends
-    what = _WHAT[budget.counts]
+    what = _WHAT[budget.counts].format(part=planner.part.told)
     if budget.counts == "denoiser":
         per_bit = planner.measure.per_bit
         low, high = smallest / per_bit, largest / per_bit

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffquant.convert.allocation_plan import AllocationPlanner
-from diffquant.convert.architectures.parts import architecture_named
 from diffquant.convert.importance import importance_values, match_entries
 from diffquant.convert.losses import keeps_numbers
 from diffquant.convert.sensitivity import Sensitivity, find_sensitivity, read_sensitivity
@@ -62,6 +61,11 @@ def sensitivity_for(
         UsageError: the named file is of another architecture, or knows none of the tensors.
         MalformedFile, OSError: it cannot be read.
     """
+    if named is not None and planner.part.name != "denoiser":
+        raise UsageError(
+            f"{named.name}: sensitivities are measured of denoisers; errors of "
+            f"{planner.part.name} come from its weights (--imatrix): leave out --sensitivity"
+        )
     changed = any(planner.request.changes.values())
     merged = ("errors were measured before what is merged here",) if changed else ()
     if named is not None:
@@ -72,8 +76,7 @@ def sensitivity_for(
             what = "was measured on another checkpoint" if found.source else "names no checkpoint"
             notes.append(f"{named.name} {what}: its errors are taken for those of this one")
         return Known(found, f"{named.name} ({found.method})", (*notes, *merged))
-    place = src.resolve() if src.exists() else src  # "." has no name to look beside
-    cached = find_sensitivity(place, source)
+    cached = find_sensitivity(src, source) if planner.part.name == "denoiser" else ""
     passed = ""
     if not isinstance(cached, str) and (passed := _unpriced(cached[1], planner)):
         cached = f"{cached[0].name} is not used: it knows no error of {passed}"
@@ -83,6 +86,11 @@ def sensitivity_for(
         return Known(found, told, merged)
     made = _made(planner, wanted, source, workers, progress)
     notes = [cached] if cached else []
+    if planner.part.name != "denoiser":
+        notes.append(
+            "what an encoder's rounding does to pictures is not measured: against a named type of "
+            "the size this is no safe gain (docs/allocate.md)"
+        )
     if planner.request.rounding != "nearest":
         notes.append(f"errors are those of rounding to nearest, not of {planner.request.rounding}")
     told = "weights and importance" if "importance" in made.context else "weights alone"
@@ -136,13 +144,12 @@ def _importance(
 ) -> dict[str, NDArray[np.float32]]:
     if planner.matrix is None:
         return {}
-    architecture = architecture_named(planner.match.architecture)
-    parts = [one for one in planner.match.parts if one.name == "denoiser"]
-    names = match_entries(planner.matrix, architecture, parts)
+    part = planner.part
+    names = match_entries(planner.matrix, part.architecture, [part.match])
     return {
-        key: importance_values(planner.matrix, names["denoiser", key], step)
+        key: importance_values(planner.matrix, names[part.name, key], step)
         for key, step in steps.items()
-        if ("denoiser", key) in names
+        if (part.name, key) in names
     }
 
 
@@ -151,6 +158,11 @@ def option_error(planner: AllocationPlanner, sensitivity: Sensitivity, step: Ste
     if keeps_numbers(planner.logical, step):
         return 0.0
     return sensitivity.errors.get(step.key, {}).get(step.stored)
+
+
+def kept_as(planner: AllocationPlanner, key: str) -> str:
+    """The format that types keep a freed layer in; "" for any other tensor."""
+    return planner.kept[key].stored if key in planner.kept else ""
 
 
 def items_of(
@@ -162,12 +174,14 @@ def items_of(
         priced = []
         for name, step in steps.items():
             error = option_error(planner, sensitivity, step)
+            if error is None and name == kept_as(planner, key):
+                error = 0.0  # as types have it: whoever frees a layer may still leave it alone
             if error is None:
                 lacking[name] = lacking.get(name, 0) + 1
             else:
                 priced.append(Option(name, planner.nbytes(key, name), error))
         if not priced or (key not in sensitivity.errors and len(steps) > 1):
-            finest = max(steps, key=lambda name: planner.nbytes(key, name))
+            finest = kept_as(planner, key) or max(steps, key=lambda name: planner.nbytes(key, name))
             priced = [Option(finest, planner.nbytes(key, finest), 0.0)]
             held.append(key)
         items.append(Item(key, tuple(priced)))

@@ -7,23 +7,32 @@ keep lists, user rules, shapes, reshapes and fallbacks hold, and sizes are those
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from diffquant.convert.allocation_part import AllocatedPart
 from diffquant.convert.architectures.base import Architecture
 from diffquant.convert.dialects import own_dialect
 from diffquant.convert.logical import LogicalSource
-from diffquant.convert.match import Match, PartMatch
 from diffquant.convert.recipes import Recipe
 from diffquant.convert.request import Request
 from diffquant.convert.step import Step
 from diffquant.convert.steps import part_steps
-from diffquant.convert.targets import Target, candidates
+from diffquant.convert.targets import TARGETS, Target, candidates
 from diffquant.core.errors import UnknownFormat, UsageError
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.types import ALIASES, TYPES, QuantType
 
-__all__ = ["Among", "among_from", "label_type", "step_nbytes", "tensor_options"]
+__all__ = [
+    "Among",
+    "Choices",
+    "among_from",
+    "container_of",
+    "label_type",
+    "step_nbytes",
+    "tensor_options",
+]
 
 _CASTS = ("bf16", "f16")
 # Without --among: formats with a published mix, whose encoders are fast; then what readers have.
@@ -34,6 +43,7 @@ _USUAL: Mapping[str, tuple[str, ...]] = {
     ),
     "safetensors": ("asym_w4a8_int8", "fp8_e4m3_scaled", "int8_rowwise", "int8_convrot", *_CASTS),
 }  # fmt: skip
+_WRITTEN = ("gguf", "safetensors")
 _GGUF_ALIGNMENT = 32
 _ENTRY_NBYTES = 70  # of a tensor in a safetensors header, its name aside
 
@@ -60,19 +70,37 @@ class Among:
         return (*self.packed, *self.casts)
 
 
-def among_from(names: Sequence[str], container: str, target: str) -> Among:
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What every weight could have.
+
+    Attributes:
+        steps: canonical key -> stored format -> the step that stores it so, in file order.
+        kept: of layers that types keep and that were freed: key -> the step that keeps it.
+    """
+
+    steps: Mapping[str, Mapping[str, Step]]
+    kept: Mapping[str, Step]
+
+
+def among_from(
+    names: Sequence[str], container: str, target: str, readers: Sequence[str] = ()
+) -> Among:
     """Look the formats up that were named, or take the usual ones of a container.
 
     Args:
         names: formats, or types, which stand for their base format; empty for the usual ones.
         container: "gguf" or "safetensors".
         target: as asked for, "" for the first that reads all of them.
+        readers: targets to try where none is asked for; () for the container's defaults.
 
     Raises:
         UnknownFormat: a name that is neither.
         UsageError: formats that no such file, or no one reader, has side by side.
     """
     rows = candidates(target, container)
+    if readers and not target:
+        rows = tuple(TARGETS[name] for name in readers)
     if not names:
         first = rows[0]
         held = [name for name in _USUAL[container] if name in first.reads[container]]
@@ -91,6 +119,24 @@ def among_from(names: Sequence[str], container: str, target: str) -> Among:
         f"--among {','.join(names)}: {what} in a {container} file{named}; it may be among "
         f"{', '.join(readable)}"
     )
+
+
+def container_of(names: Sequence[str], target: str) -> str:
+    """The first container that holds the formats to choose from, as `among_from` takes them.
+
+    Raises:
+        UnknownFormat, UsageError: none does.
+    """
+    readable = [one for one in _WRITTEN if target not in TARGETS or one in TARGETS[target].reads]
+    errors = []
+    for container in readable or _WRITTEN:
+        try:
+            among_from(names, container, target)
+        except UsageError as error:
+            errors.append(error)
+        else:
+            return container
+    raise errors[0]
 
 
 def _format_of(name: str, container: str) -> str:
@@ -137,55 +183,87 @@ def label_type(fmt: str, container: str) -> QuantType | None:
 
 def tensor_options(
     logical: LogicalSource,
-    match: Match,
-    architecture: Architecture,
+    part: AllocatedPart,
     request: Request,
     among: Among,
-) -> dict[str, dict[str, Step]]:
-    """Options of every weight of the denoiser that a type would pack.
+    *,
+    free_kept: bool = False,
+) -> Choices:
+    """Options of every weight of a part that a type would pack.
 
-    Tensors that user rules or the architecture's keep list decide have none.
-
-    Returns:
-        Canonical key -> stored format -> the step that stores it so, in file order.
+    Tensors that user rules decide have none, nor have those that the architecture keeps, unless
+    `free_kept`: then the rows of its list that are marked so stand aside. These tensors may stay as
+    they are kept, whatever formats there are to choose from.
     """
-    part = next(one for one in match.parts if one.name == "denoiser")
-    count = 1 if request.container == "gguf" or request.parts else len(match.parts)
-    asked = replace(request, pure=True, target=among.target.name, recipe=None)
+    asked = replace(request, pure=False, target=among.target.name, recipe=None)
+    freed = _freed(part.architecture) if free_kept else part.architecture
     options: dict[str, dict[str, Step]] = {}
     for name in among.packed:
-        kind = QuantType(name, name, {request.container: among.dialect}, "", convs=_convs(name))
-        one = replace(asked, type=kind)
-        for step in part_steps(logical, architecture, part, one, among.target, count):
+        one = replace(asked, type=_throughout(name, request, among))
+        for step in part_steps(logical, freed, part.match, one, among.target, part.count):
             asked_for = step.stored == name or step.decision.wanted == name
             if asked_for and not step.decision.reason.startswith(("--tensor-type", "--exclude")):
                 options.setdefault(step.key, {}).setdefault(step.stored, step)
-    for name, step in _cast_steps(logical, architecture, part, asked, among, count, options):
+    kept = _kept(logical, part, asked, among, options) if free_kept else {}
+    for name, step in _cast_steps(logical, part, asked, among, options.keys() - kept.keys()):
         options[step.key].setdefault(name, step)
-    return options
+    for key, step in kept.items():
+        options[key][step.stored] = step
+    return Choices(options, kept)
+
+
+def _throughout(name: str, request: Request, among: Among) -> QuantType:
+    """A type of its own: one format throughout."""
+    return QuantType(name, name, {request.container: among.dialect}, "", convs=_convs(name))
 
 
 def _convs(name: str) -> bool:
     return any(kind.convs for kind in TYPES.values() if kind.base == name)
 
 
-def _cast_steps(
+def _freed(architecture: Architecture) -> Architecture:
+    return replace(
+        architecture,
+        keep=tuple(row for row in architecture.keep if not row.frees),
+        tuned_keep=tuple(row for row in architecture.tuned_keep if not row.frees),
+    )
+
+
+def _kept(
     logical: LogicalSource,
-    architecture: Architecture,
-    part: PartMatch,
+    part: AllocatedPart,
     request: Request,
     among: Among,
-    count: int,
     options: Mapping[str, object],
+) -> dict[str, Step]:
+    """Steps, as types keep them, of the tensors that have options only because they were freed."""
+    rows = [row for row in (*part.architecture.tuned_keep, *part.architecture.keep) if row.frees]
+    asked = replace(request, type=_throughout(among.packed[0], request, among))
+    steps = part_steps(logical, part.architecture, part.match, asked, among.target, part.count)
+    return {
+        step.key: step
+        for step in steps
+        if step.key in options and any(re.search(row.pattern, step.key) for row in rows)
+        if step.stored not in among.packed
+    }
+
+
+def _cast_steps(
+    logical: LogicalSource,
+    part: AllocatedPart,
+    request: Request,
+    among: Among,
+    keys: Iterable[str],
 ) -> Iterator[tuple[str, Step]]:
     """The same weights as floating point numbers: what a recipe that says so would store."""
-    base = among.packed[0]
-    kind = QuantType(base, base, {request.container: among.dialect}, "", convs=_convs(base))
+    wanted = frozenset(keys)
+    kind = _throughout(among.packed[0], request, among)
     for name in among.casts:
-        recipe = Recipe(architecture.slug, "", {part.name: dict.fromkeys(options, name)})
+        recipe = Recipe(part.architecture.slug, "", {part.name: dict.fromkeys(wanted, name)})
         asked = replace(request, type=kind, recipe=recipe)
-        for step in part_steps(logical, architecture, part, asked, among.target, count):
-            if step.key in options and step.stored == name:
+        steps = part_steps(logical, part.architecture, part.match, asked, among.target, part.count)
+        for step in steps:
+            if step.key in wanted and step.stored == name:
                 yield name, step
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from diffquant.convert.allocation_choice import Choice
 from diffquant.convert.allocation_options import Among, label_type, step_nbytes
+from diffquant.convert.allocation_part import AllocatedPart
 from diffquant.convert.budgets import Measure
 from diffquant.convert.logical import LogicalSource
 from diffquant.convert.match import Match
 from diffquant.convert.plan import Plan, make_plan
-from diffquant.convert.recipes import Recipe
 from diffquant.convert.request import Request
 from diffquant.convert.step import Step
 from diffquant.core.errors import PlanMismatch
@@ -20,7 +21,7 @@ from diffquant.quant.allocate import Allocation, Item, allocate
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.types import QuantType
 
-__all__ = ["AllocationPlanner", "Options", "Solved"]
+__all__ = ["AllocationPlanner", "Options", "Solved", "chosen_formats", "kept_because"]
 
 Options = Mapping[str, Mapping[str, Step]]
 _TRIES = 8
@@ -48,9 +49,11 @@ class AllocationPlanner:
     Attributes:
         logical: the bound source.
         match: what it was recognised as.
+        part: what is chosen for.
         request: as asked, without formats.
         among: formats to choose from.
         options: canonical key -> format -> step.
+        kept: of layers that types keep and that were freed: key -> the step that keeps it.
         measure: of the budget.
         matrix: importance matrix.
         inputs: statistics of layer inputs.
@@ -58,9 +61,11 @@ class AllocationPlanner:
 
     logical: LogicalSource
     match: Match
+    part: AllocatedPart
     request: Request
     among: Among
     options: Options
+    kept: Mapping[str, Step]
     measure: Measure
     matrix: ImportanceMatrix | None = None
     inputs: InputsFile | None = None
@@ -84,21 +89,39 @@ class AllocationPlanner:
         kinds = {name: kind for name in weights if (kind := label_type(name, container))}
         return kinds[max(kinds, key=lambda name: weights[name])]
 
+    def written(self, formats: Mapping[str, str]) -> dict[str, str]:
+        """What a recipe has to say: a layer that stays as types keep it needs no word."""
+        kept = self.kept
+        return {k: name for k, name in formats.items() if k not in kept or kept[k].stored != name}
+
+    def freed(self, formats: Mapping[str, str]) -> dict[str, str]:
+        """Why layers are packed that types keep, by key."""
+        return {
+            key: f"allocated; freed, types keep it {step.stored}: {kept_because(step)}"
+            for key, step in self.kept.items()
+            if formats[key] != step.stored
+        }
+
     def plan(self, formats: Mapping[str, str]) -> Plan:
         """The plan that stores these tensors so; its type is named after its bits per weight."""
-        recipe = Recipe(self.match.architecture, "", {"denoiser": dict(formats)}, why="allocated")
-        kind = replace(
-            self.label(formats, casts=False),
-            mix={},
-            edge="",
-            tuned={},
-            published=False,
-            file_type=self.label(formats).file_type,
-        )
-        asked = replace(self.request, recipe=recipe, target=self.among.target.name, pure=False)
+        choice = self.choice(formats)
         # Bits follow from formats alone, so the first plan tells the name of the second.
-        bits = self._made(replace(asked, type=kind)).bits_per_weight()
-        return self._made(replace(asked, type=replace(kind, name=f"{bits:.2f}bpw")))
+        bits = self._made(choice.into(self.request)).bits_per_weight(self.part.name)
+        return self._made(replace(choice, type=f"{bits:.2f}bpw").into(self.request))
+
+    def choice(self, formats: Mapping[str, str]) -> Choice:
+        """The formats as data, but for the type's name and notes."""
+        return Choice(
+            architecture=self.match.architecture,
+            part=self.part.name,
+            formats=self.written(formats),
+            reasons=self.freed(formats),
+            type="",
+            base=self.label(formats, casts=False).name,
+            file_type=self.label(formats).file_type,
+            target=self.among.target.name,
+            allocated=self.request.allocated,
+        )
 
     def _made(self, request: Request) -> Plan:
         return make_plan(self.logical, self.match, request, matrix=self.matrix, inputs=self.inputs)
@@ -133,6 +156,11 @@ class AllocationPlanner:
         if best is None:
             raise PlanMismatch(f"no choice takes at most {limit} bytes, though the smallest does")
         return best
+
+
+def kept_because(step: Step) -> str:
+    """Why types keep a weight, without what the source had to say to it."""
+    return step.decision.reason.removesuffix(f"; already {step.stored}")
 
 
 def chosen_formats(items: tuple[Item, ...], chosen: tuple[int, ...]) -> dict[str, str]:

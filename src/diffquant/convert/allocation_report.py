@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["AllocationReport", "CurvePoint", "PublishedType", "TensorChoice"]
+__all__ = ["AllocationReport", "CurvePoint", "FreedTensor", "PublishedType", "TensorChoice"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,25 @@ class TensorChoice:
     larger: str = ""
     larger_costs: int = 0
     larger_brings: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FreedTensor:
+    """A layer that types keep, and that was chosen for.
+
+    Attributes:
+        key: canonical.
+        format: as chosen; `kept_as` where keeping it was the better choice.
+        kept_as: what types store it as.
+        reason: why they do.
+        saves_nbytes: against keeping it.
+    """
+
+    key: str
+    format: str
+    kept_as: str
+    reason: str
+    saves_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +88,12 @@ class AllocationReport:
 
     Attributes:
         asked: the option, as typed.
-        counts: what the sizes below are sizes of: "file", "denoiser" or "device".
+        part: whose weights were chosen for: "denoiser", or a text encoder's name.
+        counts: what the sizes below are sizes of: "file", "denoiser" (the part) or "device".
         limit_nbytes: what may be taken.
         nbytes: what is taken.
         smallest_nbytes, largest_nbytes: the range that can be asked for.
-        bits_per_weight: of the denoiser.
+        bits_per_weight: of the part.
         among: formats to choose from.
         sensitivity: where predictions come from, in words.
         method: "outputs" or "weights".
@@ -86,10 +106,12 @@ class AllocationReport:
         tensors: every tensor that was allocated, in file order.
         curve: from the smallest to the largest.
         published: named types, the largest first.
+        freed: layers that types keep and `--free-kept` chose for, in file order.
         notes: what was assumed or left out.
     """
 
     asked: str
+    part: str
     counts: str
     limit_nbytes: int
     nbytes: int
@@ -108,4 +130,5 @@ class AllocationReport:
     tensors: tuple[TensorChoice, ...]
     curve: tuple[CurvePoint, ...]
     published: tuple[PublishedType, ...]
+    freed: tuple[FreedTensor, ...]
     notes: tuple[str, ...] = ()

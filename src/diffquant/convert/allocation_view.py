@@ -7,15 +7,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from diffquant.convert.allocation_errors import option_error
-from diffquant.convert.allocation_plan import AllocationPlanner
-from diffquant.convert.allocation_report import CurvePoint, PublishedType, TensorChoice
+from diffquant.convert.allocation_plan import AllocationPlanner, kept_because
+from diffquant.convert.allocation_report import (
+    CurvePoint,
+    FreedTensor,
+    PublishedType,
+    TensorChoice,
+)
 from diffquant.convert.plan import Plan, make_plan
 from diffquant.convert.sensitivity import Sensitivity
 from diffquant.core.errors import PolicyError, QuantError
 from diffquant.quant.allocate import Item, allocate, extremes
 from diffquant.quant.types import TYPES
 
-__all__ = ["curve_of", "format_shares", "named_plans", "named_rows", "tensor_choices"]
+__all__ = [
+    "curve_of",
+    "format_shares",
+    "freed_tensors",
+    "named_plans",
+    "named_rows",
+    "tensor_choices",
+]
 
 _POINTS = 9
 _GGUF_TYPES = (
@@ -62,6 +74,22 @@ def format_shares(planner: AllocationPlanner, formats: Mapping[str, str]) -> dic
     return {name: count / total for name, count in ordered}
 
 
+def freed_tensors(
+    planner: AllocationPlanner, formats: Mapping[str, str]
+) -> tuple[FreedTensor, ...]:
+    """Layers that types keep and that were chosen for."""
+    return tuple(
+        FreedTensor(
+            key,
+            formats[key],
+            step.stored,
+            kept_because(step),
+            planner.step_nbytes(step) - planner.nbytes(key, formats[key]),
+        )
+        for key, step in planner.kept.items()
+    )
+
+
 def curve_of(items: Sequence[Item], fixed: int) -> tuple[CurvePoint, ...]:
     """Least error at evenly spaced sizes, from the smallest choice to the largest."""
     least, most = extremes(items)
@@ -102,7 +130,7 @@ def named_rows(
     least = extremes(items)[0]
     rows = []
     for name, plan in plans.items():
-        steps = {step.key: step for step in plan.part_steps("denoiser")}
+        steps = {step.key: step for step in plan.part_steps(planner.part.name)}
         errors = [option_error(planner, sensitivity, steps[key]) for key in planner.options]
         known = [one for one in errors if one is not None]
         room = sum(planner.step_nbytes(steps[key]) for key in planner.options)

@@ -6,10 +6,12 @@ run takes no more than was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from diffquant.convert.allocation_part import AllocatedPart
 from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.footprint import (
     CONTEXT_NBYTES,
@@ -25,13 +27,17 @@ from diffquant.convert.logical import LogicalSource
 from diffquant.convert.match import Match
 from diffquant.convert.plan import Plan
 from diffquant.convert.surroundings import metadata_of, surroundings
+from diffquant.core.amounts import bytes_from
 from diffquant.core.errors import UsageError
 from diffquant.core.tensors import TensorSource
 from diffquant.io import file_nbytes
 
-__all__ = ["Budget", "Counts", "Measure", "measure_for"]
+__all__ = ["BUDGETS", "Budget", "Counts", "Measure", "budget_of", "measure_for"]
 
 Counts = Literal["file", "denoiser", "device"]
+# What names a budget, and what it counts.
+BUDGETS: Mapping[str, Counts] = {"--max-size": "file", "--bpw": "denoiser", "--vram": "device"}
+_MAX_BITS = 32.0
 _GIB = 1 << 30
 
 
@@ -40,17 +46,46 @@ class Budget:
     """What was asked for.
 
     Attributes:
-        counts: "file": bytes of the whole file; "denoiser": bits per weight of the denoiser;
-            "device": bytes of a device while the denoiser runs.
+        counts: "file": bytes of the whole file; "denoiser": bits per weight of the denoiser, or of
+            the part that is written alone; "device": bytes of a device while the denoiser runs.
         value: bytes, or bits per weight.
         text: the option as typed.
         among: formats or types to choose from, empty for the usual ones.
+        free_kept: whether layers that types keep are chosen for too, where readers unpack them.
     """
 
     counts: Counts
     value: float
     text: str
     among: tuple[str, ...] = ()
+    free_kept: bool = False
+
+
+def budget_of(
+    option: str, value: str | float, among: Sequence[str] = (), *, free_kept: bool = False
+) -> Budget:
+    """Read a budget.
+
+    Args:
+        option: of BUDGETS.
+        value: bits per weight for --bpw, else an amount of bytes.
+        among: formats or types to choose from.
+        free_kept: as for Budget.
+
+    Raises:
+        UsageError: no such amount.
+    """
+    counts = BUDGETS[option]
+    if counts == "denoiser":
+        try:
+            bits = float(value)
+        except ValueError:
+            bits = 0.0
+        if not 0 < bits <= _MAX_BITS:
+            raise UsageError(f"{option} {value}: expected bits per weight, such as 4.6")
+        return Budget(counts, bits, f"{option} {bits:g}", tuple(among), free_kept)
+    text = str(value).strip()
+    return Budget(counts, bytes_from(text, option), f"{option} {text}", tuple(among), free_kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +108,31 @@ class Measure:
 
 
 def measure_for(
-    budget: Budget, source: TensorSource, logical: LogicalSource, match: Match
+    budget: Budget,
+    source: TensorSource,
+    logical: LogicalSource,
+    match: Match,
+    part: AllocatedPart,
+    *,
+    base: Path | None = None,
 ) -> Measure:
-    """The measure of a budget on one source.
+    """The measure of a budget on one part of a source; headers may be filled from `base`.
 
     Raises:
         UsageError: what the budget counts cannot be told of this source.
     """
     if budget.counts == "file":
-        return Measure(int(budget.value), lambda plan: _file(plan, match, source), True, _nothing)
+        limit = int(budget.value)
+        return Measure(limit, lambda plan: _file(plan, match, source, base), True, _nothing)
     if budget.counts == "denoiser":
-        sizes = next(one for one in match.parts if one.name == "denoiser").shapes.values()
-        weights = sum(_size(shape) for shape in sizes)
-        return Measure(int(budget.value * weights / 8), _denoiser, False, _nothing, weights / 8)
+        weights = sum(_size(shape) for shape in part.match.shapes.values())
+        limit = int(budget.value * weights / 8)
+        return Measure(limit, lambda plan: _part(plan, part), False, _nothing, weights / 8)
+    if part.name != "denoiser":
+        raise UsageError(
+            f"{budget.text}: it counts the memory of a denoiser's step; give {part.name} "
+            "--max-size or --bpw"
+        )
     return _device(budget, logical, match)
 
 
@@ -100,14 +147,14 @@ def _nothing(_plan: Plan) -> tuple[str, ...]:
     return ()
 
 
-def _file(plan: Plan, match: Match, source: TensorSource) -> int:
-    header = surroundings(plan, match, source, None).header
+def _file(plan: Plan, match: Match, source: TensorSource, base: Path | None) -> int:
+    header = surroundings(plan, match, source, base).header
     pairs = metadata_of(plan, match, source, header)
     return file_nbytes(plan.request.container, plan.specs, pairs)
 
 
-def _denoiser(plan: Plan) -> int:
-    return sum(step.nbytes for step in plan.part_steps("denoiser"))
+def _part(plan: Plan, part: AllocatedPart) -> int:
+    return sum(step.nbytes for step in plan.part_steps(part.name))
 
 
 def _device(budget: Budget, logical: LogicalSource, match: Match) -> Measure:

@@ -262,6 +262,8 @@ def _policy_label(architecture: Architecture, request: Request, *, encoder: bool
         return "recipe"
     if request.allocated:
         label = "allocated"
+        if request.recipe is not None and request.recipe.reasons:
+            label += f", freed: {len(request.recipe.reasons)}"
     elif request.policy == "tuned" and architecture.is_tuned:
         label = "tuned"
     elif request.pure and (kind.mix or kind.edge):

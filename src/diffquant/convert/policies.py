@@ -92,7 +92,7 @@ def encoder_decisions(
         mix=request.type.mix if request.type is not None else {},
         families=tuple((one.name, one.pattern) for one in row.families),
         keep=tables,
-        user=(*request.rules, *(() if exact else _embedding(row, request))),
+        user=(*request.rules, *_embedding(row, request, exact)),
         exact=exact,
         vector="f32",
         high=_high(base or "f32"),
@@ -108,8 +108,11 @@ def encoder_decisions(
     )
 
 
-def _embedding(row: EncoderFile, request: Request) -> tuple[Rule, ...]:
+def _embedding(row: EncoderFile, request: Request, exact: Mapping[str, Rule]) -> tuple[Rule, ...]:
+    """The token embedding's own rule, unless a recipe speaks of it."""
     kind = request.type
+    if row.embedding and any(re.search(row.embedding, key) for key in exact):
+        return ()
     if kind is None or not row.embedding or request.pure or FORMATS[kind.base].is_cast:
         return ()
     if FORMATS[kind.base].bits >= FORMATS["q6_k"].bits:

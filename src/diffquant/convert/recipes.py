@@ -28,6 +28,7 @@ from pathlib import Path
 
 from diffquant import __version__
 from diffquant.convert.architectures import ARCHITECTURES
+from diffquant.convert.architectures.parts import find_architecture
 from diffquant.convert.dialects import pack
 from diffquant.core.dtypes import STORAGE
 from diffquant.core.errors import (
@@ -76,6 +77,7 @@ class Recipe:
         notes: what the file it was read from could not say.
         why: what reasons say of it, "" for `recipe NAME`; a recipe that was made here and speaks
             of a part of the tensors only, on purpose, has a reason of its own.
+        reasons: canonical key -> a reason of its own, in place of `why`.
     """
 
     architecture: str
@@ -84,6 +86,7 @@ class Recipe:
     name: str = ""
     notes: tuple[str, ...] = field(default=())
     why: str = ""
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def part(self, name: str) -> Mapping[str, str]:
         """Formats of one part; empty where the recipe does not speak of it."""
@@ -185,7 +188,7 @@ def _checked(
     fields: Mapping[str, str], formats: Mapping[str, Mapping[str, str]], path: Path
 ) -> Recipe:
     slug, kind = fields.get("architecture", ""), fields.get("type", "")
-    if slug not in ARCHITECTURES and slug != "generic":
+    if find_architecture(slug) is None:
         raise MalformedFile(
             f"architecture {slug!r:.40} in a recipe, expected one of {', '.join(ARCHITECTURES)}",
             path=path,
@@ -227,9 +230,8 @@ def recipe_rules(
         if why:
             refused[one.key] = f"{recipe.name} has {name} here, but {why}"
         elif one.dtype and holds[name]:
-            rules[one.key] = Rule(
-                re.escape(one.key), name, recipe.why or f"recipe {recipe.name}".rstrip()
-            )
+            why = recipe.reasons.get(one.key) or recipe.why
+            rules[one.key] = Rule(re.escape(one.key), name, why or f"recipe {recipe.name}".rstrip())
     return rules, refused
 
 

@@ -219,6 +219,7 @@ def find_sensitivity(source: Path, fingerprint: str) -> tuple[Path, Sensitivity]
         Path and content; else why none is used, "" where there is none.
     """
     refused = ""
+    source = source.resolve() if source.exists() else source  # "." has no name to look beside
     for path in _places(source, fingerprint):
         if not path.is_file():
             continue

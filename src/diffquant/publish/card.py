@@ -56,6 +56,11 @@ _OPTIONS = (
 _STATED = {
     "--all": 1, "--pure": 1, "--part": 2, "--exclude": 2, "--tensor-type": 2, "--recipe-from": 2,
 }  # fmt: skip
+_ALLOCATION = re.compile(  # convert/allocation.py, as `diffquant.allocation` has it
+    r"(?P<option>--max-size|--bpw|--vram) (?P<value>[0-9.]{1,24} ?[A-Za-z]{0,3})"
+    r"(?P<free>; with --free-kept)?; among: (?P<among>[a-z0-9_]+(?:, [a-z0-9_]+)*)"
+    r"; sensitivity: (?P<method>weights|outputs) of (?:[0-9a-f]{16}|unknown)"
+)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -297,7 +302,10 @@ def _command(one: Published) -> tuple[str, str]:
         return one.place, ""
     output = PurePosixPath(one.place).name
     words = ["diffquant", "quantize", _argument(name), "-o", _argument(output)]
-    words += ["-t", facts.mark("type")]
+    formats = _formats(facts.mark("type"), facts.mark("allocation"))
+    if not formats:
+        return one.place, ""
+    words += formats
     for option, usual, known in _OPTIONS:
         value = facts.mark(option)
         if value in known and value not in usual:
@@ -312,6 +320,20 @@ def _command(one: Published) -> tuple[str, str]:
     if any(_CONTROL.search(word) for word in words):
         return one.place, ""  # no command of ours: a header that somebody else wrote
     return one.place, shlex.join(words)
+
+
+def _formats(kind: str, allocation: str) -> list[str]:
+    """What chose a file's formats: its type, or the budget it was made under."""
+    if not allocation:
+        return ["-t", kind]
+    found = _ALLOCATION.fullmatch(allocation)
+    if found is None:
+        return []
+    words = [found["option"], found["value"]]
+    words += ["--free-kept"] if found["free"] else []
+    words += ["--among", found["among"].replace(" ", "")]
+    # The header says that pictures were measured, and not what the file was called.
+    return words + (["--sensitivity", "FILE"] if found["method"] == "outputs" else [])
 
 
 def _argument(text: str) -> str:

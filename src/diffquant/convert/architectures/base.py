@@ -148,13 +148,16 @@ class Component:
 class Keep:
     """Canonical keys (regular expression, searched) that stay in high precision.
 
-    `table` marks weights that are no layer's matrix, such as embedding tables.
+    `table` marks weights that are no layer's matrix, such as embedding tables. `frees` marks linear
+    layers that diffusers was seen to unpack all the same (tests/clients/test_freed_layers.py), and
+    whose width no loader reads: `--free-kept` may choose for these (docs/allocate.md).
     """
 
     pattern: str
     reason: str
     source: str
     table: bool = False
+    frees: bool = False
 
 
 @dataclass(frozen=True, slots=True)

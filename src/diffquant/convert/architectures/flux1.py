@@ -146,10 +146,10 @@ FLUX1 = Architecture(
     keep=(
         Keep(r"^img_in\.", "image input, and detection reads its width", _CG),
         Keep(r"^txt_in\.", "text input, and detection reads its width", _CG),
-        Keep(r"^time_in\.", "timestep embedding", _CG),
+        Keep(r"^time_in\.", "timestep embedding", _CG, frees=True),
         Keep(r"^vector_in\.", "pooled text embedding, and detection reads its width", _CG),
-        Keep(r"^guidance_in\.", "guidance embedding", _CG),
-        Keep(r"^final_layer\.", "output layer", _CG),
+        Keep(r"^guidance_in\.", "guidance embedding", _CG, frees=True),
+        Keep(r"^final_layer\.", "output layer", _CG, frees=True),
     ),
     families=(Family("qkv", r"attn\.qkv\.weight$"),),
     # The peers' names for down projections are those of other models, so that Flux has none:

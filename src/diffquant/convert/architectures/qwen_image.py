@@ -112,9 +112,9 @@ QWEN_IMAGE = Architecture(
             "transformer_qwenimage.py",
             table=True,
         ),
-        Keep(r"^time_text_embed\.", "timestep embedding", _CG),
-        Keep(r"^proj_out\.", "output layer", _CG),
-        Keep(r"^norm_out\.", "output modulation", _CG),
+        Keep(r"^time_text_embed\.", "timestep embedding", _CG, frees=True),
+        Keep(r"^proj_out\.", "output layer", _CG, frees=True),
+        Keep(r"^norm_out\.", "output modulation", _CG, frees=True),
     ),
     tuned_keep=(
         # Not measured here. Three recipes agree on it: sdnq 0.2.8 common.py:480-585,

@@ -48,7 +48,7 @@ DEFAULTS: Mapping[str, object] = {
 _CG = "city96/ComfyUI-GGUF@795e451:tools/lcpp.patch:329-425"
 _COMFY = "Comfy-Org/ComfyUI@0b61ce5:comfy/model_detection.py, detect_unet_config"
 KEEP = (
-    Keep(r"^time_embed\.", "timestep embedding", _CG),
+    Keep(r"^time_embed\.", "timestep embedding", _CG, frees=True),
     Keep(r"^label_emb\.", "size and pooled text embedding, and detection reads its width", _CG),
     Keep(r"^input_blocks\.0\.0\.weight$", "input convolution, and detection reads its width", _CG),
     Keep(r"^out\.2\.weight$", "output convolution", _CG),

@@ -139,9 +139,11 @@ Z_IMAGE = Architecture(
     keep=(
         Keep(r"^x_embedder\.", "image input, and detection reads its width", _CG),
         Keep(r"^cap_embedder\.", "text input, and detection reads its width", _CG),
-        Keep(r"^t_embedder\.", "timestep embedding", _CG),
-        Keep(r"^(context|noise)_refiner\.", "refiner blocks before the first layer", _CG),
-        Keep(r"^final_layer\.", "output layer", _CG),
+        Keep(r"^t_embedder\.", "timestep embedding", _CG, frees=True),
+        Keep(
+            r"^(context|noise)_refiner\.", "refiner blocks before the first layer", _CG, frees=True
+        ),
+        Keep(r"^final_layer\.", "output layer", _CG, frees=True),
         Keep(r"^(x|cap|siglip)_pad_token$", "token that fills up", _PADS, table=True),
         Keep(r"^siglip_(embedder|refiner)\.", "input of image features (Omni)", _SDNQ),
     ),

@@ -7,29 +7,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffquant.convert.output_names import output_name
 from diffquant.core.errors import DiffquantError, UsageError
 from diffquant.publish.batch.plan_file import BatchFile, Model
-from diffquant.quant.types import dialect_for, type_named
+from diffquant.publish.batch.wants import Want
 
 __all__ = ["Item", "items_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One output: a model as one type for one target.
+    """One output: a model as one type, or under one budget, for one target.
 
     Attributes:
         name: relative to the output folder, with slashes; unique, and what reports call it.
         path: where it is written.
+        want: a type, a budget or a recipe.
         target: "" for the container's own default.
     """
 
     name: str
     path: Path
-    type: str
+    want: Want
     target: str
     container: str
+
+    @property
+    def type(self) -> str:
+        """What reports call what was asked for."""
+        return self.want.label
 
 
 def items_of(file: BatchFile) -> tuple[tuple[Item, ...], ...]:
@@ -54,16 +59,15 @@ def _of_model(model: Model, folder: Path, problems: list[str]) -> tuple[Item, ..
     for target in settings.targets or ("",):
         # several targets of one type differ in content, and would not in name
         place = f"{target}/" if len(settings.targets) > 1 else ""
-        for name in settings.types:
-            kind = type_named(name)
-            container = settings.container or next(iter(kind.dialects))
+        for want in settings.types:
             try:
-                dialect_for(kind, container)
+                container = settings.container or want.container(target)
+                want.check(container)
             except DiffquantError as error:
                 problems.append(f"{model.where}: {error}")
                 continue
-            relative = f"{place}{output_name(settings.name, kind, container)}"
-            found.append(Item(relative, folder / relative, name, target, container))
+            relative = f"{place}{want.file_name(settings.name, container)}"
+            found.append(Item(relative, folder / relative, want, target, container))
     return tuple(found)
 
 

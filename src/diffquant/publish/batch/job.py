@@ -7,14 +7,17 @@ everything it leaves is in the output folder, noted in the journal output by out
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffquant.convert.allocation import allocate_bits
+from diffquant.convert.allocation_choice import Choice
 from diffquant.convert.job_report import JobReport
 from diffquant.convert.jobs import run_job
 from diffquant.convert.lora.merge import merging
+from diffquant.convert.recipe_source import load_recipe
 from diffquant.convert.request import Request
 from diffquant.convert.several import Wanted, run_jobs
 from diffquant.convert.user_rules import user_rules
@@ -56,6 +59,7 @@ class Job:
         peak_nbytes: predicted memory.
         nbytes: of all outputs to be written.
         gpu: index of the GPU it has to itself, "" for none.
+        choices: an output's name -> formats that its budget was spent on.
     """
 
     label: str
@@ -69,6 +73,7 @@ class Job:
     peak_nbytes: int = 0
     nbytes: int = 0
     gpu: str = ""
+    choices: dict[str, Choice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +84,14 @@ class Made:
         peak_nbytes: predicted memory of the pass.
         read_nbytes: of weights, for all of them together.
         warnings: of the pass.
+        choices: an output's name -> formats that its budget was spent on.
     """
 
     reports: tuple[JobReport, ...]
     peak_nbytes: int
     read_nbytes: int
     warnings: tuple[str, ...]
+    choices: dict[str, Choice]
 
 
 def run(job: Job, progress: Progress = NO_PROGRESS) -> None:
@@ -113,8 +120,10 @@ def _write(job: Job, progress: Progress) -> None:
             # a stopped run that made this one alone; one pass for several cannot go on with it
             journal_path(item.path).unlink(missing_ok=True)
             kept_path(item.path).unlink(missing_ok=True)
-        write_record(path, Record(job.identities[item.name]))
-    made = convert(job.settings, job.write, threads=job.threads, progress=progress)
+        write_record(path, Record(job.identities[item.name], choice=job.choices.get(item.name)))
+    made = convert(
+        job.settings, job.write, threads=job.threads, progress=progress, choices=job.choices
+    )
     for item, report in zip(job.write, made.reports, strict=True):
         nbytes, sha256 = digest_of(item.path)
         told = {
@@ -123,7 +132,9 @@ def _write(job: Job, progress: Progress) -> None:
             "verdict": report.verdict,
             "warnings": list(report.warnings),
         }
-        record = Record(job.identities[item.name], True, nbytes, sha256, told)
+        record = Record(
+            job.identities[item.name], True, nbytes, sha256, told, None, job.choices.get(item.name)
+        )
         write_record(record_path(job.folder, item.name), record)
 
 
@@ -133,11 +144,13 @@ def convert(
     *,
     threads: int | None = None,
     dry_run: bool = False,
+    choices: Mapping[str, Choice] | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Made:
     """Plan or write outputs of one model in one pass over it; what is there is replaced.
 
-    A single file continues where a stopped run left it (convert/resume.py).
+    A single file continues where a stopped run left it (convert/resume.py). A budget without a
+    choice in `choices` is spent here.
     """
     source = Path(settings.source)
     matrix = [read_imatrix(path) for path in settings.imatrix]
@@ -161,21 +174,54 @@ def convert(
     ):
         given |= {"inputs": inputs, "beside": merge.paths}
         requests = [merge.into(_request(settings, item)) for item in items]
+        spent = _choices(settings, items, requests, dict(choices or {}), given)
+        requests = [
+            spent[item.name].into(one) if item.name in spent else one
+            for item, one in zip(items, requests, strict=True)
+        ]
         if len(items) > 1:
             wanted = [Wanted(item.path, one) for item, one in zip(items, requests, strict=True)]
             several = merge.told_each(run_jobs(source, wanted, **given))
-            return Made(several.outputs, several.peak_nbytes, several.read_nbytes, several.warnings)
+            told = several.warnings
+            return Made(several.outputs, several.peak_nbytes, several.read_nbytes, told, spent)
         (item,), (request,) = items, requests
         here = isinstance(settings.source, Path)
         resume = not dry_run and request.container != "folder" and here
         report = merge.told(run_job(source, item.path, request, resume=resume, **given))
-    return Made((report,), report.peak_nbytes, report.read_nbytes, report.warnings)
+    return Made((report,), report.peak_nbytes, report.read_nbytes, report.warnings, spent)
+
+
+def _choices(
+    settings: Settings,
+    items: Sequence[Item],
+    requests: Sequence[Request],
+    known: Mapping[str, Choice],
+    given: Mapping[str, Any],
+) -> dict[str, Choice]:
+    """The formats of every output under a budget; `given` is run_job's."""
+    found = {}
+    for item, request in zip(items, requests, strict=True):
+        budget = item.want.budget
+        if budget is None:
+            continue
+        if item.name in known:
+            found[item.name] = known[item.name]
+            continue
+        found[item.name] = allocate_bits(
+            Path(settings.source),
+            request,
+            budget,
+            sensitivity=item.want.sensitivity,
+            **{name: given[name] for name in ("matrix", "inputs", "base", "workers", "progress")},
+        ).choice
+    return found
 
 
 def _request(settings: Settings, item: Item) -> Request:
     return Request(
         container=item.container,
-        type=type_named(item.type),
+        type=type_named(item.want.type) if item.want.type else None,
+        recipe=load_recipe(item.want.recipe) if item.want.recipe is not None else None,
         parts=settings.parts,
         all_parts=settings.all_parts,
         rules=user_rules(settings.tensor_types, settings.exclude),

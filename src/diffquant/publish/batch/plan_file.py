@@ -166,11 +166,14 @@ def _settings(
         if into in ("types", "targets") and not isinstance(value, tuple):
             value = (value,)
         fields[into] = (*fields["types"], *value) if into == "types" else value
-    twice = [name for name in fields["types"] if fields["types"].count(name) > 1]
+    twice = [one for one in fields["types"] if fields["types"].count(one) > 1]
     if twice:
         problems.append(f"{where}: type {twice[0]} is in `types` and in `set`; give it once")
     if not fields["types"]:
         problems.append(f"{where}: no `types` and no `set`, here or in [defaults]")
+    budgets = [one.budget.text for one in fields["types"] if one.budget is not None]
+    if budgets and fields.get("pure"):
+        problems.append(f"{where}: `pure` and {budgets[0]} both choose formats")
     if "prompts" in own and fields.get("verify") != "image":
         problems.append(f'{where}: `prompts` are for verify = "image"')
     if fields.get("bias_correction") and fields.get("inputs") is None:

@@ -11,13 +11,14 @@ import hashlib
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from diffquant import __version__
 from diffquant.convert.job_report import JobReport
 from diffquant.convert.output import fingerprint
 from diffquant.convert.resume import stamps
+from diffquant.convert.sensitivity import find_sensitivity
 from diffquant.core.errors import DiffquantError, ResourceError, UsageError
 from diffquant.core.failures import explain
 from diffquant.io import open_source
@@ -48,6 +49,7 @@ class Planned:
         job: a dry run's report of it.
         identity: what its bytes depend on now.
         pictures: what a comparison by pictures depends on; "" where none is asked for.
+        notes: what a budget's choice rests on.
     """
 
     item: Item
@@ -56,6 +58,7 @@ class Planned:
     job: JobReport
     identity: Mapping[str, str]
     pictures: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class BatchPlan:
 
     Attributes:
         outputs: in the order of the file.
-        jobs: one for each model that has something to do.
+        jobs: for each model that has something to do one per importance matrix.
         nbytes: of all outputs.
         needed_nbytes: of those to be written.
         free_nbytes: on the disk of the output folder.
@@ -96,14 +99,17 @@ def make_batch_plan(file: BatchFile, *, threads: int, force: bool = False) -> Ba
     problems: list[BaseException] = []
     told: list[str] = []
     for model, row in zip(file.models, items, strict=True):
-        try:
-            found, job = _plan_model(file, model, row, threads=threads, force=force)
-        except (DiffquantError, OSError) as error:
-            problems.append(error)
-            told.append(f"{model.where}: {explain(error)[1]}")
-            continue
-        outputs += found
-        jobs += [job] if job is not None else []
+        found: list[Planned] = []
+        for one, some in _passes(model, row):
+            try:
+                planned, job = _plan_model(file, one, some, threads=threads, force=force)
+            except (DiffquantError, OSError) as error:
+                problems.append(error)
+                told.append(f"{model.where}: {explain(error)[1]}")
+                continue
+            found += planned
+            jobs += [job] if job is not None else []
+        outputs += sorted(found, key=lambda one: row.index(one.item))
     foreign = [one.item.path.name for one in outputs if one.state == _FOREIGN]
     if foreign and not problems:
         problems.append(UsageError())
@@ -137,36 +143,59 @@ def _above(folder: Path) -> tuple[Path, ...]:
     return (absolute, *absolute.parents)
 
 
+def _passes(model: Model, items: Sequence[Item]) -> list[tuple[Model, tuple[Item, ...]]]:
+    """Outputs that one pass over the source makes: those that weigh errors by the same matrix."""
+    passes: dict[tuple[Path, ...], list[Item]] = {}
+    for item in items:
+        passes.setdefault(item.want.imatrix or model.settings.imatrix, []).append(item)
+    return [
+        (replace(model, settings=replace(model.settings, imatrix=matrix)), tuple(some))
+        for matrix, some in passes.items()
+    ]
+
+
 def _plan_model(
     file: BatchFile, model: Model, items: Sequence[Item], *, threads: int, force: bool
 ) -> tuple[list[Planned], Job | None]:
     settings = model.settings
-    made = convert(settings, items, threads=threads, dry_run=True)
     source = _source_facts(settings)
     identities = {item.name: _identity(settings, item, source) for item in items}
+    records = {item.name: read_record(record_path(file.output, item.name)) for item in items}
+    known = {
+        name: record.choice
+        for name, record in records.items()
+        if record is not None and record.choice is not None
+        if record.identity == identities[name] and not force
+    }
+    made = convert(settings, items, threads=threads, dry_run=True, choices=known)
     pictures = _picture_identity(settings) if settings.verify == "image" else ""
     outputs = []
     for item, report in zip(items, made.reports, strict=True):
-        record = read_record(record_path(file.output, item.name))
-        state = _state(item, record, identities[item.name], pictures, force=force)
-        outputs.append(Planned(item, state, record, report, identities[item.name], pictures))
+        name, record = item.name, records[item.name]
+        state = _state(item, record, identities[name], pictures, force=force)
+        notes = made.choices[name].notes if name in made.choices else ()
+        outputs.append(Planned(item, state, record, report, identities[name], pictures, notes))
     write = [one for one in outputs if one.state not in (DONE, TO_COMPARE)]
     judge = tuple(one.item for one in outputs if one.state == TO_COMPARE)
     if not write and not judge:
         return outputs, None
     if 0 < len(write) < len(items):  # what is left needs less
         left = [one.item for one in write]
-        made = convert(settings, left, threads=threads, dry_run=True)
+        made = convert(settings, left, threads=threads, dry_run=True, choices=made.choices)
     peak = made.peak_nbytes
     if pictures:
         peak = max(peak, _SIDES * _FLOAT32_NBYTES * source.parameters)
+    own = items[0].want.imatrix  # told apart from other passes over the model
     job = Job(
-        label=f"{model.where} {settings.name}",
+        label=" ".join((model.where, settings.name, *(f"with {one.name}" for one in own))),
         folder=file.output,
         settings=settings,
         write=tuple(one.item for one in write),
         judge=judge,
         identities=identities,
+        choices={
+            one.item.name: made.choices[one.item.name] for one in write if one.item.want.budget
+        },
         pictures=pictures,
         threads=threads,
         peak_nbytes=peak,
@@ -235,6 +264,7 @@ def _identity(settings: Settings, item: Item, source: _Source) -> dict[str, str]
         "container": item.container,
         "verify": "tensors" if settings.verify == "image" else settings.verify,
     }
+    told |= _asked(settings, item, source)
     for one in fields(settings):
         if one.name in _OF_THE_TABLE:
             continue
@@ -248,6 +278,30 @@ def _identity(settings: Settings, item: Item, source: _Source) -> dict[str, str]
         else:
             told[one.name] = repr(value)
     return told
+
+
+def _asked(settings: Settings, item: Item, source: _Source) -> dict[str, str]:
+    """What a budget or a recipe adds: what a type has none of is not noted."""
+    want = item.want
+    if want.recipe is not None:
+        return {"recipe": _files(want.recipe), "recipe's type": want.type}
+    if want.budget is None:
+        return {}
+    measured = want.sensitivity
+    if measured is None:
+        found = find_sensitivity(Path(settings.source), source.fingerprint)
+        measured = None if isinstance(found, str) else found[0]
+    return {
+        "budget": want.budget.text,
+        "formats to choose from": " ".join(want.budget.among),
+        "layers freed": str(want.budget.free_kept),
+        "sensitivity": _content(measured) if measured is not None else "",
+    }
+
+
+def _content(path: Path) -> str:
+    """The bytes of a file, as one text: it may be found in a cache, where times mean nothing."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _picture_identity(settings: Settings) -> str:

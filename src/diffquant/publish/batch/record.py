@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffquant.convert.allocation_choice import Choice, choice_from
 from diffquant.core.errors import CheckpointError, UsageError
 from diffquant.io.atomic import disk_errors, partial_path, remove_stale, sync_folder
 
@@ -31,7 +32,7 @@ __all__ = ["FOLDER", "Record", "digest_of", "locked", "read_record", "record_pat
 
 FOLDER = ".diffquant-batch"
 _SCHEMA = 1
-_LIMIT = 1 << 20  # bytes; a record has about two thousand
+_LIMIT = 1 << 22  # bytes; a record has about two thousand, and a hundred per tensor chosen for
 _PIECE = 1 << 20
 _POLL_S = 0.1
 _BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
@@ -48,6 +49,7 @@ class Record:
         sha256: as `digest_of` tells it.
         report: what the summary shows: bits per weight, error, verdict, warnings.
         pictures: identity and verdict of a comparison by pictures; None without one.
+        choice: formats that a budget was spent on; None where a type or a recipe says them.
     """
 
     identity: Mapping[str, str]
@@ -56,6 +58,7 @@ class Record:
     sha256: str = ""
     report: Mapping[str, Any] = field(default_factory=dict)
     pictures: Mapping[str, Any] | None = None
+    choice: Choice | None = None
 
 
 def record_path(folder: Path, name: str) -> Path:
@@ -106,7 +109,11 @@ def _checked(row: Any) -> Record | None:  # noqa: ANN401 - any JSON
     report, pictures = row["report"], row["pictures"]
     if row["done"] and (not _told(report) or not (pictures is None or _told(pictures))):
         return None
-    return Record(**{name: row[name] for name in kinds})
+    try:
+        choice = choice_from(row["choice"]) if row.get("choice") is not None else None
+    except ValueError:
+        return None
+    return Record(**{name: row[name] for name in kinds}, choice=choice)
 
 
 def _told(row: Mapping[str, Any]) -> bool:
@@ -129,6 +136,7 @@ def write_record(path: Path, record: Record) -> None:
         CheckpointError: it cannot be written.
     """
     body = {name: getattr(record, name) for name in record.__slots__}
+    body["choice"] = record.choice.to_json() if record.choice is not None else None
     text = json.dumps({"schema": _SCHEMA, **body}, indent=1, sort_keys=True).encode()
     with disk_errors(path, len(text)):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ class OutputRow:
         verdict: pass, warn or fail: the worse of weights and pictures; None where not judged.
         psnr_db: of pictures, None without them or where they are identical.
         message: why it failed.
+        notes: what the choice of formats under a budget rests on.
     """
 
     name: str
@@ -44,6 +45,7 @@ class OutputRow:
     psnr_db: float | None = None
     message: str = ""
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,7 @@ def _row(planned: Planned, record: Record | None, end: Ended | None, *, dry_run:
         psnr_db=_number(pictures.get("psnr_db")),
         message=end.message if end is not None and result == "failed" else "",
         warnings=(*_texts(told), *_texts(pictures)),
+        notes=planned.notes,
     )
 
 
