@@ -223,11 +223,11 @@ def test_few_rows_fit_small_cards_and_one_or_two_need_no_tensor_core(
 
     from diffquant.runtime.kernels.triton import few
 
-    parts, x = random_parts("q4_k", (64, 4096)), torch.zeros(count, 4096, dtype=torch.bfloat16)
+    parts, x = random_parts("q4_k", (8, 4096)), torch.zeros(count, 4096, dtype=torch.bfloat16)
     found = compiled_call(
         monkeypatch,
         few,
-        lambda: few.few_rows(x, "q4_k", parts, (64, 4096), None),
+        lambda: few.few_rows(x, "q4_k", parts, (8, 4096), None),
         capability=80,
         of=2,
         which=which,
