@@ -6,8 +6,8 @@ importance matrix whose columns count as much as pictures depend on them:
 
     importance_k = sum_n E[G_nk^2], in units of the layer's mean
 
-where the plain one is E[x_k^2]. A token that no picture reads, such as the padding of a prompt,
-weighs nothing here, however strong its input is.
+where the plain one is E[x_k^2]. A token that no picture reads weighs nothing here, however strong
+its input is.
 """
 
 from __future__ import annotations
