@@ -10,13 +10,15 @@ Per type a published GGUF is written; then files of at most its size whose forma
 - matrix: published, with an importance matrix; pictures+matrix: both;
 - small: pictures+matrix, among formats below q2_k too, which need the matrix;
 - weights free, pictures free: the same with --free-kept, for layers that types keep as well.
+- gradients instead of matrix: the matrix of `calibrate --importance gradients`.
 
 A size that nothing smaller than the published file fits has no row but says so.
 
 Pictures of the source and of every file are made in batches, float32; squared error and FLIP are
 per picture, intervals are 95 % bootstrap over the same pairs. `predicted` is the sum of the
 measured sensitivity's errors: the mean squared error it expects. The last line has Spearman's
-correlation of predicted and measured error over all files.
+correlation of predicted and measured error over all files; the median picture leaves those out that
+turn into another one.
 """
 
 from __future__ import annotations
@@ -44,10 +46,11 @@ from diffquant.core.errors import UsageError
 from diffquant.io.importance import ImportanceMatrix
 from diffquant.quant.types import type_named
 from diffquant.runtime.calibrate import calibrate
+from diffquant.runtime.differentiate import differentiate_pictures, gradient_importance
 from diffquant.runtime.opening import open_pipeline
 from diffquant.runtime.pricing import AMONG
 from diffquant.runtime.scorers import DEMO_PROMPTS, random_prompts
-from diffquant.runtime.sensitivity import measure_sensitivity
+from diffquant.runtime.sensitivity import price_formats
 
 # What the checkpoints' own cards were judged with, as in scripts/demo_run.py.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -58,6 +61,7 @@ BATCH = 16
 NAMES = (
     "published", "weights", "weights free", "pictures", "pictures free",
     "published+matrix", "pictures+matrix", "small+matrix",
+    "published+gradients", "pictures+gradients", "small+gradients",
 )  # fmt: skip
 SMALL = ("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", *AMONG)
 
@@ -70,9 +74,8 @@ class Bench:
     prompts: Sequence[str]
     steps: int
     settings: Mapping[str, Any]
-    plain: Path  # sensitivity of encoding without importance
-    weighed: Path  # and with
-    matrix: ImportanceMatrix
+    priced: Mapping[str, Path]  # sensitivities, by what is encoded with
+    matrices: Mapping[str, ImportanceMatrix | None]
     reference: np.ndarray
 
 
@@ -111,10 +114,10 @@ def write(bench: Bench, name: str, kind: str, budget: int, out: Path) -> dict[st
     """Write one file; its formats by canonical key."""
     how, _, weighed = name.partition("+")
     how, _, free = how.partition(" ")
-    matrix = bench.matrix if weighed else None
+    matrix = bench.matrices[weighed]
     request = Request("gguf", type=type_named(kind))
     if how != "published":
-        sensitivity = None if how == "weights" else bench.weighed if weighed else bench.plain
+        sensitivity = None if how == "weights" else bench.priced[weighed]
         among = SMALL if how == "small" else ()
         asked = Budget("file", budget, f"--max-size {budget}", among, bool(free))
         allocated = allocate_bits(
@@ -141,7 +144,7 @@ def measure(bench: Bench, kind: str, names: Sequence[str]) -> dict[str, Any]:
             pairs = zip(bench.reference, made, strict=True)
             flip = [float(flip_evaluator.evaluate(a, b, "LDR")[1]) for a, b in pairs]
             squared = ((made - bench.reference) ** 2).mean((1, 2, 3))
-            known = read_sensitivity(bench.weighed if name.endswith("+matrix") else bench.plain)
+            known = read_sensitivity(bench.priced[name.partition("+")[2]])
             rows[name] = {
                 "nbytes": out.stat().st_size,
                 "mse": squared.tolist(),
@@ -191,21 +194,25 @@ def main() -> None:
     how: dict[str, Any] = {**settings, "steps": arguments.steps, "seed": 5000}
     with tempfile.TemporaryDirectory() as folder:
         made = calibrate(arguments.model, prompts, **how)
-        paths = Path(folder) / "plain.json", Path(folder) / "weighed.json"
-        for path, matrix in zip(paths, (None, made.matrix), strict=True):
-            found = measure_sensitivity(
+        found = differentiate_pictures(arguments.model, prompts, **how)
+        matrices = {
+            "": None,
+            "matrix": made.matrix,
+            "gradients": gradient_importance(found, made.matrix),
+        }
+        priced = {name: Path(folder) / f"{name or 'plain'}.json" for name in matrices}
+        for name, matrix in matrices.items():
+            prices = price_formats(
                 arguments.model,
-                prompts,
-                among=SMALL if matrix is not None else AMONG,
+                found,
+                AMONG if matrix is None else SMALL,
                 matrix=matrix,
                 everywhere=True,
-                **how,
+                context={},
             )
-            write_sensitivity(path, found.sensitivity)
+            write_sensitivity(priced[name], prices.sensitivity)
         reference = draw(arguments.model, arguments.model, held, arguments.steps, settings)
-        bench = Bench(
-            arguments.model, held, arguments.steps, settings, *paths, made.matrix, reference
-        )
+        bench = Bench(arguments.model, held, arguments.steps, settings, priced, matrices, reference)
         print(
             f"| {arguments.model.name} | chosen by | bytes | PSNR (dB) | gain (dB) | FLIP | ",
             end="",
@@ -214,7 +221,9 @@ def main() -> None:
         rows = {kind: measure(bench, kind, names) for kind in arguments.types.split(",")}
     every = [row for found in rows.values() for row in found.values()]
     rank = spearmanr([r["predicted"] for r in every], [np.mean(r["mse"]) for r in every]).statistic
-    print(f"Spearman of predicted and measured error over {len(every)} files: {rank:.3f}")
+    middle = spearmanr([r["predicted"] for r in every], [np.median(r["mse"]) for r in every])
+    print(f"Spearman of predicted and measured error over {len(every)} files: {rank:.3f}, ", end="")
+    print(f"with the median picture {middle.statistic:.3f}")
     if arguments.json:
         facts = {
             "model": arguments.model.name,

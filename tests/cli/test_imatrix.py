@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from diffquant.convert.sensitivity import read_sensitivity
@@ -49,6 +50,35 @@ def test_a_sensitivity_is_written_beside_the_matrix(command, examples, prompts, 
     again = command(*args)
     assert again.code == 2
     assert "use --force" in again.err
+
+
+def test_importance_of_gradients_is_written_and_priced_with(command, examples, prompts, tmp_path):
+    model, out = examples / "qwen-image-shapes", tmp_path / "model.sensitivity.json"
+    made = {}
+    for kind in ("inputs", "gradients"):
+        matrix = tmp_path / f"{kind}.gguf"
+        args = ("calibrate", model, "--prompts", prompts, "-o", matrix, "--steps", 1, "--size", 64)
+        extra = ("--sensitivity", out, "--among", "q4_k,iq2_xxs") if kind == "gradients" else ()
+        ran = command(*args, "--importance", kind, *extra, "--json")
+        assert ran.code == 0, ran.err
+        assert ran.result["importance"] == kind
+        made[kind] = read_imatrix(matrix)
+    key = "transformer_blocks.0.attn.to_out.0.weight"
+    plain, weighed = (made[kind].entries[key].values() for kind in ("inputs", "gradients"))
+    assert made["inputs"].entries.keys() == made["gradients"].entries.keys()
+    assert weighed.mean() == pytest.approx(1)
+    assert np.corrcoef(plain, weighed)[0, 1] < 0.99
+    assert read_sensitivity(out).context["weighed_by"] == "gradients"
+
+
+def test_gradients_alone_can_be_those_of_latents(command, examples, prompts, tmp_path):
+    matrix = tmp_path / "imatrix.gguf"
+    args = ("calibrate", examples / "qwen-image-shapes", "--prompts", prompts, "-o", matrix)
+    args += ("--steps", 1, "--size", 64, "--importance", "gradients", "--level", "latents")
+    ran = command(*args, "--json")
+    assert ran.code == 0, ran.err
+    assert (ran.result["sensitivity"], ran.result["unused"]) == (None, 4)
+    assert any("weigh by inputs" in text for text in ran.json["warnings"])
 
 
 @pytest.mark.parametrize(

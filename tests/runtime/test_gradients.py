@@ -165,3 +165,44 @@ def test_errors_are_weighed_by_row_and_column():
     power = Power(np.array([3.0, 1.0]), np.array([1.0, 2.0, 1.0]))
     squares = np.array([[1.0, 0, 0], [0, 10.0, 0]])
     assert power.weigh(squares) == pytest.approx((3 * 1 + 1 * 2 * 10) / 4)
+
+
+def test_coherence_is_that_of_the_whole_gradient():
+    model = Two()
+    xs, direction = (randn(5, 6), randn(5, 6, seed=9)), randn(5, 3)
+    power = GradientPower({"first": model.first, "second": model.second})
+    with power.hooked(), recomputed(model):
+        for _ in range(100):
+            differentiate(power, model, xs, direction)
+    for key, whole in zip(power.layers, whole_gradients(model, xs, direction), strict=True):
+        g = whole.double().numpy()
+        rows, columns = g @ g.T, g.T @ g
+        along = np.sign(g).astype(np.float32)
+        for error in (along, along[:, ::-1].copy(), np.ones_like(along)):
+            together = np.trace(rows @ error @ columns @ error.T)
+            alone = np.diag(rows) @ error**2 @ np.diag(columns)
+            found = power.power(key).coherence(error)
+            assert found == pytest.approx(together / alone, rel=0.5, abs=0.1)
+        assert power.power(key).coherence(along) > 3
+
+
+def test_rows_that_are_sampled_are_those_of_the_sketch():
+    rng = np.random.default_rng(0)
+    tall, wide = (rng.standard_normal(s).astype(np.float32) for s in ((4, 2), (2, 6)))
+    power = Power(np.ones(4), np.ones(6), tall, wide)
+    error = rng.standard_normal((4, 6)).astype(np.float32)
+    index = np.array([1, 3])
+    cut = Power(np.ones(2), np.ones(6), tall[index], wide)
+    assert power.coherence(error[index], index) == pytest.approx(cut.coherence(error[index]))
+    assert power.coherence(error[index], index) != pytest.approx(power.coherence(error))
+
+
+def test_independent_errors_have_a_coherence_of_one():
+    rng = np.random.default_rng(1)
+    tall, wide = (rng.standard_normal(s).astype(np.float32) for s in ((64, 32), (32, 96)))
+    power = Power(np.ones(64), np.ones(96), tall, wide)
+    errors = rng.standard_normal((50, 64, 96)).astype(np.float32)
+    assert np.mean([power.coherence(one) for one in errors]) == pytest.approx(1, abs=0.05)
+    assert Power(np.ones(64), np.ones(96)).coherence(errors[0]) == 1
+    nothing = np.zeros((64, 96), np.float32)
+    assert power.coherence(nothing) == 1

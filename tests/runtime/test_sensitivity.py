@@ -12,6 +12,7 @@ from diffquant.io.importance import Entry, ImportanceMatrix
 from diffquant.quant.backends import backend
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.calibrate import layers_of
+from diffquant.runtime.differentiate import differentiate_pictures, gradient_importance
 from diffquant.runtime.gradients import Power
 from diffquant.runtime.layers import PackedWeight
 from diffquant.runtime.opening import open_pipeline
@@ -181,3 +182,41 @@ def test_importance_changes_what_is_priced_where_it_is_asked_for():
     assert weighed.errors[key] != plain.errors[key]
     assert weighed.errors["img_in.weight"] == plain.errors["img_in.weight"]  # its rows are cut
     assert weighed.context["importance"] != plain.context["importance"]
+
+
+def test_errors_along_what_pictures_depend_on_are_priced_as_they_cost():
+    found = differentiate_pictures(QWEN, PROMPTS, steps=2, seed=50, size=SIZE)
+    key = "transformer_blocks.0.img_mlp.net.0.proj.weight"
+    power = found.power[key]
+    error = np.outer(power.row_sketch[:, 0], power.column_sketch[0])
+    error *= 1e-4 / np.abs(error).mean()
+    opened = open_pipeline(QWEN)
+    layer = dict(layers_of(opened.pipeline.parts.denoiser))[key]
+
+    def draw():
+        return opened.pipeline.generate(
+            PROMPTS[:2], seed=70, steps=2, width=SIZE[0], height=SIZE[1]
+        ).images
+
+    exact = draw()
+    wrong = layer.weight(torch.float32) + torch.from_numpy(error.astype(np.float32))
+    layer.packed = PackedWeight.of(wrong)
+    measured = float((draw() - exact).square().mean())
+    alone = power.weigh(error**2) / found.elements
+    assert alone < measured / 5  # as independent errors of single weights
+    assert 0.3 < alone * power.coherence(error) / measured < 3
+
+
+def test_importance_of_gradients_is_their_power_by_column():
+    found = differentiate_pictures(QWEN, PROMPTS[:1], steps=1, size=SIZE)
+    key, idle = "transformer_blocks.0.attn.to_out.0.weight", min(UNUSED)
+    values = {key: np.geomspace(1, 2, 256), idle: np.geomspace(1, 4, 256)}
+    inputs = ImportanceMatrix(
+        {name: Entry(one[None] * 7, np.array([7])) for name, one in values.items()}
+    )
+    made = gradient_importance(found, inputs, dataset="prompts.txt")
+    assert (made.datasets, made.chunk_count) == (("prompts.txt",), 1)
+    columns = found.power[key].columns
+    assert made.entries[key].values() == pytest.approx(columns / columns.mean(), rel=1e-6)
+    # no picture depends on it, so inputs are all there is
+    assert made.entries[idle].values() == pytest.approx(values[idle] / values[idle].mean())

@@ -24,7 +24,7 @@ class CalibrateReport:
     """What was measured, and where it was written.
 
     `unused` counts layers that no picture depends on; `kept` says whether the sensitivity is in
-    the cache too, where `quantize` finds it.
+    the cache too, where `quantize` finds it; `importance` what the columns of -o weigh.
     """
 
     output: str
@@ -38,6 +38,7 @@ class CalibrateReport:
     sensitivity: str | None = None
     unused: int = 0
     kept: bool = False
+    importance: str = "inputs"
 
 
 @click.command("calibrate")
@@ -61,6 +62,14 @@ class CalibrateReport:
     "--rounding feedback --inputs FILE`.",
 )
 @click.option(
+    "--importance",
+    type=click.Choice(["inputs", "gradients"]),
+    default="inputs",
+    show_default=True,
+    help="What columns of the matrix weigh: their mean squared input, or how much pictures depend "
+    "on them, for which every picture is differentiated.",
+)
+@click.option(
     "--sensitivity",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -71,7 +80,8 @@ class CalibrateReport:
 @click.option(
     "--level",
     type=click.Choice(["pictures", "latents"]),
-    help="What is differentiated for --sensitivity; latents take less memory  [default: pictures]",
+    help="What is differentiated for --sensitivity and --importance gradients; latents take less "
+    "memory  [default: pictures]",
 )
 @click.option(
     "--weighed",
@@ -107,6 +117,7 @@ def command(
     prompts: Path,
     output: Path,
     inputs: Path | None,
+    importance: Literal["inputs", "gradients"],
     sensitivity: Path | None,
     among: str | None,
     level: Literal["pictures", "latents"] | None,
@@ -128,7 +139,8 @@ def command(
 
     `diffquant quantize --imatrix` spends bits where the measured inputs are strong. Prompts should
     look like those the model will be used with; runs on several prompt files can be merged with
-    `diffquant imatrix`. With --sensitivity every picture is made a second time and differentiated.
+    `diffquant imatrix`. With --sensitivity or --importance gradients every picture is made a second
+    time and differentiated.
     """
 
     def work() -> Outcome:
@@ -140,6 +152,7 @@ def command(
             among,
             level,
             weighed=weighed,
+            differentiated=importance == "gradients",
             taken=(model, prompts, output, inputs),
             force=force,
         )
@@ -167,7 +180,14 @@ def command(
             "progress": options.bar(),
         }
         made = calibrate(model, lines, dataset=prompts.name, moments=inputs is not None, **how)
-        write_imatrix(output, made.matrix, force=force)
+        matrix, found = made.matrix, None
+        if sensitivity is not None or importance == "gradients":
+            from diffquant.runtime.differentiate import differentiate_pictures, gradient_importance
+
+            found = differentiate_pictures(model, lines, level=level or "pictures", **how)
+            if importance == "gradients":
+                matrix = gradient_importance(found, made.matrix, dataset=prompts.name)
+        write_imatrix(output, matrix, force=force)
         if inputs is not None:
             ran = {
                 "diffquant.architecture": made.architecture,
@@ -178,21 +198,28 @@ def command(
             write_inputs(inputs, made.inputs, ran, force=force)
         warnings = list(made.warnings)
         unused, kept = 0, False
-        if sensitivity is not None:
-            from diffquant.runtime.sensitivity import measure_sensitivity
+        if found is not None:
+            unused = len(found.unused)
+            warnings += [text for text in found.warnings if text not in warnings]
+        if found is not None and found.unused and importance == "gradients":
+            warnings.append(
+                f"{unused} of {len(found.power)} layers change no picture here, such as "
+                f"{found.unused[0]}: their columns weigh by inputs"
+            )
+        if found is not None and sensitivity is not None:
+            from diffquant.runtime.sensitivity import price_formats
 
-            priced = measure_sensitivity(
+            priced = price_formats(
                 model,
-                lines,
-                among=names,
-                level=level or "pictures",
-                matrix=made.matrix,
+                found,
+                names,
+                matrix=matrix,
                 everywhere=weighed,
-                **how,
+                context={"steps": str(steps), "seed": str(seed), "weighed_by": importance},
+                progress=how["progress"],
             )
             write_sensitivity(sensitivity, priced.sensitivity)
             kept = keep_sensitivity(priced.sensitivity)
-            unused = len(priced.unused)
             warnings += [text for text in priced.warnings if text not in warnings]
         entries = len(made.matrix.entries)
         if entries < made.layers:
@@ -207,12 +234,13 @@ def command(
             layers=made.layers,
             pictures=made.pictures,
             calls=made.calls,
-            chunk_size=made.matrix.chunk_size,
+            chunk_size=matrix.chunk_size,
             seconds=round(time.perf_counter() - started, 3),
             inputs=str(inputs) if inputs is not None else None,
             sensitivity=str(sensitivity) if sensitivity is not None else None,
             unused=unused,
             kept=kept,
+            importance=importance,
         )
         return Outcome(report, warnings)
 
@@ -238,16 +266,15 @@ def _asked(
     level: str | None,
     *,
     weighed: bool,
+    differentiated: bool,
     taken: tuple[Path | None, ...],
     force: bool,
 ) -> tuple[str, ...]:
     """Formats named by --among; refuses what has no effect, and a file that cannot be written."""
     if path is None:
-        given = [
-            name
-            for name, value in (("--among", among), ("--level", level), ("--weighed", weighed))
-            if value
-        ]
+        given = [name for name, value in (("--among", among), ("--weighed", weighed)) if value]
+        if level is not None and not differentiated:
+            given.append("--level")
         if given:
             raise UsageError(f"{' and '.join(given)}: only with --sensitivity FILE")
         return ()

@@ -6,13 +6,20 @@ over every token of every step; so E <G, dW>^2 = |J dW|^2. Rounding errors of si
 taken to be independent, which leaves sum_nk E[G_nk^2] dW_nk^2, and E[G^2] (N, K) is kept as the
 product of its row and its column sums, N + K numbers for a layer.
 
+Encoders that weigh columns by importance leave errors that are not independent: they may lie along
+the few directions that pictures depend on. A sketch of the gradient's rows and columns sees that:
+U = G e and V = d G of all pictures, in SKETCH columns and rows, have E[U U^T] = E[G G^T] and
+E[V^T V] = E[G^T G], so |U^T dW V^T|^2 is the error where both are taken whole, and its ratio to
+the same sum over the diagonals alone says how much more, or less, errors add up than independent
+ones would (`Power.coherence`).
+
 G would be as large as the model, so it is never made. Probes of random signs give both sums: for
 signs e (K,), E_e (G e)_n^2 = sum_k G_nk^2, and G e = sum_t g_t (x_t . e) is linear in G, so that it
 adds up over tokens and steps *before* it is squared, as an error of a weight does: it is the same
 at every step.
 
 Memory: of the graph, one call of the denoiser (each is run again when its gradient is wanted) and
-the autoencoder's; 16 (N + K) floats for a layer.
+the autoencoder's; 48 (N + K) floats for a layer.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,9 +41,10 @@ from diffquant.core.errors import VerificationError
 from diffquant.quant.formats import matrix_shape
 from diffquant.runtime.layers import QuantConv2d, QuantLinear
 
-__all__ = ["PROBES", "GradientPower", "Power", "probe_sums", "recomputed"]
+__all__ = ["PROBES", "SKETCH", "GradientPower", "Power", "probe_sums", "recomputed"]
 
 PROBES = 8  # of each kind, for one layer and picture
+SKETCH = 32  # sums of probes that are kept, of each kind; a multiple of PROBES
 
 _Layer = QuantLinear | QuantConv2d
 _Floats = NDArray[np.float64]
@@ -48,10 +57,15 @@ class Power:
     Attributes:
         rows: (N,), sum_k E[G_nk^2].
         columns: (K,), sum_n E[G_nk^2].
+        row_sketch: (N, Q) float32, U of the module's head to a factor; None: errors count as
+            independent.
+        column_sketch: (Q, K) float32, V to a factor.
     """
 
     rows: _Floats
     columns: _Floats
+    row_sketch: NDArray[np.float32] | None = None
+    column_sketch: NDArray[np.float32] | None = None
 
     @property
     def total(self) -> float:
@@ -66,6 +80,29 @@ class Power:
         weights = self.rows if rows is None else rows
         return float(weights @ (squares.astype(np.float64) @ self.columns)) / total
 
+    def coherence(
+        self, error: NDArray[np.float32], index: NDArray[np.int64] | None = None
+    ) -> float:
+        """How much larger an error is for not being independent: 1 where it is.
+
+        Args:
+            error: (R, K), decoded - weight.
+            index: (R,) which rows these are; None: all.
+        """
+        if self.row_sketch is None or self.column_sketch is None:
+            return 1.0
+        rows = self.row_sketch if index is None else self.row_sketch[index]
+        alone = _squares(rows, 1) @ error.astype(np.float64) ** 2 @ _squares(self.column_sketch, 0)
+        if not alone:
+            return 1.0
+        together = rows.T @ (error @ self.column_sketch.T)  # (Q, Q)
+        return float(_squares(together, None) / alone)
+
+
+def _squares(values: NDArray[np.float32], axis: int | None) -> _Floats:
+    found: _Floats = np.square(values, dtype=np.float64).sum(axis)
+    return found
+
 
 @dataclass(slots=True)
 class _Sums:
@@ -77,6 +114,8 @@ class _Sums:
     columns: Tensor  # (P, K)
     row_power: _Floats
     column_power: _Floats
+    row_sketch: Tensor  # (N, Q)
+    column_sketch: Tensor  # (Q, K)
 
 
 @dataclass(slots=True)
@@ -129,8 +168,17 @@ class GradientPower:
     def _of(self, key: str, layer: _Layer, device: torch.device) -> _Sums:
         if key not in self._sums:
             n, k = matrix_shape(layer.logical_shape)
-            tall, wide = (torch.zeros(s, device=device) for s in ((n, PROBES), (PROBES, k)))
-            found = _Sums(tall, wide, tall.clone(), wide.clone(), np.zeros(n), np.zeros(k))
+            zeros = partial(torch.zeros, device=device)
+            found = _Sums(
+                row_signs=zeros((n, PROBES)),
+                column_signs=zeros((PROBES, k)),
+                rows=zeros((n, PROBES)),
+                columns=zeros((PROBES, k)),
+                row_power=np.zeros(n),
+                column_power=np.zeros(k),
+                row_sketch=zeros((n, SKETCH)),
+                column_sketch=zeros((SKETCH, k)),
+            )
             self._sums[key] = found
             self._draw(key, found)
         return self._sums[key]
@@ -150,6 +198,8 @@ class GradientPower:
         Raises:
             VerificationError: a gradient is not finite.
         """
+        start = self.pictures * PROBES % SKETCH
+        kept = slice(start, start + PROBES)
         self.pictures += 1
         for key, sums in self._sums.items():
             rows = sums.rows.double().square().mean(1).cpu().numpy()
@@ -160,6 +210,8 @@ class GradientPower:
                 )
             sums.row_power += rows
             sums.column_power += columns
+            sums.row_sketch[:, kept] += sums.rows  # fresh signs: pictures add up by their squares
+            sums.column_sketch[kept] += sums.columns
             sums.rows.zero_()
             sums.columns.zero_()
             self._draw(key, sums)
@@ -170,7 +222,12 @@ class GradientPower:
             n, k = matrix_shape(self.layers[key].logical_shape)
             return Power(np.zeros(n), np.zeros(k))
         sums, count = self._sums[key], max(self.pictures, 1)
-        return Power(sums.row_power / count, sums.column_power / count)
+        return Power(
+            sums.row_power / count,
+            sums.column_power / count,
+            sums.row_sketch.cpu().numpy(),
+            sums.column_sketch.cpu().numpy(),
+        )
 
 
 @torch.no_grad()

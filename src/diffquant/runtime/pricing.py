@@ -1,6 +1,6 @@
 """What each format costs a weight, given the power of its gradient (gradients.py).
 
-    error(f) = sum_nk r_n (W - Q_f(W))_nk^2 c_k / sum r
+    error(f) = coherence * sum_nk r_n (W - Q_f(W))_nk^2 c_k / sum r
 
 Weights of more than SAMPLE numbers are judged by evenly spaced rows.
 """
@@ -90,7 +90,8 @@ def format_errors(
         decoded = backend(row.codec, "decode")(parts, stored.shape, fmt=name)
         if not np.isfinite(decoded).all():
             continue
-        error = power.weigh((decoded.reshape(chosen.shape) - chosen) ** 2, rows)
+        wrong = decoded.reshape(chosen.shape) - chosen
+        error = power.weigh(wrong**2, rows) * power.coherence(wrong, index)
         share = rows.sum() / power.rows.sum() if power.rows.sum() else 1.0
         if share > 0:
             found[name] = error / share
