@@ -150,6 +150,13 @@ def test_steps_are_captured_where_that_can_be_and_it_is_said(model, mode, device
     assert "forward" not in vars(model)
 
 
+def test_compiled_blocks_are_not_captured_unless_asked_for(model):
+    compiled = {"compiled": True, "recorder": Recorder()}
+    auto = Graphs("auto", Parts(model), "cuda", 9, **compiled)
+    assert (auto.possible, auto.said) == (False, "no CUDA graph: blocks are compiled")
+    assert Graphs("on", Parts(model), "cuda", 9, **compiled).possible
+
+
 @torch.no_grad()
 def test_why_nothing_was_captured_is_said(model):
     x = torch.randn(2, 4)

@@ -252,6 +252,17 @@ def test_auto_compiles_where_the_steps_left_repay_it(
     assert why in choice.why
 
 
+def test_what_runs_instead_is_not_compiled_too(repaid):
+    model, call = tiny_flux()
+    counter = CompileCounterWithBackend("eager")
+    with Compiling("auto", Parts(model), "cuda", backend=counter, instead="graphs") as compiling:
+        for done in range(1, 5):
+            call()
+            compiling.stepped(done, 1000)
+    assert compiling.said == "not compiled: graphs"
+    assert counter.frame_count == 0
+
+
 def test_what_saves_nothing_is_not_compiled():
     choice = choose("flux1", "cuda", kinds=2, step_s=100.0, left=50)
     assert choice == Choice(False, "not compiled: measured for flux1, it saves nothing")

@@ -102,6 +102,7 @@ class Compiling:
         *,
         backend: str | Callable[..., Any] = "inductor",
         least: int = LEAST,
+        instead: str = "",
     ) -> None:
         """Take the model.
 
@@ -112,15 +113,16 @@ class Compiling:
             tell: what is being compiled; torch says nothing while it works.
             backend: of torch.compile.
             least: see compiling.compiled.
+            instead: what is done in place of it, where nobody asked to compile; "": nothing.
         """
         self._mode, self._parts, self._device = mode, parts, torch.device(device).type
         self._tell, self._backend, self._least = tell, backend, least
         self._stack = contextlib.ExitStack()
         self._state: Compiled | None = None
         self._last = 0.0
-        self._decided = mode != "auto"
+        self._decided = mode != "auto" or bool(instead)
         self.said = {
-            "auto": "not compiled: too few steps to repay it",
+            "auto": f"not compiled: {instead or 'too few steps to repay it'}",
             "on": "compiled: asked for",
             "off": "not compiled: asked for",
         }[mode]

@@ -40,6 +40,7 @@ class Graphs:
         device: str,
         steps: int,
         *,
+        compiled: bool = False,
         recorder: Recorder | None = None,
     ) -> None:
         """Take the model.
@@ -49,6 +50,8 @@ class Graphs:
             parts: its denoiser is captured.
             device: of torch.
             steps: of the pass.
+            compiled: whether its blocks are compiled, on some call: "auto" leaves them alone, for
+                what compiles may not be captured.
             recorder: see capture.captured.
         """
         self._denoiser, self._recorder = parts.denoiser, recorder
@@ -59,6 +62,8 @@ class Graphs:
             self.said = "no CUDA graph: asked for"
         elif kind != "cuda":
             self.said = f"no CUDA graph: the device is {kind}"
+        elif mode == "auto" and compiled:
+            self.said = "no CUDA graph: blocks are compiled"
         elif mode == "auto" and steps < LEAST_STEPS:
             self.said = f"no CUDA graph: {steps} steps are too few"
         else:

@@ -320,10 +320,15 @@ def _generated(job: Job, ready: _Ready, shown: OnLatents | None, run: _Run) -> G
 
     def denoised(one: Pass, request: PictureRequest, latents: Tensor | None = None) -> Denoised:
         parts = one.opened.pipeline.parts
+        blocks = job.compile == "on"
+        graphs = Graphs(job.graphs, parts, job.device, request.steps, compiled=blocks)
         compiling = Compiling(
-            job.compile, parts, job.device, lambda what: run.progress.advance(0, what)
+            job.compile,
+            parts,
+            job.device,
+            lambda what: run.progress.advance(0, what),
+            instead="steps are replayed as a CUDA graph" if graphs.possible else "",
         )
-        graphs = Graphs(job.graphs, parts, job.device, request.steps)
         with compiling, graphs:
             found = denoise_finite(
                 one.opened.pipeline,
