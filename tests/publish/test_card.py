@@ -372,6 +372,33 @@ def test_bad_values_are_usage_errors(made, asked, said):
         release_of(made, **asked)
 
 
+def test_what_a_folder_has_besides_is_named(made, tmp_path, alone):
+    (tmp_path / "more" / "deep").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    shutil.copy(made / "s-Q8_0.gguf", tmp_path / "more" / "deep")
+    shutil.copy(made / "s-Q8_0.gguf", tmp_path / "more")
+    with pytest.raises(UsageError, match=r"no \.gguf or .*; more/ is left out: 2 files of weights"):
+        release_of(tmp_path)
+    shutil.copy(made / "s-Q8_0.gguf", tmp_path)
+    shutil.copy(made / "s-Q8_0.gguf", tmp_path / ".s-Q8_0.gguf")
+    (tmp_path / "old.ckpt").touch()
+    (tmp_path / "nf4").mkdir()
+    (tmp_path / "nf4" / "model_index.json").write_text("{}")
+    (tmp_path / ".diffquant-batch").mkdir()
+    notes = [one for one in release_of(tmp_path).notes if "left out" in one]
+    assert [one.partition(":")[0] for one in notes] == [
+        ".s-Q8_0.gguf is left out",
+        "more/ is left out",
+        "nf4/ is left out",
+        "old.ckpt is left out",
+    ]
+    assert "`hf upload`" in notes[2]
+    (tmp_path / "more" / "s-Q8_0.gguf").rename(tmp_path / "more" / "t-Q8_0.gguf")
+    notes = release_of(tmp_path, tmp_path / "more").notes
+    assert not any(one.startswith("more/") for one in notes)
+    assert any(one.startswith("deep/ is left out: a file of weights") for one in notes)
+
+
 def test_what_is_no_model_is_not_published(tmp_path):
     with pytest.raises(UsageError, match=r"no \.gguf or"):
         release_of(tmp_path)

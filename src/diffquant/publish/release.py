@@ -6,8 +6,9 @@ the caller may hand in. Two files never get one name, and no name leaves its fol
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = ["LAYOUTS", "Published", "Release", "ReleaseRequest", "make_release", 
 
 LAYOUTS = ("flat", "comfy")
 _WEIGHTS = (".gguf", ".safetensors")
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.", re.ASCII)
 _STEM = re.compile(r"[A-Za-z0-9][\w.+-]{0,120}", re.ASCII)
@@ -172,6 +174,7 @@ def published_files(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """
     found: list[Path] = []
     notes: list[str] = []
+    named = {path.resolve() for path in paths}
     for path in paths:
         if (path / "model_index.json").is_file():
             raise UsageError(
@@ -182,6 +185,7 @@ def published_files(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
             inside = sorted(one for one in path.iterdir() if one.suffix.lower() in _WEIGHTS)
             hidden = [one for one in inside if one.name.startswith(".") or not one.is_file()]
             found += [one for one in inside if one not in hidden]
+            notes += _left_out(path, named)
         elif path.suffix.lower() not in _WEIGHTS:
             raise UsageError(f"{path}: expected .gguf or .safetensors files, or a folder of them")
         elif not path.is_file():
@@ -199,8 +203,40 @@ def published_files(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     notes += [f"{one.name} is left out: an importance matrix, no model" for one in matrices]
     found = [one for one in found if one not in matrices]
     if not found:
-        raise UsageError(f"no .gguf or .safetensors file to publish in {shorten(map(str, paths))}")
+        raise UsageError(
+            "; ".join(
+                (f"no .gguf or .safetensors file to publish in {shorten(map(str, paths))}", *notes)
+            )
+        )
     return found, notes
+
+
+def _left_out(folder: Path, named: Container[Path]) -> Iterator[str]:
+    """What a folder has besides files that are published: one sentence for each."""
+    for one in sorted(folder.iterdir()):
+        name = one.name
+        if one.name.startswith(".diffquant-") or one.name.startswith("._"):
+            continue  # our own records, and what macOS leaves
+        if one.suffix.lower() in _PICKLES and one.is_file():
+            yield f"{name} is left out: no .gguf or .safetensors; `diffquant convert` it"
+        if one.suffix.lower() in _WEIGHTS and one.name.startswith("."):
+            yield f"{name} is left out: its name begins with a dot"
+        if not one.is_dir() or one.resolve() in named:
+            continue
+        if (one / "model_index.json").is_file():
+            yield f"{name}/ is left out: a Diffusers folder; `hf upload` takes it as it is"
+        elif count := sum(path.suffix.lower() in _WEIGHTS for path in _walk(one)):
+            files = "a file" if count == 1 else f"{count} files"
+            yield (
+                f"{name}/ is left out: {files} of weights in it; folders in a folder are not "
+                "published unless they are named too"
+            )
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files below a folder; links to folders are not followed."""
+    for root, _, names in os.walk(folder):
+        yield from (Path(root, name) for name in names)
 
 
 def _is_imatrix(path: Path) -> bool:
