@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from diffquant.publish.release import ReleaseRequest, make_release
 from diffquant.publish.staging import plan_staging, staged
 from diffquant.quant.policy import Rule
 from diffquant.quant.types import type_named
+from diffquant.runtime.compare_settings import row_names
 from diffquant.runtime.comparison import Comparison, Row, Value
 
 ROOT = Path(__file__).parents[2]
@@ -207,6 +209,28 @@ def test_a_comparison_of_other_files_is_refused(made, tmp_path):
     path = written(comparison(Row("x.gguf", "candidate")), tmp_path / "c.json")
     with pytest.raises(UsageError, match="none of which"):
         release_of(made, comparison=path)
+
+
+def test_files_of_one_name_are_known_by_their_folders(made, tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        shutil.copy(made / "s-Q8_0.gguf", tmp_path / name / "x-Q8_0.gguf")
+    rows = [
+        Row(name, "candidate", values={"psnr": Value(psnr)})
+        for name, psnr in zip(
+            row_names([tmp_path / "a" / "x-Q8_0.gguf", tmp_path / "b" / "x-Q8_0.gguf"]),
+            (41.0, 12.0),
+            strict=True,
+        )
+    ]
+    path = written(comparison(*rows), tmp_path / "c.json")
+    assert "12.0 dB" in render_card(release_of(tmp_path / "b", comparison=path))
+    monkeypatch.chdir(tmp_path / "a")
+    card = render_card(release_of(Path("x-Q8_0.gguf"), comparison=path))
+    assert "41.0 dB" in card
+    assert "Not image-verified" not in card
+    with pytest.raises(UsageError, match=r"a/x-Q8_0\.gguf, .*from where they were compared"):
+        release_of(tmp_path / "c", comparison=path)
 
 
 def sample(path: Path, prompt: str) -> Path:

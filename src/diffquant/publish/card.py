@@ -209,7 +209,7 @@ def _metric_columns(release: Release) -> tuple[str, ...]:
 
 def _row(one: Published, release: Release, metrics: Sequence[str]) -> _Row:
     facts = one.facts
-    row = release.measured.row(facts.path.name) if release.measured else None
+    row = release.measured.row(facts.path) if release.measured else None
     link = quote(one.place)
     return _Row(
         name=Markup(f"[{cell_code(one.place)}](./{link})"),
@@ -366,5 +366,5 @@ def _unmeasured(release: Release) -> list[str]:
     return [
         one.name.name
         for one in release.files
-        if measured is None or measured.row(one.facts.path.name) is None
+        if measured is None or measured.row(one.facts.path) is None
     ]

@@ -55,9 +55,9 @@ class Measured:
     dtype: str
     tool: str
 
-    def row(self, name: str) -> MeasuredRow | None:
-        """The row of a file, by its base name."""
-        return next((r for r in self.rows if r.kind == "candidate" and r.name == name), None)
+    def row(self, path: Path) -> MeasuredRow | None:
+        """The row of a file: its name, or the end of its path where several had one name."""
+        return next((r for r in self.rows if r.kind == "candidate" and _ends(path, r.name)), None)
 
     def named(self, kind: str) -> MeasuredRow | None:
         """The floor or the control."""
@@ -67,12 +67,12 @@ class Measured:
 _ODD = (KeyError, TypeError, AttributeError, OverflowError)  # of another shape than expected
 
 
-def read_comparison(path: Path, files: Sequence[str]) -> Measured:
+def read_comparison(path: Path, files: Sequence[Path]) -> Measured:
     """Read a comparison.
 
     Args:
         path: JSON that `diffquant compare --json` printed.
-        files: base names that are published; one of them at least has to be in it.
+        files: what is published; one of them at least has to be in it.
 
     Raises:
         MalformedFile: no such JSON.
@@ -91,12 +91,27 @@ def read_comparison(path: Path, files: Sequence[str]) -> Measured:
             path=path,
         ) from None
     known = [row.name for row in found.rows if row.kind == "candidate"]
-    if not set(known) & set(files):
+    if not any(found.row(file) for file in files):
+        twice = [name for name in known if "/" in name]
+        hint = (
+            ": it had several files of one name, told apart by their folders; publish the files "
+            "from where they were compared"
+            if any(_ends(file, name.rpartition("/")[2]) for name in twice for file in files)
+            else ""
+        )
         raise UsageError(
             f"--comparison {path}: measured {shorten(known) or 'no file'}, none of which is "
-            f"published here ({shorten(files)})"
+            f"published here ({shorten(file.name for file in files)}){hint}"
         )
     return found
+
+
+def _ends(path: Path, name: str) -> bool:
+    """Whether a path is called so, or ends so: rows of one file name have folders before it."""
+    parts = tuple(part for part in name.split("/") if part)
+    return bool(parts) and any(
+        one.parts[-len(parts) :] == parts for one in (path.absolute(), path.resolve())
+    )
 
 
 def cell(row: MeasuredRow | None, key: str) -> str:

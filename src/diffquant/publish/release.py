@@ -137,14 +137,13 @@ def make_release(
         base_models=bases,
         lookup=lookup,
     )
-    names = [one.facts.path.name for one in files]
     return Release(
         request=request,
         title=request.title or _title(bases, files),
         files=files,
         license=licence,
         base_models=bases,
-        measured=read_comparison(request.comparison, names) if request.comparison else None,
+        measured=read_comparison(request.comparison, paths) if request.comparison else None,
         samples=read_samples(request.samples, request.grid),
         notes=tuple(notes),
     )
