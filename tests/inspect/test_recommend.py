@@ -131,6 +131,9 @@ def test_a_sensitivity_ranks_by_its_own_errors(flux, at_8_gib):
     wrong = Sensitivity("sdxl", "outputs", "", "", {"x": {"q4_k": 1.0}}, {})
     with pytest.raises(UsageError, match="is of sdxl, the source is flux1"):
         recommend(flux, vram=8 * GIB, sensitivity=wrong)
+    wrong = Sensitivity("flux1", "outputs", "", "", {"x": {"q4_k": 1.0}}, {})
+    with pytest.raises(UsageError, match="knows none of the tensors"):
+        recommend(flux, vram=8 * GIB, sensitivity=wrong)
 
 
 def test_speeds_are_told_for_the_card_that_was_measured_alone():

@@ -63,10 +63,13 @@ def command(
             report = recommend(subject, vram=budget, loader=loader, card=card, sensitivity=known)
         return Outcome(report)
 
-    run("recommend", options, work, lambda report: _render(report, verbose=options.verbose > 0))
+    def render(report: RecommendReport) -> None:
+        _render(report, _mix(report, vram, sensitivity), verbose=options.verbose > 0)
+
+    run("recommend", options, work, render)
 
 
-def _render(report: RecommendReport, *, verbose: bool) -> None:
+def _render(report: RecommendReport, mix: str, *, verbose: bool) -> None:
     styled((report.path, TITLE))
     name = f"{report.architecture} {report.variant}".strip()
     whom = f", for {report.loader}" if report.loader else ""
@@ -82,10 +85,7 @@ def _render(report: RecommendReport, *, verbose: bool) -> None:
         best = report.rows[0]
         echo()
         echo(f"  first: {_command(report, best)}")
-        size = f"{report.vram_nbytes / (1 << 30):g}GiB"
-        path = shlex.quote(report.path)
-        target = f" --target {best.target}" if best.target == report.loader else ""
-        echo(f"  a mix made for this device: diffquant quantize {path} --vram {size}{target}")
+        echo(f"  {mix}")
     else:
         echo("  no type is recommended")
     _others(report.others, verbose=verbose)
@@ -94,9 +94,24 @@ def _render(report: RecommendReport, *, verbose: bool) -> None:
             styled((line, DIM))
 
 
+def _mix(report: RecommendReport, vram: str, sensitivity: Path | None) -> str:
+    """How a mix is made that ranks by the same errors, or why there is none."""
+    if report.no_mix or not report.rows:
+        return f"no mix is made for this device: {report.no_mix}"
+    words = [report.path, "--vram", vram.strip()]
+    if sensitivity is not None:
+        words += ["--sensitivity", str(sensitivity)]
+    target = _target(report, report.rows[0])
+    return f"a mix made for this device: diffquant quantize {shlex.join(words)}{target}"
+
+
+def _target(report: RecommendReport, best: Recommendation) -> str:
+    return f" --target {best.target}" if best.target == report.loader else ""
+
+
 def _command(report: RecommendReport, best: Recommendation) -> str:
     ending = {"gguf": "OUT.gguf", "safetensors": "OUT.safetensors", "folder": "OUT/"}
-    target = f" --target {best.target}" if best.target == report.loader else ""
+    target = _target(report, best)
     path = shlex.quote(report.path)
     return f"diffquant quantize {path} -o {ending[best.container]} -t {best.type}{target}"
 

@@ -23,6 +23,7 @@ from diffquant.convert.footprint.denoiser import denoise_stage, denoising_nbytes
 from diffquant.convert.footprint.native import native_size
 from diffquant.convert.footprint.weights import plan_weights
 from diffquant.convert.losses import keeps_numbers
+from diffquant.convert.match import to_canonical
 from diffquant.convert.plan import Plan, Request, make_plan
 from diffquant.convert.sensitivity import Sensitivity
 from diffquant.convert.targets import TARGETS
@@ -89,6 +90,7 @@ class RecommendReport:
         rows: the best first.
         others: with reasons.
         notes: what was assumed.
+        no_mix: why `quantize --vram` makes no mix of this source for this device; "" where it does.
     """
 
     path: str
@@ -103,6 +105,7 @@ class RecommendReport:
     rows: tuple[Recommendation, ...]
     others: tuple[Recommendation, ...]
     notes: tuple[str, ...]
+    no_mix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,10 @@ def recommend(
         raise UsageError(
             f"the sensitivity is of {sensitivity.architecture}, the source is {match.architecture}"
         )
+    denoiser = match.part("denoiser")
+    keys = {one.target for one in to_canonical(denoiser)} if denoiser is not None else set()
+    if sensitivity is not None and not keys & sensitivity.errors.keys():
+        raise UsageError("the sensitivity knows none of the tensors: it is of another model")
     width, height = native_size(match)
     found = footprint(subject.logical, match, Picture(width, height))
     if denoise_stage(found) is None:
@@ -170,6 +177,7 @@ def recommend(
         rows=tuple(good),
         others=tuple(one for one in rows if one.reason),
         notes=(*_notes(asked, good), *found.notes),
+        no_mix=_no_mix(asked, good),
     )
 
 
@@ -278,6 +286,24 @@ def _rank(row: Recommendation) -> tuple[bool, float, int]:
     if not row.resident:
         return True, 0.0, row.nbytes
     return False, math.inf if row.error is None else row.error, row.nbytes
+
+
+def _no_mix(asked: _Asked, rows: Sequence[Recommendation]) -> str:
+    """Why bits cannot be allocated: a second rounding, or no choice that stays on the device."""
+    assert asked.subject.match is not None
+    denoiser = asked.subject.match.part("denoiser")
+    assert denoiser is not None
+    tensors = asked.subject.logical.tensors
+    names = {denoiser.prefix + key for key in denoiser.shapes}
+    packed = sorted(
+        {tensors[key].format for key in names & tensors.keys() if tensors[key].is_quantized}
+    )
+    if packed:
+        told = ", ".join(one or "an unknown format" for one in packed)
+        return f"the denoiser is already quantized ({told}): choose from its unquantized source"
+    if not any(row.resident for row in rows):
+        return "no type leaves the whole denoiser on the device"
+    return ""
 
 
 def _notes(asked: _Asked, rows: Sequence[Recommendation]) -> Iterator[str]:
