@@ -96,7 +96,9 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "hires_model",
     ),
     "Parts": ("base", "vae", "added", "tokenizer", "loras"),
-    "Running": ("engine", "device", "dtype", "compile_mode", "graphs", "compute", "preview", "dry_run"),
+    "Running": (
+        "engine", "device", "dtype", "compile_mode", "graphs", "compute", "preview", "dry_run",
+    ),
     "Memory": MEMORY,
 }  # fmt: skip
 _FILES = ("image", "mask", "refiner", "hires_model")  # of a Job itself
