@@ -19,6 +19,7 @@ from diffquant.cli.main import cli
 from diffquant.convert.allocation import allocate_bits
 from diffquant.convert.budgets import budget_of
 from diffquant.convert.jobs import run_job
+from diffquant.convert.recipe_source import load_recipe
 from diffquant.convert.request import Request
 from diffquant.convert.several import Wanted, run_jobs
 from diffquant.core.errors import MalformedFile, UsageError
@@ -485,6 +486,44 @@ def test_the_command_of_a_file_under_a_budget_makes_that_file(tmp_path, monkeypa
 )  # fmt: skip
 def test_a_budget_in_a_header_is_read_word_by_word(allocation, shown):
     assert shlex.join(card_module._formats("4.60bpw", allocation)) == shown
+
+
+def recipe_of_q8_0(tmp_path, name, kind):
+    """Flux.1's q8_0 file, made by a recipe that calls itself `kind`."""
+    flux = ROOT / "examples" / "flux1-shapes"
+    plain = tmp_path / "plain.gguf"
+    run_job(flux, plain, Request("gguf", type_named("q8_0")), verify="none")
+    recipe = replace(load_recipe(plain), type=kind, name="own.txt")
+    run_job(flux, tmp_path / name, Request("gguf", type_named(kind), recipe=recipe), verify="none")
+    plain.unlink()
+    return tmp_path / name
+
+
+def test_a_file_made_by_a_recipe_is_not_called_a_type_that_it_is_not(tmp_path, alone):
+    path = recipe_of_q8_0(tmp_path, "own.gguf", "q4_k_s")
+    with pytest.raises(UsageError, match="its recipe is not that of q4_k_s"):
+        release_of(path)
+    path = path.rename(tmp_path / "own-Q8_0.gguf")
+    card = render_card(release_of(path))
+    assert "| `Q8_0` |" in card
+    assert "-t q4_k_s --recipe-from own.txt" in card
+    assert "since their rows do not divide" not in card
+
+
+def test_a_recipe_that_is_a_types_own_is_called_so(tmp_path, alone):
+    (file,) = release_of(recipe_of_q8_0(tmp_path, "own.gguf", "q8_0")).files
+    assert (file.name.name, file.facts.type) == ("own-Q8_0.gguf", "q8_0")
+
+
+def test_a_mix_under_a_budget_has_its_command(tmp_path, alone):
+    flux, out = ROOT / "examples" / "flux1-shapes", tmp_path / "mix-9.00bpw-57Q8_0-43Q6_K.gguf"
+    budget = budget_of("--bpw", "9", ("q6_k", "q8_0"))
+    request = allocate_bits(flux, Request("gguf"), budget).request
+    run_job(flux, out, request, verify="none")
+    card = render_card(release_of(out))
+    assert f"diffquant quantize flux1-shapes -o {out.name} --bpw 9 --among q6_k,q8_0\n" in card
+    for odd in ("--bpw 9; among: q6_k; rm", "--bpw $(x); among: q6_k; sensitivity: weights of a"):
+        assert card_module._formats("9.00bpw", odd) == []
 
 
 def test_a_source_is_named_without_folders_and_is_no_option():

@@ -128,7 +128,9 @@ def render_card(release: Release, license_link: str = "") -> str:
             for one in release.files
             if one.facts.mark("merged")
         ],
-        mixed=[one.name.name for one in release.files if one.facts.mark("mixed")],
+        mixed=[
+            one.name.name for one in release.files if one.facts.type and one.facts.mark("mixed")
+        ],
     )
     body = re.sub(r"\n{3,}", "\n\n", body).rstrip("\n") + "\n"
     return f"{body}\n<!-- diffquant card {__version__} sha256:{_digest(body)} -->\n"

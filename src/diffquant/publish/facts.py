@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffquant.convert.plan import Request, make_plan
+from diffquant.convert.request import POLICIES
+from diffquant.convert.step import Step
 from diffquant.core.errors import DiffquantError
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.inspect.describe import FileReport, describe_subject
@@ -51,7 +53,8 @@ class FileFacts:
         sha256: of the file.
         report: as inspect has it.
         header: every header pair that is text or a number, in full.
-        type: TYPES name, "" where nothing says it.
+        type: TYPES name, "" where nothing says it, or a recipe chose what that type would not.
+        claimed: what the header calls it, where it is not that throughout.
         part: the part that was quantized.
         largest: FORMATS name or stored dtype of most of its weights.
         bits_per_weight: of that part, scales included.
@@ -72,6 +75,7 @@ class FileFacts:
     stored: tuple[tuple[str, float], ...]
     kept: tuple[Kept, ...]
     fit: FitReport
+    claimed: str = ""
 
     @property
     def loaders(self) -> tuple[LoaderVerdict, ...]:
@@ -130,7 +134,10 @@ def _facts(path: Path, subject: Subject, digest: str) -> FileFacts:
     total = sum(weights.values()) or 1
     stored = sorted(((name, count / total) for name, count in weights.items()), key=lambda x: -x[1])
     largest = stored[0][0] if stored else ""
-    kind = type_of_header(header, largest)
+    named = type_of_header(header, largest)
+    steps = _planned(subject, report, header, named)
+    by_recipe = header.get("diffquant.policy") == "recipe"
+    kind = "" if by_recipe and not _is_all(subject, steps) else named
     nbytes, parameters = (
         (part.nbytes, part.parameters) if part is not None else (report.nbytes, report.parameters)
     )
@@ -145,8 +152,9 @@ def _facts(path: Path, subject: Subject, digest: str) -> FileFacts:
         largest=largest,
         bits_per_weight=nbytes * 8 / parameters if parameters else 0.0,
         stored=tuple(stored),
-        kept=_kept(subject, report, header, kind) if largest not in _HIGH else (),
+        kept=_kept(subject, steps) if kind and largest not in _HIGH else (),
         fit=fit(subject),
+        claimed="" if kind else named,
     )
 
 
@@ -164,28 +172,46 @@ def _by_dtype(subject: Subject) -> dict[str, int]:
     return found
 
 
-def _kept(
+def _planned(
     subject: Subject, report: FileReport, header: Mapping[str, str], kind: str
-) -> tuple[Kept, ...]:
-    """Plan the file's own type on it: what stays unpacked, and the policy's words for why."""
+) -> tuple[Step, ...]:
+    """The file's own type planned on it; empty where that cannot be done."""
     if subject.match is None or not kind or report.container not in TYPES[kind].dialects:
         return ()
+    policy = header.get("diffquant.policy", "")
     request = Request(
         report.container,
         type=type_named(kind),
         allow_requantize=True,
         target=header.get("diffquant.target", ""),
-        policy=header.get("diffquant.policy", "published"),
+        policy=policy if policy in POLICIES else POLICIES[0],
     )
     try:
-        steps = make_plan(subject.logical, subject.match, request).steps
+        return make_plan(subject.logical, subject.match, request).steps
     except DiffquantError:  # the card then gives no reasons
         return ()
+
+
+def _is_all(subject: Subject, steps: Sequence[Step]) -> bool:
+    """Whether every packed weight is stored, or would be, as a plan has it."""
+    pairs = [(step.stored, _stored(subject, step)) for step in steps if step.part == "denoiser"]
+    return bool(pairs) and all(
+        planned == found or (planned in _HIGH and found in _HIGH) for planned, found in pairs
+    )
+
+
+def _stored(subject: Subject, step: Step) -> str:
+    """What the weight of a step is stored as in the file."""
+    first = step.assignment.pieces[0].key if step.assignment.pieces else ""
+    tensor = subject.logical.tensors.get(first)
+    return (tensor.format or tensor.dtype.lower()) if tensor is not None else step.stored
+
+
+def _kept(subject: Subject, steps: Sequence[Step]) -> tuple[Kept, ...]:
+    """What stays unpacked, and the policy's words for why."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for step in steps:
-        first = step.assignment.pieces[0].key if step.assignment.pieces else ""
-        tensor = subject.logical.tensors.get(first)
-        name = (tensor.format or tensor.dtype.lower()) if tensor is not None else step.stored
+        name = _stored(subject, step)
         if step.part != "denoiser" or name not in _HIGH:
             continue
         wanted = FORMATS.get(step.decision.format)

@@ -62,7 +62,13 @@ def type_of_header(metadata: Mapping[str, str], largest: str) -> str:
 
 
 def published_name(
-    file: PurePath, *, kind: str, largest: str, container: str, stem: str = ""
+    file: PurePath,
+    *,
+    kind: str,
+    largest: str,
+    container: str,
+    stem: str = "",
+    claimed: str = "",
 ) -> PublishedName:
     """Name a file for the repository.
 
@@ -72,6 +78,7 @@ def published_name(
         largest: FORMATS name that most weights are stored in, for files of unknown type.
         container: "gguf" or "safetensors".
         stem: what the name shall begin with in place of the file's own stem.
+        claimed: the type in its header, where the file is not that throughout.
 
     Raises:
         UsageError: the Hub would list the file as a type that it is not.
@@ -79,7 +86,7 @@ def published_name(
     if container != "gguf":
         return _safetensors(file, kind, stem)
     if not kind:
-        return _foreign(file, largest)
+        return _foreign(file, largest, claimed)
     wanted = kind.upper()
     listed = quant_label(f"a-{wanted}.gguf") == wanted
     name = f"{stem}-{wanted}.gguf" if stem else file.name
@@ -113,8 +120,8 @@ def _safetensors(file: PurePath, kind: str, stem: str) -> PublishedName:
     return PublishedName(name, label, f"{file.name} becomes {name}: its name shall say its type")
 
 
-def _foreign(file: PurePath, largest: str) -> PublishedName:
-    """A GGUF file whose header names no type we know: its name has to agree with what it holds."""
+def _foreign(file: PurePath, largest: str, claimed: str) -> PublishedName:
+    """A GGUF file of no type that we know: its name has to agree with what it holds."""
     label = quant_label(file.name)
     family = largest.upper()
     if label and label.removeprefix("UD-").startswith(family):
@@ -122,9 +129,10 @@ def _foreign(file: PurePath, largest: str) -> PublishedName:
     listed = any(quant_label(f"a-{family}{size}.gguf") for size in ("", "_S", "_M"))
     if not label and not listed:
         return PublishedName(file.name, "", f"{file.name}: {_UNLISTED}")
+    header = f"its recipe is not that of {claimed}" if claimed else "its header names no type"
     raise UsageError(
-        f"{file}: most weights are stored as {largest}, its header names no type, and the Hub "
-        f"would list the file as {label or 'nothing'}; rename it, the label of a {family} type last"
+        f"{file}: most weights are stored as {largest}, {header}, and the Hub would "
+        f"list the file as {label or 'nothing'}; rename it, the label of a {family} type last"
     )
 
 

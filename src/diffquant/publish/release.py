@@ -252,6 +252,7 @@ def _placed(facts: FileFacts, request: ReleaseRequest) -> Published:
         largest=facts.largest,
         container=facts.report.container,
         stem=request.stem,
+        claimed=facts.claimed,
     )
     try:
         local_name(name.name)
