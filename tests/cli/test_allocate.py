@@ -166,7 +166,23 @@ def test_pictures_judge_an_allocated_file(command, flux, here):
         (("--bpw", 33), "expected bits per weight"),
         (("--max-size", "small"), "expected an amount"),
         (("--max-size", "3MB", "--among", ","), "expected formats with commas"),
-        (("--max-size", "3MB", "--among", "q4_k,nf4"), "no reader of it has nf4"),
+        (
+            ("--max-size", "3MB", "--among", "q4_k,nf4"),
+            "no one file has them all: a gguf file holds q4_k; a safetensors file holds nf4",
+        ),
+        (
+            ("--max-size", "3MB", "--among", "q4_k,nvfp4", "-o", "x.gguf"),
+            "no reader of it has nvfp4 in a gguf file",
+        ),
+        (
+            ("--bpw", 5, "--among", "nf4,int8_rowwise"),
+            "no one reader has them all in a safetensors file",
+        ),
+        (
+            ("--bpw", 5, "--among", "iq4_nl,int8_rowwise", "--target", "sdcpp"),
+            "for sdcpp: a gguf file holds iq4_nl; a safetensors file holds int8_rowwise",
+        ),
+        (("--bpw", 5, "--among", "tq2_0,int8_rowwise"), "tq2_0 is a format of no type"),
         (("--max-size", "1MB"), "cannot be met"),
         (("--max-size", "3MB", "-o", "x"), "single files"),
         (("--max-size", "3MB", "-o", "x/"), "writes one file"),

@@ -250,7 +250,7 @@ def test_a_budget_that_cannot_be_met_is_told_before_any_work(plan, tmp_path):
         ('{ bpw = 4, free_kept = "yes" }', "", "true or false"),
         ('{ bpw = 4, among = "," }', "", "formats for `among`"),
         ('{ bpw = 4, among = ["q4_q"] }', "", "did you mean 'q4_k'"),
-        ('{ bpw = 4, among = ["nf4", "q4_k"] }', "", "no reader of it has nf4"),
+        ('{ bpw = 4, among = ["nf4", "q4_k"] }', "", "no one file has them all"),
         ('{ bpw = 4, sensitivity = "no.json" }', "", "a file that exists; there is no"),
         ('{ recipe = "no.txt" }', "", "a file that exists; there is no"),
         ('{ recipe = "plan.toml" }', "", "expected something known"),

@@ -43,7 +43,6 @@ _USUAL: Mapping[str, tuple[str, ...]] = {
     ),
     "safetensors": ("asym_w4a8_int8", "fp8_e4m3_scaled", "int8_rowwise", "int8_convrot", *_CASTS),
 }  # fmt: skip
-_WRITTEN = ("gguf", "safetensors")
 _GGUF_ALIGNMENT = 32
 _ENTRY_NBYTES = 70  # of a tensor in a safetensors header, its name aside
 
@@ -107,12 +106,12 @@ def among_from(
         if container == "safetensors" and not any(own_dialect(one) == "comfy" for one in held):
             held = [name for name in ("nf4", *_CASTS) if name in first.reads[container]]
         return _among(held, container, first)
-    found = list(dict.fromkeys(_format_of(name, container) for name in names))
+    found = list(dict.fromkeys(_format_of(name) for name in names))
     for row in rows:
         if all(name in row.reads[container] for name in found):
             return _among(found, container, row)
     readable = sorted({name for row in rows for name in row.reads[container]} & _offered(container))
-    odd = [name for name in found if not any(name in row.reads[container] for row in rows)]
+    odd = [name for name in names if name not in _read_by(rows, names, container)]
     what = f"no reader of it has {', '.join(odd)}" if odd else "no one reader has them all"
     named = f" for {target}" if target else ""
     raise UsageError(
@@ -122,26 +121,43 @@ def among_from(
 
 
 def container_of(names: Sequence[str], target: str) -> str:
-    """The first container that holds the formats to choose from, as `among_from` takes them.
+    """The first container that holds the formats side by side, for an output without a name.
 
     Raises:
-        UnknownFormat, UsageError: none does.
+        UnknownFormat: a name that is neither format nor type, or no such target.
+        UsageError: no container does; told of the one that holds each of them, else of all.
     """
-    readable = [one for one in _WRITTEN if target not in TARGETS or one in TARGETS[target].reads]
-    errors = []
-    for container in readable or _WRITTEN:
+    wanted = [one for one in _USUAL if target not in TARGETS or one in TARGETS[target].reads]
+    errors: dict[str, UsageError] = {}
+    for container in wanted or _USUAL:
         try:
             among_from(names, container, target)
         except UsageError as error:
-            errors.append(error)
+            errors[container] = error
         else:
             return container
-    raise errors[0]
+    first = next(iter(errors.values()))
+    if len(errors) == 1:
+        raise first
+    held = {one: _read_by(candidates(target, one), names, one) for one in errors}
+    for container, some in held.items():
+        if len(some) == len(names):
+            raise errors[container]
+    told = "; ".join(
+        f"a {one} file holds {', '.join(some) or 'none of them'}" for one, some in held.items()
+    )
+    named = f" for {target}" if target else ""
+    raise UsageError(f"--among {','.join(names)}: no one file has them all{named}: {told}")
 
 
-def _format_of(name: str, container: str) -> str:
+def _read_by(rows: Sequence[Target], names: Sequence[str], container: str) -> list[str]:
+    """Names whose format one of the rows reads in such a container."""
+    return [name for name in names if any(_format_of(name) in row.reads[container] for row in rows)]
+
+
+def _format_of(name: str) -> str:
     key = ALIASES.get(name.lower(), name.lower()) if name.lower() not in FORMATS else name.lower()
-    offered = _offered(container)
+    offered = frozenset[str]().union(*map(_offered, _USUAL))
     if key in FORMATS and (FORMATS[key].is_cast or key in offered):
         return key
     kind = TYPES.get(key)
