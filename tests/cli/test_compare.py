@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -117,6 +118,23 @@ def test_markdown_escapes_names_and_says_what_is_missing():
     assert "LPIPS is missing: no weights of AlexNet" in text
     assert "<b>" not in text.replace("`b\\|ad'<b>.gguf`", "")
     assert "\x1b" not in text
+
+
+def test_a_name_of_several_lines_is_shown_on_one(capsys):
+    name = "a\nb\t\x1b[31m\u202ec.gguf"
+    (row, *others) = COMPARISON.rows
+    odd = replace(row, name=name, problems=("x\ny",))
+    made = replace(COMPARISON, reference=name, rows=(odd, *others))
+    render_comparison_tables(made, verbose=True)
+    told = capsys.readouterr().out
+    escaped = r"a\nb\t\x1b[31m\u202ec.gguf"
+    assert told.startswith(f"reference {escaped}: ")
+    assert sum(line.startswith(f"{escaped} ") for line in told.splitlines()) == 2
+    assert f"{escaped}: x\\ny" in told
+    assert not any(line.startswith(r"b\t") for line in told.splitlines())
+    assert f"`{escaped}`" in markdown_text(made)
+    (found, *_) = csv.DictReader(io.StringIO(csv_text(made)))
+    assert found["name"] == escaped
 
 
 def test_options_reach_the_comparison(command, drawn, tmp_path):

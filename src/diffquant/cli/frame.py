@@ -22,18 +22,13 @@ import click
 from diffquant.core.failures import explain
 from diffquant.core.progress import NO_PROGRESS, Progress
 from diffquant.core.report import SCHEMA_VERSION, envelope
+from diffquant.core.shown import CONTROL, shown
 
 __all__ = ["Options", "Outcome", "common", "echo", "human", "plain_text", "run", "table", "threads"]
 
 _DEBUG_VERBOSITY = 2
-# Names and metadata come from files: no escape sequence of theirs reaches the terminal, nothing
-# turns its lines around, and half a surrogate pair cannot be encoded at all.
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
-    code: f"\\u{code:04x}"
-    for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
-}
-_ONE_LINE = {**_CONTROL, ord("\n"): " "}
-_TEXT = {code: text for code, text in _CONTROL.items() if chr(code) not in "\n\t"}
+_ONE_LINE = {**CONTROL, ord("\n"): " "}
+_TEXT = {code: text for code, text in CONTROL.items() if chr(code) not in "\n\t"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +195,7 @@ def table(
 
     Plain text, so that it survives pipes, narrow terminals and NO_COLOR alike.
     """
+    headers, rows = [shown(one) for one in headers], [[shown(str(c)) for c in row] for row in rows]
     widths = [max(len(str(row[i])) for row in (headers, *rows)) for i in range(len(headers))]
     for index, row in enumerate((headers, *rows)):
         cells = [

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 
-from diffquant.cli.frame import echo, human, plain_text, table
+from diffquant.cli.frame import echo, human, table
 from diffquant.cli.screen import clip, count, wrap
+from diffquant.core.shown import shown
 from diffquant.publish.compare_tables import cell, spread
 from diffquant.runtime.comparison import METRICS, Comparison, Row
 
@@ -24,7 +25,7 @@ def render_comparison_tables(comparison: Comparison, *, verbose: bool) -> None:
     echo()
     _render_cost(comparison)
     notes = [f"{METRICS[name].title} is missing: {why}" for name, why in comparison.missing.items()]
-    notes += [f"{row.name}: {text}" for row in comparison.rows for text in row.problems]
+    notes += [shown(f"{row.name}: {text}") for row in comparison.rows for text in row.problems]
     if notes:
         echo()
     for note in notes:
@@ -36,7 +37,7 @@ def render_comparison_tables(comparison: Comparison, *, verbose: bool) -> None:
 
 def _render_head(comparison: Comparison) -> None:
     name = comparison.architecture + (f" {comparison.variant}" if comparison.variant else "")
-    echo(f"reference {comparison.reference}: {name}, {human(comparison.reference_nbytes)}")
+    echo(f"reference {shown(comparison.reference)}: {name}, {human(comparison.reference_nbytes)}")
     own = [
         f"{METRICS[metric].title} {value.mean:.3f}"
         for metric, value in comparison.reference_values.items()
@@ -78,7 +79,7 @@ def _render_quality(comparison: Comparison) -> None:
     name = max(min(max(columns, _LEAST), _WIDEST) - taken, _SHORTEST_NAME)
     table(
         ("file", *rest),
-        [(clip(plain_text(line[0]), name), *line[1:]) for line in lines],
+        [(clip(shown(line[0]), name), *line[1:]) for line in lines],
         right=range(1, len(rest)),
     )
     if any(spread(row, metric) for row in comparison.rows for metric in comparison.metrics):
@@ -96,8 +97,8 @@ def _render_cost(comparison: Comparison) -> None:
 
 def _cost(row: Row) -> tuple[str, ...]:
     return (
-        clip(plain_text(row.name), 34),
-        clip(plain_text(row.type), 14) or "-",
+        clip(shown(row.name), 34),
+        clip(shown(row.type), 14) or "-",
         "-" if row.nbytes is None else human(row.nbytes),
         _number(row.bits_per_weight, 2),
         _number(row.weight_error, 4),
@@ -115,10 +116,10 @@ def _render_layers(comparison: Comparison) -> None:
     for row in comparison.candidates:
         worst = sorted(row.layers, key=lambda layer: -layer.error)[:_WORST]
         echo()
-        echo(f"{row.name}: {row.stored}")
+        echo(shown(f"{row.name}: {row.stored}"))
         lines = [
             (
-                clip(plain_text(one.key), 44),
+                clip(shown(one.key), 44),
                 one.part,
                 one.stored,
                 human(one.nbytes),

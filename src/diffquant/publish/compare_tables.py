@@ -1,8 +1,9 @@
 """A Comparison as text: cells as people read them, CSV for programs, Markdown for cards and issues.
 
 Names of files and prompts may be hostile. In CSV a text that a spreadsheet would run as a formula
-gets a leading apostrophe; in Markdown what would be markup is escaped. A metric that could not be
-computed reads "missing" in every format, and Markdown says why.
+gets a leading apostrophe; in Markdown what would be markup is escaped; control characters are shown
+as escapes in both. A metric that could not be computed reads "missing" in every format, and
+Markdown says why.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
+from diffquant.core.shown import shown
 from diffquant.publish.rows import size_text
 from diffquant.runtime.comparison import METRICS, Comparison, Row
 
@@ -92,9 +94,8 @@ def _safe(value: str | float | None) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        text = value.replace("\r", " ").replace("\n", " ")
-        text = text.encode("utf-8", "replace").decode()
-        return f"'{text}" if text.startswith(_FORMULA) else text
+        text = shown(value)
+        return f"'{text}" if value.startswith(_FORMULA) or text.startswith(_FORMULA) else text
     return repr(value)
 
 
@@ -163,16 +164,10 @@ def _number(value: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else BROKEN
 
 
-def _one_line(text: str) -> str:
-    return re.sub(
-        r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", text.encode("utf-8", "replace").decode()
-    )
-
-
 def _escape(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", _one_line(text))
+    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", shown(text))
 
 
 def _code(text: str) -> str:
     """Text for between backticks inside a table."""
-    return _one_line(text).replace("`", "'").replace("|", "\\|")
+    return shown(text).replace("`", "'").replace("|", "\\|")
