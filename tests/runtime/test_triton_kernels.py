@@ -81,8 +81,27 @@ def test_weights_are_read_and_written_in_wide_pieces_and_stay_in_registers(
     assert "cvt.rn.bf16x2.f32" in found.asm["ptx"]  # nearest, ties to even
 
 
-def test_oldest_cards_compile(cache, monkeypatch):
-    assert compiled(monkeypatch, "fp8_e4m3_rowwise", (16, 512), torch.float16, capability=80).asm
+@pytest.mark.parametrize(
+    ("name", "most"), [("int8_convrot", 4), ("convrot_w4a4", 4), ("asym_w4a8_int8_64", 4)]
+)
+def test_rotated_weights_pass_through_shared_memory_once(name, most, cache, monkeypatch):
+    """Bytes that are written there for each weight: 4 for a float32."""
+    found = compiled(monkeypatch, name, (16, 1024), torch.bfloat16)
+    stored = re.findall(r"st\.shared\.(?:v(\d)\.)?b(\d+)", found.asm["ptx"])
+    nbytes = sum(int(count or 1) * int(bits) // 8 for count, bits in stored)
+    tile = launch.tile(name)
+    assert 0 < nbytes * 32 * tile.warps / tile.weights <= most
+
+
+def test_rotated_groups_of_16_stay_in_registers(cache, monkeypatch):
+    found = compiled(monkeypatch, "int8_convrot_16", (16, 512), torch.bfloat16)
+    assert found.metadata.shared == 0
+    assert re.search(r"st\.global\.v4\.b32", found.asm["ptx"])
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3_rowwise", "q6_k", "int8_convrot", "asym_w4a8_int8"])
+def test_oldest_cards_compile(name, cache, monkeypatch):
+    assert compiled(monkeypatch, name, (16, 512), torch.float16, capability=80).asm
 
 
 def test_a_format_may_have_a_tile_of_its_own(monkeypatch):

@@ -22,7 +22,13 @@ class Tile(NamedTuple):
 
 
 # Formats that are faster with another tile than the default: benchmarks/gpu_kernels.py --sweep.
-TILES: dict[str, Tile] = {}
+# Rotated ones take two vectors to a thread, so that it writes two weights at once; by counting
+# instructions, not measured.
+_TWICE = (
+    "int8_convrot", "int8_convrot_64", "convrot_w4a4", "convrot_w4a4_64", "asym_w4a8_int8",
+    "asym_w4a8_int8_64",
+)  # fmt: skip
+TILES: dict[str, Tile] = dict.fromkeys(_TWICE, Tile(4096))
 
 
 def tile(name: str) -> Tile:
