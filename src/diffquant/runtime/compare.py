@@ -54,6 +54,7 @@ class ImageSettings:
         lpips_weights: as metrics/lpips.py takes it, None: where torchvision keeps its own.
         synthetic: judge the denoisers alone, as runtime/synthetic.py draws with them.
         compute: what the candidate's denoiser multiplies in; its source's is computed exactly.
+        only: part that the candidate is, everything else is its source's; "" for a whole model.
     """
 
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
@@ -72,6 +73,7 @@ class ImageSettings:
     limits: Mapping[str, float] = field(default_factory=dict)
     lpips_weights: Path | None = None
     synthetic: bool = False
+    only: str = ""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -138,14 +140,15 @@ def compare_pictures(
         reference = make_reference(against, settings, base=base, vae=vae, progress=progress)
     settings = replace(settings, size=reference.size)
     files = EngineFiles(
-        candidate,
-        base or against,
+        against if settings.only else candidate,
+        base if settings.only else base or against,
         vae,
         settings.loras,
         settings.dtype,
         settings.device,
         synthetic=settings.synthetic,
         compute=settings.compute,
+        swapped=((settings.only, candidate),) if settings.only else (),
     )
     needs = MetricNeeds(
         settings.prompts,

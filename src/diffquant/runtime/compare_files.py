@@ -135,8 +135,10 @@ def _check_parts(path: Path, reference: Path, subject: _Subject, settings: Compa
     weighed = weigh(path, reference, numbers=False, part=settings.only)
     load = weighed.load
     if settings.only is None and load.architecture != subject.architecture:
+        more = f"; --only {weighed.alone} compares that alone" if weighed.alone else ""
         raise ArchitectureError(
-            f"{path}: expected {subject.architecture} as {reference}, found {load.architecture}"
+            f"{path}: expected {subject.architecture} as {reference}, found "
+            f"{load.architecture}{more}"
         )
     if load.problems and settings.only is not None and settings.only not in weighed.parts:
         raise UsageError(f"{path}: --only {settings.only}: {load.problems[0]}")

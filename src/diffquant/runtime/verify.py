@@ -98,7 +98,12 @@ def verify(
         verdicts.append(gates[0].verdict)
     if level != "image" or load.verdict == "fail":
         return VerifyReport(level, worst_of(verdicts), load, tensors, gates=gates)
-    settings, told = _with_stand_ins(candidate, against, settings or ImageSettings(), base, vae)
+    settings = settings or ImageSettings()
+    told: tuple[str, ...] = ()
+    if weighed.alone:
+        settings = _with_part(weighed.alone, candidate, against, settings, base, vae)
+    else:
+        settings, told = _with_stand_ins(candidate, against, settings, base, vae)
     image, pictures, warnings = compare_pictures(
         candidate, against, settings, base=base, vae=vae, progress=progress
     )
@@ -115,6 +120,37 @@ def _with_stand_ins(
         return settings, ()
     told = stand_ins_warning(((against, base), (candidate, base or against)), vae)
     return (replace(settings, synthetic=True), (told,)) if told else (settings, ())
+
+
+def _with_part(
+    part: str,
+    candidate: Path,
+    against: Path,
+    settings: ImageSettings,
+    base: Path | None,
+    vae: Path | None,
+) -> ImageSettings:
+    """Settings for a part alone.
+
+    Raises:
+        UsageError: pictures cannot show it, or what is asked for is about another part.
+    """
+    asked = (
+        (settings.synthetic, "--synthetic", "it compares denoisers"),
+        (settings.engine != "bundled", f"--engine {settings.engine}", "it takes no parts apart"),
+        (bool(settings.loras), "--lora", "the candidate has no denoiser"),
+        (settings.compute != "exact", f"--compute {settings.compute}", "it is of a denoiser"),
+        (vae is not None and part == "vae", "--vae", "the candidate is the VAE"),
+    )
+    for given, option, why in asked:
+        if given:
+            raise UsageError(f"{candidate} is a {part} alone: {option} does not go with it, {why}")
+    if told := stand_ins_warning(((against, base),), vae):
+        raise UsageError(
+            f"{candidate} is a {part} alone, and its source draws no pictures: {told}; give "
+            "--base, or --level tensors"
+        )
+    return replace(settings, only=part)
 
 
 def _error_gate(limit: float, tensors: TensorsReport) -> GateResult:

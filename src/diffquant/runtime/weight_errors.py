@@ -96,6 +96,7 @@ class Weighed:
         type: TYPES name the candidate goes by, "" where it has none.
         parts: names of the candidate's parts.
         nbytes: of the candidate's tensor files.
+        alone: what the source calls the candidate, where that is one part in a file of its own.
     """
 
     load: LoadReport
@@ -104,6 +105,7 @@ class Weighed:
     type: str
     parts: tuple[str, ...]
     nbytes: int
+    alone: str = ""
 
 
 def worst_of(verdicts: Sequence[str]) -> str:
@@ -126,7 +128,8 @@ def weigh(
         candidate: any file we read; it may hold some of the source's parts alone.
         against: its source.
         numbers: decode and compare; False: names and shapes only.
-        part: name of the one part that counts; None: all the candidate has.
+        part: name of the one part that counts; None: all the candidate has. A candidate that is a
+            part alone is compared with that part of a whole model.
         control: also compute `TensorsReport.control_error`.
         progress: told about compared weights.
 
@@ -135,7 +138,8 @@ def weigh(
     """
     sides = (opened(path, alone=True) for path in (against, candidate))
     with next(sides) as (_, left, source), next(sides) as (file, right, found):
-        pairs, problems = _matched(source, found, part)
+        alone = _alone(source, found) if part is None else ""
+        pairs, problems = _matched(source, found, part or alone or None)
         verdict = "fail" if problems else "pass"
         load = LoadReport(verdict, found.architecture, len(pairs), tuple(problems))
         tensors: TensorsReport | None = None
@@ -147,7 +151,7 @@ def weigh(
             )
         label = type_label(right.source.metadata, found, right)
         parts = tuple(one.name for one in found.parts)
-        return Weighed(load, tensors, weights, label, parts, file.nbytes)
+        return Weighed(load, tensors, weights, label, parts, file.nbytes, alone)
 
 
 _Pair = tuple[str, Assignment, Assignment]  # part, the source's, the candidate's
@@ -160,6 +164,9 @@ def _matched(source: Match, found: Match, only: str | None) -> tuple[list[_Pair]
     pairs: list[_Pair] = []
     if only is None:
         have = {part.name: part for part in found.parts}
+        if "denoiser" in reference and len(have) == 1 and "denoiser" not in have:
+            names = ", ".join(f"{part.name} ({part.kind})" for part in source.parts)
+            return [], [f"a {found.parts[0].kind} alone, the source has none: it has {names}"]
         if source.architecture != found.architecture:
             problems.append(f"expected {source.architecture}, found {found.architecture}")
     else:
@@ -177,6 +184,21 @@ def _matched(source: Match, found: Match, only: str | None) -> tuple[list[_Pair]
     if only is None and "denoiser" in reference and "denoiser" not in have:
         problems.append("no denoiser")
     return pairs, problems
+
+
+def _alone(source: Match, found: Match) -> str:
+    """The part of a whole model that a text encoder or VAE in a file of its own is, "" for none.
+
+    Recognised alone it has a name that is a guess: T5 is text_encoder_2 of one model and
+    text_encoder_3 of another. Of several of a kind the one that fits best is meant.
+    """
+    if source.part("denoiser") is None or found.part("denoiser") is not None:
+        return ""
+    if len(found.parts) != 1:
+        return ""
+    (mine,) = found.parts
+    same = [one for one in source.parts if one.kind == mine.kind]
+    return min(same, key=lambda one: len(_pair(one, mine)[1])).name if same else ""
 
 
 def _part_named(found: Match, name: str, like: PartMatch | None) -> PartMatch | None:
