@@ -9,16 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diffquant.cli.ask_gates import gate_options
+from diffquant.cli.ask_sides import Sides, side_options
 from diffquant.cli.frame import Options, Outcome, common, run
 from diffquant.cli.sections import Sectioned
-from diffquant.cli.values import (
-    check_device,
-    check_free,
-    prompts_from,
-    seeds_from,
-    size_from,
-    write_text,
-)
+from diffquant.cli.values import check_device, check_free, write_text
 from diffquant.core.errors import UsageError
 from diffquant.io.atomic import partial_path
 
@@ -45,26 +39,12 @@ class _Compare(Sectioned):
 @click.command("compare", cls=_Compare)
 @click.argument("reference", type=click.Path(path_type=Path))
 @click.argument("candidates", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--prompts", type=click.Path(path_type=Path), help="File with a prompt per line.")
-@click.option(
-    "--seeds", default="0,1", show_default=True, help="Seeds, with commas, or a file of them."
-)
-@click.option("--steps", type=click.IntRange(1, 1000), default=12, show_default=True)
-@click.option("--cfg", type=float, help="Guidance strength (default: the family's).")
-@click.option(
-    "--sampler", metavar="NAME", help="As for generate, any spelling (default: the model's own)."
-)
-@click.option("--size", metavar="WxH", help="Picture size (default: the model's own).")
+@side_options
 @click.option(
     "--metrics",
     metavar="NAME,...",
     help="Columns: psnr, ssim, flip, ssimulacra2, lpips, clip, prompt (default: the first five, "
     "and prompt where the prompts are the demo checkpoints').",
-)
-@click.option(
-    "--lpips-weights",
-    type=click.Path(path_type=Path),
-    help="File of LPIPS with AlexNet (default: where torchvision and lpips keep theirs).",
 )
 @click.option("--clip-model", metavar="NAME", help="Folder or Hub id of a CLIP model.")
 @gate_options()
@@ -73,22 +53,6 @@ class _Compare(Sectioned):
     type=click.Choice(_PARTS),
     help="Take this part alone from each candidate, everything else from the reference.",
 )
-@click.option("--base", type=click.Path(path_type=Path), help="Where missing parts come from.")
-@click.option("--vae", type=click.Path(path_type=Path), help="VAE file to use for every row.")
-@click.option(
-    "--engine",
-    type=click.Choice(["bundled", "diffusers", "sdcpp"]),
-    default="bundled",
-    show_default=True,
-    help="Program that draws every row.",
-)
-@click.option(
-    "--synthetic",
-    is_flag=True,
-    help="Compare denoisers alone: random text, latents as colours (done by itself, with a "
-    "warning, where text encoder or VAE are nowhere).",
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the rows as CSV.")
 @click.option(
     "--markdown", "markdown_path", type=click.Path(path_type=Path), help="Write a Markdown table."
@@ -101,22 +65,11 @@ class _Compare(Sectioned):
 def command(
     reference: Path,
     candidates: tuple[Path, ...],
-    prompts: Path | None,
-    seeds: str,
-    steps: int,
-    cfg: float | None,
-    sampler: str | None,
-    size: str | None,
+    sides: Sides,
     metrics: str | None,
-    lpips_weights: Path | None,
     clip_model: str | None,
     limits: dict[str, float],
     only: str | None,
-    base: Path | None,
-    vae: Path | None,
-    engine: str,
-    synthetic: bool,
-    device: str,
     csv_path: Path | None,
     markdown_path: Path | None,
     html_path: Path | None,
@@ -132,12 +85,10 @@ def command(
 
     def work() -> Outcome:
         outputs = {"csv": csv_path, "markdown": markdown_path, "html": html_path}
-        read = (reference, *candidates, prompts, lpips_weights, base, vae, Path(seeds))
+        read = (reference, *candidates, *sides.reads)
         _check_outputs(outputs, read, force=force)
-        picked = seeds_from(seeds)
-        lines = prompts_from(prompts) if prompts else None
-        wanted = size_from(size)
-        check_device(device)
+        lines, shared = sides.lines(), sides.settings()
+        check_device(sides.device)
         from diffquant.runtime.compare import DEFAULT_PROMPTS
         from diffquant.runtime.compare_files import compare_files
         from diffquant.runtime.compare_settings import CompareSettings, default_metrics
@@ -146,22 +97,14 @@ def command(
         columns = tuple(one.strip() for one in metrics.split(",")) if metrics is not None else None
         settings = CompareSettings(
             prompts=asked,
-            seeds=picked,
-            steps=steps,
-            cfg=cfg,
-            sampler=sampler,
-            size=wanted,
             metrics=default_metrics(asked) if columns is None else columns,
             limits=limits,
             only=only,
-            base=base,
-            vae=vae,
-            engine=engine,
-            device=device,
-            lpips_weights=lpips_weights,
-            synthetic=synthetic,
+            base=sides.base,
+            vae=sides.vae,
             keep_pictures=html_path is not None,
             clip_model=clip_model,
+            **shared,
         )
         comparison, pictures = compare_files(
             reference, candidates, settings, progress=options.bar()

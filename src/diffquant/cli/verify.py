@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from diffquant.cli.ask_gates import gate_options
+from diffquant.cli.ask_sides import Sides, side_options
 from diffquant.cli.frame import Options, Outcome, common, run
-from diffquant.cli.values import check_device, lora_pairs, prompts_from, seeds_from, size_from
+from diffquant.cli.values import check_device, lora_pairs
 from diffquant.cli.verdict import render_verify, strip_pictures
 from diffquant.core.errors import UsageError
 from diffquant.runtime.gates import check_limits
@@ -30,27 +31,11 @@ _MIN_PSNR_DB = 25.0  # the gate where none is given
 @click.option(
     "--level", type=click.Choice(["load", "tensors", "image"]), default="image", show_default=True
 )
-@click.option("--prompts", type=click.Path(path_type=Path), help="File with a prompt per line.")
-@click.option(
-    "--seeds", default="0,1", show_default=True, help="Seeds, with commas, or a file of them."
-)
-@click.option("--steps", type=click.IntRange(1, 1000), default=12, show_default=True)
-@click.option("--cfg", type=float, help="Guidance strength (default: the family's).")
-@click.option(
-    "--sampler", metavar="NAME", help="As for generate, any spelling (default: the model's own)."
-)
-@click.option("--size", metavar="WxH", help="Picture size (default: the model's own).")
+@side_options
 @click.option(
     "--min-psnr", type=float, metavar="DB", help=f"PSNR over all pairs.  [default: {_MIN_PSNR_DB}]"
 )
 @gate_options("min_psnr")
-@click.option(
-    "--lpips-weights",
-    type=click.Path(path_type=Path),
-    help="File of LPIPS with AlexNet (default: where torchvision and lpips keep theirs).",
-)
-@click.option("--base", type=click.Path(path_type=Path), help="Where missing parts come from.")
-@click.option("--vae", type=click.Path(path_type=Path), help="VAE file to use on both sides.")
 @click.option(
     "--lora",
     "loras",
@@ -59,47 +44,22 @@ _MIN_PSNR_DB = 25.0  # the gate where none is given
     help="LoRA on CANDIDATE's side alone, such as its error LoRA; counts in pictures.",
 )
 @click.option(
-    "--engine",
-    type=click.Choice(["bundled", "diffusers", "sdcpp"]),
-    default="bundled",
-    show_default=True,
-    help="Program that draws both sides: the one that will load the file, if it is installed.",
-)
-@click.option(
-    "--synthetic",
-    is_flag=True,
-    help="Compare denoisers alone: random text, latents as colours (done by itself, with a "
-    "warning, where text encoder or VAE are nowhere).",
-)
-@click.option(
     "--compute",
     type=click.Choice(["auto", "exact", "fp8", "int8"]),
     default="exact",
     show_default=True,
     help="What CANDIDATE's denoiser multiplies in, on a GPU; the source is computed exactly.",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
 @common
 def command(
     candidate: Path,
     against: Path,
     level: str,
-    prompts: Path | None,
-    seeds: str,
-    steps: int,
-    cfg: float | None,
-    sampler: str | None,
-    size: str | None,
+    sides: Sides,
     min_psnr: float | None,
     limits: dict[str, float],
-    lpips_weights: Path | None,
-    base: Path | None,
-    vae: Path | None,
     loras: tuple[str, ...],
-    engine: str,
-    synthetic: bool,
     compute: str,
-    device: str,
     options: Options,
 ) -> None:
     """Judge CANDIDATE against its source: it loads, its weights agree, its pictures agree.
@@ -111,11 +71,11 @@ def command(
     def work() -> Outcome:
         if loras and level != "image":
             raise UsageError("--lora counts in pictures alone: use --level image")
-        if synthetic and level != "image":
+        if sides.synthetic and level != "image":
             raise UsageError("--synthetic draws pictures: use --level image")
-        if engine != "bundled" and level != "image":
+        if sides.engine != "bundled" and level != "image":
             raise UsageError("--engine draws pictures: use --level image")
-        if compute != "exact" and (level != "image" or engine != "bundled"):
+        if compute != "exact" and (level != "image" or sides.engine != "bundled"):
             raise UsageError("--compute draws pictures in the bundled engine: use --level image")
         if min_psnr is not None and level != "image":
             raise UsageError("--min-psnr judges pictures: use --level image")
@@ -125,37 +85,27 @@ def command(
         if limits and level != "image":
             flag = f"--{next(iter(limits)).replace('_', '-')}"
             raise UsageError(f"{flag} judges pictures: use --level image")
-        picked = seeds_from(seeds)
-        lines = prompts_from(prompts) if prompts else None
-        wanted = size_from(size)
+        lines, shared = sides.lines(), sides.settings()
         if level == "image":
-            check_device(device)
+            check_device(sides.device)
         from diffquant.runtime.compare import DEFAULT_PROMPTS, ImageSettings
         from diffquant.runtime.verify import verify
 
         settings = ImageSettings(
             prompts=lines or DEFAULT_PROMPTS,
-            seeds=picked,
-            steps=steps,
-            cfg=cfg,
-            sampler=sampler,
-            size=wanted,
             min_psnr=psnr,
-            device=device,
             loras=lora_pairs(loras),
-            engine=engine,
             limits=limits,
-            lpips_weights=lpips_weights,
-            synthetic=synthetic,
             compute=cast("Mode", compute),
+            **shared,
         )
         report = verify(
             candidate,
             against,
             level=level,
             settings=settings,
-            base=base,
-            vae=vae,
+            base=sides.base,
+            vae=sides.vae,
             progress=options.bar(),
             max_rel_error=max_rel_error,
         )
