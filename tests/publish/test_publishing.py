@@ -71,6 +71,23 @@ def test_files_and_card_arrive_whole_in_a_private_repository(upload_hub, out):
     assert sorted(one.name for one in out.iterdir()) == [Q4, Q8]  # no staging folder is left
 
 
+def test_a_dry_run_draws_nothing(out, tmp_path):
+    flux, prompts = ROOT / "examples" / "flux1-shapes", tmp_path / "prompts.txt"
+    prompts.write_text("a small red circle\n")
+    grid = tmp_path / "grid.png"
+    words = ("--draw", flux, "--grid", grid, "--prompts", prompts, "--license", "cc0-1.0")
+    before = sorted(tmp_path.rglob("*"))
+    ran = run(out, *TO, *words, "--dry-run")
+    assert ran.exit_code == 0, ran.stderr
+    assert f"{grid} is not there and not in this card" in ran.stderr
+    assert "grid.png" not in ran.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+    prompts.unlink()
+    assert run(out, *TO, *words, "--dry-run").exit_code != 0  # what a run refuses
+    grid.write_bytes((ROOT / "examples" / "flux1-shapes-samples.png").read_bytes())
+    assert "samples: the original" in run(out, *TO, *words, "--dry-run").stdout
+
+
 def test_a_second_run_makes_no_commit(upload_hub, out):
     result(out, *TO)
     before = upload_hub.count("POST .*/commit/")

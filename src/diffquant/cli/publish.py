@@ -126,7 +126,8 @@ def command(
             check_free(output, read, force=force)
         target = target_from(to, revision) if to else None
         bar = options.bar()
-        drawn = _drawn(paths, grid, draw, prompts, steps, bar)
+        drawn = _drawn(paths, grid, draw, prompts, steps, bar, dry_run=dry_run)
+        planned = dry_run and draw is not None and grid is not None and not grid.exists()
         by = quantized_by if quantized_by is not None else to and to.split(":")[-1].split("/")[0]
         release = ReleaseRequest(
             paths=paths,
@@ -137,7 +138,7 @@ def command(
             quantized_by=by or "",
             comparison=comparison,
             samples=samples,
-            grid=grid,
+            grid=None if planned else grid,
             layout=layout,
             stem=stem,
             language=language or ("en",),
@@ -179,6 +180,8 @@ def _drawn(
     prompts: Path | None,
     steps: int,
     progress: Progress,
+    *,
+    dry_run: bool,
 ) -> tuple[str, ...]:
     """Draw the grid where that was asked for; what is worth saying of it.
 
@@ -192,9 +195,10 @@ def _drawn(
     if grid.exists():
         return (f"{grid} exists and is used as it is: remove it to have it drawn again",)
     check_free(grid, paths, force=False)
-    return draw_release(
-        paths, original, grid, prompts=prompts_from(prompts), steps=steps, progress=progress
-    )
+    lines = prompts_from(prompts)
+    if dry_run:
+        return (f"{grid} is not there and not in this card: a dry run draws nothing",)
+    return draw_release(paths, original, grid, prompts=lines, steps=steps, progress=progress)
 
 
 def _license(identifier: str | None, name: str, link: str) -> License | None:
