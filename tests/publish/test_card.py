@@ -397,6 +397,29 @@ def test_bad_values_are_usage_errors(made, asked, said):
         release_of(made, **asked)
 
 
+def test_memory_says_what_it_counts_where_files_differ(made, tmp_path, alone):
+    flux = ROOT / "examples" / "flux1-shapes"
+    same = render_card(release_of(made / "s-Q4_K_S.gguf", made / "s-Q8_0.gguf"))
+    assert "other parts in 16 bits" not in same
+    whole, part = tmp_path / "w_fp8_scaled.safetensors", tmp_path / "t-Q8_0.gguf"
+    request = Request("safetensors", type_named("fp8_scaled"), all_parts=True)
+    run_job(flux, whole, request, verify="none")
+    request = Request("gguf", type_named("q8_0"), parts=("text_encoder_2",))
+    run_job(flux, part, request, verify="none")
+    card = render_card(release_of(whole, part, made / "s-Q8_0.gguf"))
+    rows = {
+        found[1]: [cell.strip() for cell in line.split("|")]
+        for line in card.splitlines()
+        if (found := re.match(r"\| \[`([^`]+)`\]", line))
+    }
+    assert rows[whole.name][5].endswith("(whole model)")
+    assert rows["s-Q8_0.gguf"][5].endswith("(other parts in 16 bits)")
+    assert rows[part.name][5].endswith("(this part alone)")
+    assert rows[part.name][6] == "&#45;"  # it fits no card by itself, and has no other to compare
+    (lacks,) = (line for line in card.splitlines() if "what a file lacks" in line)
+    assert lacks.startswith("Memory (other parts in 16 bits) is an estimate")
+
+
 def test_what_a_folder_has_besides_is_named(made, tmp_path, alone):
     (tmp_path / "more" / "deep").mkdir(parents=True)
     (tmp_path / "notes").mkdir()

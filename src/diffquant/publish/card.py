@@ -27,11 +27,11 @@ from markupsafe import Markup
 from diffquant import __version__
 from diffquant.convert.request import POLICIES, ROUNDINGS
 from diffquant.convert.targets import TARGETS
-from diffquant.inspect.fit import FitReport
 from diffquant.publish.facts import FileFacts, Kept
 from diffquant.publish.loading import loading_of
 from diffquant.publish.markdown import cell_code, code, fenced, prose, text
 from diffquant.publish.measured import MeasuredRow, cell
+from diffquant.publish.memory import cards, memory_cell, memory_notes
 from diffquant.publish.names import base_name
 from diffquant.publish.release import Published, Release
 from diffquant.publish.rows import size_text
@@ -42,9 +42,6 @@ from diffquant.runtime.comparison import METRICS
 __all__ = ["is_own_card", "render_card"]
 
 _MARK = re.compile(r"<!-- diffquant card [0-9A-Za-z.+-]{1,40} sha256:([0-9a-f]{64}) -->\n?\Z")
-_GIB = 1 << 30
-_CARDS_GIB = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # what graphics cards have
-_LEVELS = (("none", "whole"), ("model", "a part at a time"), ("blocks", "streamed by blocks"))
 _WIDGETS = 8
 # Option of quantize -> values that it has by itself, values there are.
 _OPTIONS = (
@@ -110,7 +107,7 @@ def render_card(release: Release, license_link: str = "") -> str:
         ],
         rows=[_row(one, release, metrics) for one in release.files],
         others=_other_rows(release, metrics),
-        fit_notes=_fit_notes(facts),
+        fit_notes=memory_notes(facts),
         kept=_kept(release.files),
         loads=loading_of(release.files),
         commands=[_command(one) for one in release.files],
@@ -218,7 +215,7 @@ def _row(one: Published, release: Release, metrics: Sequence[str]) -> _Row:
         label=cell_code(one.name.label or facts.type or facts.largest),
         bits=f"{facts.bits_per_weight:.2f}" if facts.bits_per_weight else "-",
         size=_size(facts.nbytes),
-        memory=_memory(facts.fit),
+        memory=memory_cell(facts.fit, [other.facts.fit for other in release.files]),
         metrics=tuple(cell(row, key) for key in metrics),
         use=_use(one, release),
     )
@@ -242,49 +239,19 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB ({size_text(nbytes)})"
 
 
-def _memory(fit: FitReport) -> str:
-    if fit.reason or not fit.levels:
-        return "-"
-    whole, least = fit.levels[0].nbytes, fit.levels[-1].nbytes
-    return f"{size_text(whole)}, at the least {size_text(least)}"
-
-
 def _use(one: Published, release: Release) -> str:
     """When to take this file: the card it fits on, and its place among the others."""
     told = []
-    if len(release.files) > 1:
-        sizes = [other.facts.bits_per_weight for other in release.files if other.facts.is_quantized]
-        if one.facts.is_quantized and one.facts.bits_per_weight == max(sizes):
-            told.append("most bits")
-        elif one.facts.is_quantized and one.facts.bits_per_weight == min(sizes):
-            told.append("fewest bits")
-    levels = {level.level: level.nbytes for level in reversed(one.facts.fit.levels)}
-    smaller: float = float("inf")
-    for level, words in _LEVELS:
-        card = next((c for c in _CARDS_GIB if levels.get(level, 1 << 62) <= c * _GIB), None)
-        if card is not None and card < smaller:
-            told.append(f"{card} GiB card {words}")
-            smaller = card
-    return ", ".join(told) or "-"
-
-
-def _fit_notes(facts: Sequence[FileFacts]) -> list[str]:
-    """What the memory column assumes."""
-    known = [one.fit for one in facts if one.fit.levels]
-    notes = []
-    if known:
-        sizes = dict.fromkeys(f"{one.width} x {one.height}" for one in known)
-        notes.append(
-            f"Memory is an estimate for one picture of {' or '.join(sizes)} in bfloat16: first "
-            "with every part on the card, then with as much as possible streamed."
-        )
-        lacking = dict.fromkeys(s.title for one in known for s in one.stages if not s.in_file)
-        if lacking:
-            notes.append(f"It counts, in 16 bits, what a file lacks: {', '.join(lacking)}.")
-    notes += [
-        f"{one.path.name}: no estimate, {one.fit.reason}" for one in facts if not one.fit.levels
+    bits = [
+        other.facts.bits_per_weight
+        for other in release.files
+        if other.facts.is_quantized and other.facts.part == one.facts.part
     ]
-    return notes
+    if len(bits) > 1 and one.facts.is_quantized:
+        names = {min(bits): "fewest bits", max(bits): "most bits"}
+        told += [name for value, name in names.items() if value == one.facts.bits_per_weight]
+    told += cards(one.facts.fit)
+    return ", ".join(told) or "-"
 
 
 def _kept(files: Sequence[Published]) -> list[tuple[str, tuple[Kept, ...]]]:
