@@ -12,8 +12,8 @@ kernel, so that its result is never in memory:
     gated       one tensor times GELU, by erf, of another
 
 Rotating is two small products on tensor cores, which keep 16 bits of each number: rows of 8 bits
-want no more. A network of sums, as in triton/rotated.py, goes through shared memory eight times and
-took three to eight times as long as the rest of the kernel (docs/lab-log.md, 2026-11-27).
+want no more. A network of sums with four exchanges through shared memory took three to eight times
+as long as the rest of the kernel (docs/lab-log.md, 2026-11-27).
 """
 
 from __future__ import annotations
