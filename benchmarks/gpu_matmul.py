@@ -19,8 +19,8 @@ TRITON_INTERPRET=1 python benchmarks/gpu_matmul.py --tiny      every branch, no 
              numbers, 512 rows
     equal    int8 has to be the reference's (512 rows of it) exactly
 
-A routine that fails is a row that says so. On an H100 layers, rows and few take half a minute, fused
-one, tiles with two numbers of rows two and a half, --sweep of int8 a quarter.
+A routine that fails is a row that says so. On an H100 layers, rows and few take half a minute,
+fused one, tiles with two numbers of rows two and a half, --sweep of int8 a quarter.
 """
 
 from __future__ import annotations
