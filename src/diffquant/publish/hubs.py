@@ -14,9 +14,19 @@ from types import MappingProxyType
 from typing import Protocol
 
 from diffquant.core.errors import RemoteError, ResourceError
+from diffquant.io.transport import is_offline
 from diffquant.publish.tokens import Redactor
 
-__all__ = ["Commit", "HubClient", "RemoteFile", "RepoState", "Target", "refusal"]
+__all__ = [
+    "Commit",
+    "HubClient",
+    "RemoteFile",
+    "RepoState",
+    "Target",
+    "check_online",
+    "refusal",
+    "small_text",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +111,25 @@ class HubClient(Protocol):
         """Where people look at it."""
 
 
+def check_online() -> None:
+    """Refuse to go on where the network is forbidden, for every hub by the Hub's own variable.
+
+    Raises:
+        RemoteError: HF_HUB_OFFLINE is set.
+    """
+    if is_offline():
+        raise RemoteError(
+            "HF_HUB_OFFLINE is set, nothing can be published: unset it, or use --dry-run"
+        )
+
+
+def small_text(path: Path) -> str:
+    """A downloaded text, no more than its first MiB."""
+    with path.open("rb") as file:
+        return file.read(_MAX_TEXT_NBYTES).decode("utf-8", "replace")
+
+
+_MAX_TEXT_NBYTES = 1 << 20
 _AGAIN = "run the same command again, what has come is not sent twice"
 _MEANINGS: Mapping[int, str] = MappingProxyType(
     {

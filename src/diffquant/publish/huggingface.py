@@ -13,17 +13,23 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffquant.core.errors import RemoteError, UsageError
+from diffquant.core.errors import UsageError
 from diffquant.io.remote_name import endpoint
-from diffquant.io.transport import is_offline
-from diffquant.publish.hubs import Commit, RemoteFile, RepoState, Target, refusal
+from diffquant.publish.hubs import (
+    Commit,
+    RemoteFile,
+    RepoState,
+    Target,
+    check_online,
+    refusal,
+    small_text,
+)
 from diffquant.publish.licences import front_matter
 from diffquant.publish.tokens import Redactor, token_from
 
 __all__ = ["HuggingFace"]
 
 _MAIN = "main"
-_MAX_TEXT_NBYTES = 1 << 20
 
 
 class HuggingFace:
@@ -40,10 +46,7 @@ class HuggingFace:
             UsageError: there is none.
             RemoteError: HF_HUB_OFFLINE is set.
         """
-        if is_offline():
-            raise RemoteError(
-                "HF_HUB_OFFLINE is set, nothing can be published: unset it, or use --dry-run"
-            )
+        check_online()
         from huggingface_hub import HfApi, get_token
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -115,7 +118,7 @@ class HuggingFace:
             found = self._api.hf_hub_download(
                 target.repo, path, revision=target.revision or _MAIN, local_dir=folder
             )
-            return Path(found).read_bytes()[:_MAX_TEXT_NBYTES].decode("utf-8", "replace")
+            return small_text(Path(found))
 
     def card_of(self, repo: str) -> Mapping[str, Any]:
         """Front matter of a model's card, {} where it has none that can be read."""

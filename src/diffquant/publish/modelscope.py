@@ -16,16 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from diffquant.convert.remember import cache_folder
-from diffquant.core.errors import RemoteError, UsageError
-from diffquant.io.transport import is_offline
-from diffquant.publish.hubs import Commit, RemoteFile, RepoState, Target, refusal
+from diffquant.core.errors import UsageError
+from diffquant.publish.hubs import (
+    Commit,
+    RemoteFile,
+    RepoState,
+    Target,
+    check_online,
+    refusal,
+    small_text,
+)
 from diffquant.publish.tokens import Redactor, token_from
 
 __all__ = ["ModelScope"]
 
 _MODEL, _MASTER = "model", "master"
 _PUBLIC = 5
-_MAX_TEXT_NBYTES = 1 << 20
 
 
 class ModelScope:
@@ -42,10 +48,7 @@ class ModelScope:
             UsageError: the client is not installed, or there is no token.
             RemoteError: HF_HUB_OFFLINE is set; it stands for every hub here.
         """
-        if is_offline():
-            raise RemoteError(
-                "HF_HUB_OFFLINE is set, nothing can be published: unset it, or use --dry-run"
-            )
+        check_online()
         try:
             from modelscope_hub import HubApi
             from modelscope_hub.config import get_default_config
@@ -102,7 +105,7 @@ class ModelScope:
                 local_dir=folder,
                 force=True,
             )
-            return Path(found).read_bytes()[:_MAX_TEXT_NBYTES].decode("utf-8", "replace")
+            return small_text(Path(found))
 
     def upload(
         self,
