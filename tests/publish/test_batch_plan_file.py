@@ -8,7 +8,7 @@ import pytest
 
 from diffquant.core.errors import MalformedFile, UsageError
 from diffquant.publish.batch.items import items_of
-from diffquant.publish.batch.plan_file import read_plan_file
+from diffquant.publish.batch.plan_file import UnknownInPlanError, read_plan_file
 from diffquant.publish.batch.settings import KEYS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -34,7 +34,7 @@ def model(*lines, source="a.safetensors", types='["q8_0"]'):
 
 
 def told(path):
-    with pytest.raises(UsageError) as found:
+    with pytest.raises((UsageError, UnknownInPlanError)) as found:
         items_of(read_plan_file(path))
     return str(found.value)
 
@@ -119,6 +119,27 @@ def test_every_problem_is_told_at_once_with_its_table_and_line(plan):
 )
 def test_what_makes_no_sense_is_told(plan, text, part):
     assert part in told(plan(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (model(types='["q9"]'), 4),
+        (model(types='["q9"]', source="b.safetensors") + model('target = "kobold"'), 4),
+        ('[[model]]\nsource = "a.safetensors"\nset = "all"\n', 4),
+        (model('targets = ["sdcpp", "kobold"]'), 4),
+        (model('tensor_types = ["x=q9"]'), 4),
+        (model("target = 3"), 2),
+        (model('tensor_types = ["x"]'), 2),
+        (model('container = "zip"'), 2),
+        (model("pure = 1", types='["q9"]'), 2),
+    ],
+)
+def test_names_that_nobody_knows_end_as_they_do_in_quantize(plan, text, code):
+    with pytest.raises((UsageError, UnknownInPlanError)) as found:
+        read_plan_file(plan(text))
+    assert found.value.exit_code == code
+    assert "no `types`" not in str(found.value)  # they are there, and wrong
 
 
 def test_outputs_that_collide_are_told_also_by_case(plan):

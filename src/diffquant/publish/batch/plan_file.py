@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffquant.core.errors import MalformedFile, UsageError, closest
+from diffquant.core.errors import MalformedFile, QuantError, UsageError, closest
 from diffquant.publish.batch.settings import KEYS, Settings
+from diffquant.publish.batch.values import UnknownNameError
 
-__all__ = ["BatchFile", "Model", "read_plan_file"]
+__all__ = ["BatchFile", "Model", "UnknownInPlanError", "read_plan_file"]
 
 _LIMIT = 1 << 18  # bytes; three hundred for a model make 800 models
 # tomllib takes time with the square of a dotted key's parts: 20,000 of them take 20 s.
@@ -56,24 +57,53 @@ class BatchFile:
     models: tuple[Model, ...]
 
 
+class UnknownInPlanError(QuantError):
+    """A plan that names types, formats or programs no table has, and is in order else."""
+
+    exit_code = 4
+
+
+class _Problems:
+    """What is wrong with a plan, told together."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.unknown = True  # whether all of them are
+
+    def add(self, text: str, *, unknown: bool = False) -> None:
+        self.texts.append(text)
+        self.unknown = self.unknown and unknown
+
+    def check(self, path: Path) -> None:
+        if not self.texts:
+            return
+        count = "a problem" if len(self.texts) == 1 else f"{len(self.texts)} problems"
+        error = UnknownInPlanError if self.unknown else UsageError
+        raise error(f"{path}: {count}: {'; '.join(self.texts)}")
+
+
 def read_plan_file(path: Path) -> BatchFile:
     """Read and check a plan file.
 
     Raises:
         MalformedFile: it cannot be read, or is no TOML.
         UsageError: what it says makes no sense; all of it is told.
+        UnknownInPlanError: types, formats or programs that no table has are all that is wrong.
     """
     text, tables = _parse(path)
-    problems = [f"unknown {_key(key, _TOP)}" for key in tables if key not in _TOP]
+    problems = _Problems()
+    for key in tables:
+        if key not in _TOP:
+            problems.add(f"unknown {_key(key, _TOP)}")
     output = tables.get("output")
     if not isinstance(output, str) or not output or "\0" in output:
-        problems.append("`output`: expected the folder to write to, relative to this file")
+        problems.add("`output`: expected the folder to write to, relative to this file")
     defaults, rows = tables.get("defaults", {}), tables.get("model", [])
     if not isinstance(defaults, dict):
-        problems.append("`defaults`: expected a table, [defaults]")
+        problems.add("`defaults`: expected a table, [defaults]")
         defaults = {}
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        problems.append("expected [[model]] tables, at least one")
+        problems.add("expected [[model]] tables, at least one")
         rows = []
     folder = path.parent
     shared = _values(defaults, "[defaults]", folder, problems, shared=True)
@@ -82,13 +112,13 @@ def read_plan_file(path: Path) -> BatchFile:
     for where, row in zip(places, rows, strict=True):
         own = _values(row, where, folder, problems, shared=False)
         if "source" not in row:
-            problems.append(f"{where}: `source` is missing")
+            problems.add(f"{where}: `source` is missing")
         settings = _settings(shared, own, where, problems)
+        if not any(name in table for table in (row, defaults) for name in ("types", "set")):
+            problems.add(f"{where}: no `types` and no `set`, here or in [defaults]")
         if settings is not None:
             models.append(Model(where, settings))
-    if problems:
-        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UsageError(f"{path}: {count}: {'; '.join(problems)}")
+    problems.check(path)
     return BatchFile(path, folder / str(output), tuple(models))
 
 
@@ -132,26 +162,28 @@ def _key(name: str, known: tuple[str, ...]) -> str:
 
 
 def _values(
-    table: Mapping[str, Any], where: str, folder: Path, problems: list[str], *, shared: bool
+    table: Mapping[str, Any], where: str, folder: Path, problems: _Problems, *, shared: bool
 ) -> dict[str, Any]:
     """The values of a table by key; what is wrong with them is added to `problems`."""
     known = tuple(name for name, row in KEYS.items() if row.shared or not shared)
     found: dict[str, Any] = {}
     for name, value in table.items():
         if name not in known:
-            problems.append(f"{where}: unknown {_key(name, known)}")
+            problems.add(f"{where}: unknown {_key(name, known)}")
             continue
         try:
             found[name] = KEYS[name].read(value, folder)
+        except UnknownNameError as error:
+            problems.add(f"{where}: `{name}`: expected {error}", unknown=True)
         except (ValueError, OSError, RecursionError) as error:
-            problems.append(f"{where}: `{name}`: expected {error}")
+            problems.add(f"{where}: `{name}`: expected {error}")
     if {"target", "targets"} <= found.keys():
-        problems.append(f"{where}: give `target` or `targets`, not both")
+        problems.add(f"{where}: give `target` or `targets`, not both")
     return found
 
 
 def _settings(
-    shared: Mapping[str, Any], own: Mapping[str, Any], where: str, problems: list[str]
+    shared: Mapping[str, Any], own: Mapping[str, Any], where: str, problems: _Problems
 ) -> Settings | None:
     """The defaults and a table's own values together."""
     values = dict(shared)
@@ -168,16 +200,14 @@ def _settings(
         fields[into] = (*fields["types"], *value) if into == "types" else value
     twice = [one for one in fields["types"] if fields["types"].count(one) > 1]
     if twice:
-        problems.append(f"{where}: type {twice[0]} is in `types` and in `set`; give it once")
-    if not fields["types"]:
-        problems.append(f"{where}: no `types` and no `set`, here or in [defaults]")
+        problems.add(f"{where}: type {twice[0]} is in `types` and in `set`; give it once")
     budgets = [one.budget.text for one in fields["types"] if one.budget is not None]
     if budgets and fields.get("pure"):
-        problems.append(f"{where}: `pure` and {budgets[0]} both choose formats")
+        problems.add(f"{where}: `pure` and {budgets[0]} both choose formats")
     if "prompts" in own and fields.get("verify") != "image":
-        problems.append(f'{where}: `prompts` are for verify = "image"')
+        problems.add(f'{where}: `prompts` are for verify = "image"')
     if fields.get("bias_correction") and fields.get("inputs") is None:
-        problems.append(f"{where}: `bias_correction` needs `inputs`")
+        problems.add(f"{where}: `bias_correction` needs `inputs`")
     source = fields.get("source")
     if source is None:
         return None

@@ -22,6 +22,7 @@ from diffquant.convert.targets import TARGETS
 from diffquant.convert.user_rules import user_rules
 from diffquant.publish.batch.values import (
     Read,
+    UnknownNameError,
     choice,
     file_path,
     flag,
@@ -92,7 +93,8 @@ class Key:
 
     Attributes:
         name: as it is written.
-        read: checks a value and returns what Settings has; raises ValueError with what is expected.
+        read: checks a value and returns what Settings has; raises ValueError with what is expected,
+            UnknownNameError for names that no table has.
         field: of Settings; several keys may add to one.
         shared: whether [defaults] may have it.
     """
@@ -155,8 +157,8 @@ _ROWS = (
     Key("name", plain_name, shared=False),
     Key("types", many(read_want)),
     Key("set", _set, field="types"),
-    Key("target", choice(tuple(TARGETS)), field="targets"),
-    Key("targets", many(choice(tuple(TARGETS)))),
+    Key("target", choice(tuple(TARGETS), UnknownNameError), field="targets"),
+    Key("targets", many(choice(tuple(TARGETS), UnknownNameError))),
     Key("container", choice(_CONTAINERS)),
     Key("policy", choice(POLICIES)),
     Key("imatrix", many(file_path)),

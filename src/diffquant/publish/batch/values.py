@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffquant.core.errors import DiffquantError, closest
+from diffquant.core.errors import DiffquantError, UnknownFormat, closest
 
-__all__ = ["Read", "choice", "file_path", "flag", "is_name", "known", "many", "plain_name", "text"]
+__all__ = [
+    "Read", "UnknownNameError", "choice", "file_path", "flag", "is_name", "known", "many",
+    "plain_name", "text",
+]  # fmt: skip
 
 # What Windows cannot have in a name; a plan is to mean the same everywhere.
 _NAME = re.compile(r"[^\x00-\x1f\x7f/\\<>:\"|?*]{1,120}")
@@ -21,6 +24,10 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _MAX_TEXT = 4096
 
 Read = Callable[[Any, Path], Any]
+
+
+class UnknownNameError(ValueError):
+    """A type, format or program that no table has: exit code 4, as in `quantize`."""
 
 
 def text(value: Any, _: Path) -> str:  # noqa: ANN401 - any TOML value
@@ -59,14 +66,16 @@ def plain_name(value: Any, folder: Path) -> str:  # noqa: ANN401
     return found
 
 
-def choice(names: tuple[str, ...]) -> Read:
-    """One of these texts."""
+def choice(names: tuple[str, ...], error: type[ValueError] = ValueError) -> Read:
+    """One of these texts; another text is `error`."""
 
     def read(value: Any, folder: Path) -> str:  # noqa: ANN401
-        if value not in names or not isinstance(value, str):
-            near = closest(value, names) if isinstance(value, str) else None
+        if not isinstance(value, str):
+            raise ValueError(f"one of {', '.join(names)}")
+        if value not in names:
+            near = closest(value, names)
             hint = f" (did you mean {near!r}?)" if near else ""
-            raise ValueError(f"one of {', '.join(names)}{hint}")
+            raise error(f"one of {', '.join(names)}{hint}")
         return value
 
     return read
@@ -92,5 +101,7 @@ def known(read: Callable[[], Any]) -> Any:  # noqa: ANN401 - what `read` returns
     """What `read` returns, its refusal in a reader's words."""
     try:
         return read()
+    except UnknownFormat as error:
+        raise UnknownNameError(f"something known: {error}") from None
     except DiffquantError as error:
         raise ValueError(f"something known: {error}") from None

@@ -23,8 +23,8 @@ from diffquant.convert.allocation_options import container_of
 from diffquant.convert.budgets import Budget, budget_of
 from diffquant.convert.output_names import file_name, output_name
 from diffquant.convert.recipe_source import load_recipe
-from diffquant.core.errors import DiffquantError, closest
-from diffquant.publish.batch.values import file_path, flag, is_name, many, text
+from diffquant.core.errors import DiffquantError, UnknownFormat, closest
+from diffquant.publish.batch.values import UnknownNameError, file_path, flag, is_name, many, text
 from diffquant.quant.types import dialect_for, type_named
 
 __all__ = ["Want", "read_want", "want_of"]
@@ -109,6 +109,8 @@ def read_want(value: Any, folder: Path) -> Want:  # noqa: ANN401 - any TOML valu
         if not isinstance(value, dict):
             return want_of(text(value, folder))
         return _from_table(value, folder)
+    except UnknownFormat as error:
+        raise UnknownNameError(f"something known: {error}") from None
     except DiffquantError as error:
         raise ValueError(f"something known: {error}") from None
 
