@@ -23,7 +23,7 @@ from diffquant.convert.recipe_source import load_recipe
 from diffquant.convert.recipes import recipe_of, render_recipe
 from diffquant.convert.request import Request
 from diffquant.convert.sensitivity import Sensitivity, keep_sensitivity, write_sensitivity
-from diffquant.core.errors import DiffquantError, UsageError
+from diffquant.core.errors import DiffquantError
 from diffquant.io.imatrix import read_imatrix, write_imatrix
 from diffquant.io.importance import Entry, ImportanceMatrix
 from diffquant.publish.batch import job as job_module
@@ -265,7 +265,7 @@ def test_wrong_entries_are_told_with_their_table(plan, tmp_path, entry, more, me
         run_batch(plan(entry, more=more))
     assert message in str(found.value)
     assert "[[model]] 1 (line 2)" in str(found.value)
-    assert found.value.exit_code == (4 if "q4_q" in entry else 2)  # a type that nobody knows
+    assert found.value.exit_code == (4 if entry == '{ type = "q4_q" }' else 2)
     assert not (tmp_path / "out").exists()
 
 
