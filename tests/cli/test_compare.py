@@ -120,7 +120,8 @@ def test_markdown_escapes_names_and_says_what_is_missing():
     assert "\x1b" not in text
 
 
-def test_a_name_of_several_lines_is_shown_on_one(capsys):
+def test_a_name_of_several_lines_is_shown_on_one(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # narrower ones cut the name
     name = "a\nb\t\x1b[31m\u202ec.gguf"
     (row, *others) = COMPARISON.rows
     odd = replace(row, name=name, problems=("x\ny",))
