@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffquant.cli.main import cli
 from diffquant.runtime.compare import ImageSettings
+from diffquant.runtime.graph_choice import Graphs
 from diffquant.runtime.scorers import DEMO_PROMPTS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -350,6 +351,38 @@ def test_what_is_not_compiled_says_why(tmp_path, monkeypatch):
     assert "'auto', 'on', 'off'" in other.stderr
     other = generate(SD15, picture, "--force", "--compile", "on", "--engine", "diffusers")
     refused(other, 2, "--compile is of the bundled engine")
+
+
+def test_what_is_not_captured_says_why_and_is_a_warning_where_it_was_asked_for(tmp_path):
+    out = tmp_path / "a.png"
+    for mode, said, warned in (
+        ("auto", "no CUDA graph: the device is cpu", []),
+        ("off", "no CUDA graph: asked for", []),
+        (
+            "on",
+            "no CUDA graph: the device is cpu",
+            ["--cuda-graphs on: no CUDA graph: the device is cpu"],
+        ),
+    ):
+        body = json.loads(generate(SD15, out, "--force", "--json", "--cuda-graphs", mode).stdout)
+        assert body["result"]["graphs"] == {"denoise": said}
+        assert [text for text in body["warnings"] if "graph" in text] == warned
+    other = generate(SD15, out, "--force", "--cuda-graphs", "on", "--engine", "diffusers")
+    refused(other, 2, "--cuda-graphs is of the bundled engine")
+
+
+def test_graphs_hear_how_many_steps_are_walked(first, tmp_path, monkeypatch):
+    heard = []
+
+    class Hearing(Graphs):
+        def begin(self, calls):
+            heard.append(calls)
+            super().begin(calls)
+
+    monkeypatch.setattr("diffquant.runtime.session.Graphs", Hearing)
+    result = generate(SD15, tmp_path / "a.png", "--image", first, "--strength", 0.5)
+    assert result.exit_code == 0, result.output
+    assert heard == [1]  # of two
 
 
 def test_products_in_8_bits_are_of_gpus_and_a_picture_remembers_them(tmp_path):

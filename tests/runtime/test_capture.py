@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from test_compiling import tiny_flux
+from test_low_bit import HERE
 from torch import nn
 
 from diffquant.runtime import capture
+from diffquant.runtime.compile_choice import Compiling
 from diffquant.runtime.graph_choice import Graphs
 from diffquant.runtime.layers import PackedWeight, QuantLinear
+from diffquant.runtime.low_bit import assign, pending
 
 
 class Recorder:
@@ -169,3 +173,112 @@ def test_why_nothing_was_captured_is_said(model):
         for _ in range(9):
             model(x, IDS)
     assert graphs.said == "no CUDA graph: weights are streamed"
+
+
+@torch.no_grad()
+def test_weights_that_left_make_every_shape_begin_anew(model):
+    """Memory ran out before anything was captured: both halves of a guided step were seen."""
+    x = torch.randn(2, 4)
+    with capture.captured(model, Recorder()) as state:
+        for ids in (IDS, IDS + 1):
+            model(x, ids)
+        model.packed.home = object()
+        model(x, IDS)  # the first half brings the weights again
+        model.packed.home = None
+        model(x, IDS + 1)
+        assert (state.captured, state.plain) == (0, 4)
+        for ids in (IDS, IDS + 1):
+            assert torch.equal(model(x, ids), model.layer(x) + ids.sum())
+        assert (state.captured, state.plain) == (2, 4)
+
+
+@torch.no_grad()
+def test_fewer_calls_than_steps_are_too_few(model):
+    """A picture to begin with: the last steps of twenty are walked."""
+    x, recorder = torch.randn(2, 4), Recorder()
+    with Graphs("auto", Parts(model), "cuda", 20, recorder=recorder) as graphs:
+        graphs.begin(3)
+        for _ in range(3):
+            model(x, IDS)
+        assert recorder.recorded == 0
+    assert graphs.said == "no CUDA graph: 3 calls are too few"
+    assert "forward" not in vars(model)
+    with Graphs("on", Parts(model), "cuda", 20, recorder=recorder) as graphs:
+        graphs.begin(3)
+        for _ in range(3):
+            model(x, IDS)
+    assert graphs.said == "CUDA graph: 2 of 3 calls"
+
+
+def test_blocks_are_compiled_before_they_are_captured():
+    """Layers that measure themselves let blocks be compiled after a step: never in a capture."""
+    model, call = tiny_flux()
+    assign(model, "int8", {"int8": HERE["int8"]})
+    parts, order = Parts(model), []
+
+    class Telling(Recorder):
+        def record(self, call):
+            order.append("capture begins")
+            found = super().record(call)
+            order.append("capture ends")
+            return found
+
+    graphs = Graphs("on", parts, "cuda", 5, compiled=True, recorder=Telling())
+    blocks = Compiling("on", parts, "cpu", order.append, backend="aot_eager", began=graphs.anew)
+    with blocks, graphs, torch.no_grad():
+        assert pending(model)
+        found = []
+        for done in range(1, 6):
+            found.append(call())
+            blocks.stepped(done, 5)
+    assert order == ["compiling block 1 of 1", "capture begins", "capture ends"]
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert graphs.said == "CUDA graph: 3 of 5 calls"
+
+
+class Second(Recorder):
+    """The second capture fails."""
+
+    def record(self, call):
+        self.fails = self.recorded == 1
+        return super().record(call)
+
+
+@torch.no_grad()
+def test_what_was_replayed_is_said_though_a_later_capture_fails_or_weights_move(model):
+    x = torch.randn(2, 4)
+    with Graphs("auto", Parts(model), "cuda", 4, recorder=Second()) as graphs:
+        for _ in range(4):
+            model(x, IDS), model(x, IDS + 1)
+    assert graphs.said.startswith("CUDA graph: 3 of 8 calls, then capturing failed (RuntimeError:")
+    with Graphs("auto", Parts(model), "cuda", 4, recorder=Recorder()) as graphs:
+        for _ in range(3):
+            model(x, IDS)
+        model.to(torch.float64)  # it overflowed, and one call follows
+        model(x.double(), IDS)
+    assert graphs.said == "CUDA graph: 2 of 4 calls"
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "fails", "calls", "warned"),
+    [
+        ("on", "cpu", False, 6, "--cuda-graphs on: no CUDA graph: the device is cpu"),
+        ("on", "cuda", False, 1, "--cuda-graphs on: no CUDA graph: no call was made twice"),
+        ("on", "cuda", True, 6, "--cuda-graphs on: no CUDA graph: capturing failed (RuntimeErr"),
+        ("auto", "cuda", True, 6, "--cuda-graphs auto: no CUDA graph: capturing failed (Runtim"),
+        ("auto", "cpu", False, 6, ""),
+        ("auto", "cuda", False, 6, ""),
+        ("on", "cuda", False, 6, ""),
+        ("off", "cuda", False, 6, ""),
+    ],
+)
+@torch.no_grad()
+def test_what_was_asked_for_in_vain_and_what_failed_is_a_warning(
+    model, mode, device, fails, calls, warned
+):
+    x = torch.randn(2, 4)
+    with Graphs(mode, Parts(model), device, calls, recorder=Recorder(fails=fails)) as graphs:
+        for _ in range(calls):
+            model(x, IDS)
+    assert graphs.warning.startswith(warned)
+    assert bool(graphs.warning) == bool(warned)

@@ -7,8 +7,9 @@ weights, rotary tables) must stay where it is until the graphs are gone, which i
 ends. Nothing in a step may ask the card for a number, or allocate on the host and copy.
 
 Weights that are streamed are fetched by Python code, which no graph holds: a denoiser with such a
-layer runs as it is. Where weights were moved, replaced or turned to another dtype, graphs that were
-made before are dropped, and made anew.
+layer runs as it is, and what was seen before is forgotten: weights that left come again, and some
+are quantized again (low_bit.py), by the first call of each shape. Where weights were moved,
+replaced or turned to another dtype, graphs that were made before are dropped, and made anew.
 """
 
 from __future__ import annotations
@@ -68,11 +69,13 @@ class Captured:
         captured: calls that were recorded.
         replayed: calls that were replays.
         failed: why nothing is captured any more, "" while it is.
+        anew: drops what was captured and seen: calls will launch other kernels.
     """
 
     def __init__(self) -> None:
         """Nothing has run yet."""
         self.graphs, self.plain, self.captured, self.replayed, self.failed = 0, 0, 0, 0, ""
+        self.anew: Callable[[], None] = lambda: None
 
 
 @contextlib.contextmanager
@@ -136,15 +139,15 @@ class _Replays:
         self._layers = [one for one in model.modules() if isinstance(one, PackedLayer)]
         self._plain = type(model).forward
         self._seen: dict[Hashable, _Graph | None] = {}
+        state.anew = self._forget
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - what models take
         state = self._state
         leaves, shape = pytree.tree_flatten((args, kwargs))
         key = (shape, *map(_fixed, leaves))
         streamed = any(layer.home is not None for layer in self._layers)
-        if state.graphs and (streamed or self._places != self._now()):
-            self._seen.clear()
-            state.graphs = 0
+        if streamed or (state.graphs and self._places != self._now()):
+            self._forget()
         graph = self._seen.get(key)
         if graph is not None:
             state.replayed += 1
@@ -169,6 +172,10 @@ class _Replays:
         self._seen.setdefault(key, None)
         state.plain += 1
         return self._plain(self._model, *args, **kwargs)
+
+    def _forget(self) -> None:
+        self._seen.clear()
+        self._state.graphs = 0
 
     def _now(self) -> Hashable:
         """Where every packed weight lies, and a parameter: all of them move and change together."""

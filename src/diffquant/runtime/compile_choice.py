@@ -103,6 +103,7 @@ class Compiling:
         backend: str | Callable[..., Any] = "inductor",
         least: int = LEAST,
         instead: str = "",
+        began: Callable[[], None] = lambda: None,
     ) -> None:
         """Take the model.
 
@@ -114,9 +115,11 @@ class Compiling:
             backend: of torch.compile.
             least: see compiling.compiled.
             instead: what is done in place of it, where nobody asked to compile; "": nothing.
+            began: called when blocks are compiled from the next call on.
         """
         self._mode, self._parts, self._device = mode, parts, torch.device(device).type
         self._tell, self._backend, self._least = tell, backend, least
+        self._began = began
         self._stack = contextlib.ExitStack()
         self._state: Compiled | None = None
         self._last = 0.0
@@ -210,3 +213,4 @@ class Compiling:
                 least=self._least,
             )
         )
+        self._began()

@@ -31,6 +31,7 @@ class Graphs:
 
     Attributes:
         said: what came of it, for people.
+        warning: the same where it was asked for in vain, or failed; "": neither.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Graphs:
                 what compiles may not be captured.
             recorder: see capture.captured.
         """
-        self._denoiser, self._recorder = parts.denoiser, recorder
+        self._denoiser, self._recorder, self._mode = parts.denoiser, recorder, mode
         self._stack = contextlib.ExitStack()
         self._state: Captured | None = None
         kind = torch.device(device).type
@@ -68,6 +69,28 @@ class Graphs:
             self.said = f"no CUDA graph: {steps} steps are too few"
         else:
             self.said = ""
+
+    def begin(self, calls: int) -> None:
+        """Hear how many steps are made: fewer than were planned where a picture is begun with."""
+        if self._mode == "auto" and self._state is not None and calls < LEAST_STEPS:
+            self._stack.close()
+            self._state = None
+            self.said = f"no CUDA graph: {calls} calls are too few"
+
+    def anew(self) -> None:
+        """Forget what was captured and seen: the next call of each shape runs as it is."""
+        if self._state is not None:
+            self._state.anew()
+
+    @property
+    def warning(self) -> str:
+        """See above; known when the pass is over."""
+        state = self._state
+        captured_some = state is not None and bool(state.captured)
+        failed = state is not None and bool(state.failed)
+        if failed or (self._mode == "on" and not captured_some):
+            return f"--cuda-graphs {self._mode}: {self.said}"
+        return ""
 
     @property
     def possible(self) -> bool:
@@ -100,11 +123,12 @@ def _streams(denoiser: torch.nn.Module) -> bool:
 
 
 def _told(state: Captured, *, streamed: bool) -> str:
-    if state.failed:
-        return f"no CUDA graph: capturing failed ({state.failed})"
-    if not state.graphs:
-        why = "weights are streamed" if streamed else "no call was made twice"
+    failed = f"capturing failed ({state.failed})" if state.failed else ""
+    if not state.captured:
+        why = failed or ("weights are streamed" if streamed else "no call was made twice")
         return f"no CUDA graph: {why}"
-    calls = state.plain + state.captured + state.replayed
-    text = f"CUDA graph: {state.captured + state.replayed} of {calls} calls"
+    used = state.captured + state.replayed
+    text = f"CUDA graph: {used} of {state.plain + used} calls"
+    if failed:
+        return f"{text}, then {failed}"
     return text + (", until weights were streamed" if streamed else "")

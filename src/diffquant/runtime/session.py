@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -303,8 +303,14 @@ def _previews(job: Job, opened: Opened, run: _Run) -> OnLatents | None:
 def _generated(job: Job, ready: _Ready, shown: OnLatents | None, run: _Run) -> Generated:
     """The picture, its refiner and its second pass."""
 
-    def hooks(label: str, stepped: OnStep = lambda _done, _total: None) -> Hooks:
+    def hooks(
+        label: str,
+        stepped: OnStep = lambda _done, _total: None,
+        begin: Callable[[int], None] = lambda _calls: None,
+    ) -> Hooks:
         def on_phase(name: str, steps: int) -> None:
+            if name == "denoise":
+                begin(steps)
             run.enter(label if name == "denoise" else name, steps, "step" if steps > 1 else "part")
 
         def on_step(done: int, total: int) -> None:
@@ -328,16 +334,19 @@ def _generated(job: Job, ready: _Ready, shown: OnLatents | None, run: _Run) -> G
             job.device,
             lambda what: run.progress.advance(0, what),
             instead="steps are replayed as a CUDA graph" if graphs.possible else "",
+            began=graphs.anew,
         )
         with compiling, graphs:
             found = denoise_finite(
                 one.opened.pipeline,
                 request,
                 latents=latents,
-                hooks=hooks(one.label, compiling.stepped),
+                hooks=hooks(one.label, compiling.stepped, graphs.begin),
             )
         run.compiling[one.label] = compiling.said
         run.graphs[one.label] = graphs.said
+        if graphs.warning:
+            run.warnings.append(graphs.warning)
         if said := ready.low_bit[one.path].said:
             run.computing[one.label] = said
         return found
