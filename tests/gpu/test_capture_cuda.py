@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffquant.runtime.capture import captured
 from diffquant.runtime.job import Job
+from diffquant.runtime.layers import PackedLayer
 from diffquant.runtime.opening import open_pipeline
 from diffquant.runtime.session import generate_pictures
 
@@ -32,6 +33,23 @@ def test_replayed_calls_have_the_numbers_of_calls_as_they_are(model):
     assert state.graphs >= 1
     assert state.plain <= 2  # once for each shape: guided calls may be two
     assert torch.equal(made.latents, wanted.latents)
+
+
+def test_weights_that_moved_are_captured_anew_on_a_card():
+    """Graphs are dropped and made again in the pool they shared; numbers stay."""
+    opened = open_pipeline(DEMOS / "flux1-shapes", device="cuda", dtype=torch.bfloat16)
+    denoiser = opened.pipeline.parts.denoiser
+    with captured(denoiser) as state:
+        first = opened.pipeline.generate("a red circle", **FIELDS)
+        before, kept = state.captured, []
+        for layer in denoiser.modules():
+            if isinstance(layer, PackedLayer) and layer.packed is not None and layer.home is None:
+                kept.append(layer.packed)  # so that no copy comes to lie where it lay
+                layer.replace(layer.packed.copy())
+        again = opened.pipeline.generate("a red circle", **FIELDS)
+    assert state.failed == ""
+    assert state.captured == 2 * before > 0
+    assert torch.equal(first.latents, again.latents)
 
 
 @pytest.mark.parametrize("compute", ["exact", "int8", "fp8"])
