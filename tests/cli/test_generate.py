@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffquant.cli.main import cli
 from diffquant.runtime.compare import ImageSettings
+from diffquant.runtime.compile_choice import Compiling
 from diffquant.runtime.graph_choice import Graphs
 from diffquant.runtime.scorers import DEMO_PROMPTS
 
@@ -371,18 +372,28 @@ def test_what_is_not_captured_says_why_and_is_a_warning_where_it_was_asked_for(t
     refused(other, 2, "--cuda-graphs is of the bundled engine")
 
 
-def test_graphs_hear_how_many_steps_are_walked(first, tmp_path, monkeypatch):
+def test_graphs_hear_what_steps_are_walked_and_that_blocks_are_compiled(
+    first, tmp_path, monkeypatch
+):
     heard = []
+
+    def begins(*arguments, began, **more):
+        began()
+        return Compiling(*arguments, **more)
 
     class Hearing(Graphs):
         def begin(self, calls):
             heard.append(calls)
             super().begin(calls)
 
+        def anew(self):
+            heard.append("anew")
+
     monkeypatch.setattr("diffquant.runtime.session.Graphs", Hearing)
+    monkeypatch.setattr("diffquant.runtime.session.Compiling", begins)
     result = generate(SD15, tmp_path / "a.png", "--image", first, "--strength", 0.5)
     assert result.exit_code == 0, result.output
-    assert heard == [1]  # of two
+    assert heard == ["anew", 1]  # one step of two
 
 
 def test_products_in_8_bits_are_of_gpus_and_a_picture_remembers_them(tmp_path):
