@@ -8,6 +8,7 @@ import click
 
 from diffquant import __version__
 from diffquant.cli.lazy import LazyGroup
+from diffquant.core.interrupts import ctrl_c, keep_interrupts
 
 __all__ = ["COMMANDS", "cli", "main"]
 
@@ -48,6 +49,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the console script; Ctrl-C is 130 wherever it strikes."""
+    keep_interrupts(ctrl_c)
     try:
         code = cli.main(prog_name="diffquant", standalone_mode=False)
     except click.ClickException as error:

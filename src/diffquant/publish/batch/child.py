@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from diffquant.core.failures import explain
+from diffquant.core.interrupts import keep_interrupts
 from diffquant.publish.batch.job import Job, run
 
 __all__ = ["ASKED", "Child"]
@@ -138,6 +140,7 @@ def _main(job: Job, messages: Connection, work: Callable[..., None]) -> None:
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, _interrupt)
+    keep_interrupts(_interrupt_again)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["CUDA_VISIBLE_DEVICES"] = job.gpu
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
@@ -154,6 +157,13 @@ def _main(job: Job, messages: Connection, work: Callable[..., None]) -> None:
 def _interrupt(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows is cleaning up
     raise KeyboardInterrupt
+
+
+def _interrupt_again() -> None:
+    """From another thread, where no handler can be set: the exception itself is what is left."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(threading.main_thread().ident or 0), ctypes.py_object(KeyboardInterrupt)
+    )
 
 
 def _end_with_parent() -> None:
