@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 
 from diffquant.runtime.capture import captured
+from diffquant.runtime.engines import EngineFiles, bundled
+from diffquant.runtime.graph_choice import Graphs
 from diffquant.runtime.job import Job
 from diffquant.runtime.layers import PackedLayer
 from diffquant.runtime.opening import open_pipeline
+from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.session import generate_pictures
 
 pytestmark = [
@@ -70,3 +73,16 @@ def test_generate_captures_by_itself_and_draws_the_same(model, compute, tmp_path
     assert (compute == "exact") == (not made["auto"][2])
     pictures = [np.asarray(Image.open(path)) for path, *_ in made.values()]
     assert np.array_equal(*pictures)
+
+
+def test_judged_pictures_are_those_of_calls_as_they_are(monkeypatch):
+    """What `verify` and `compare` draw, twice in one opened model."""
+    side = bundled.open_side(EngineFiles(DEMOS / "sdxl-shapes", device="cuda", dtype="bfloat16"))
+    request = PictureRequest("a red circle", steps=6, width=128, height=128)
+    made = [side.draw(request) for _ in range(2)]
+    assert "; CUDA graph: " in side.how
+    monkeypatch.setattr(bundled, "Graphs", lambda _mode, *args: Graphs("off", *args))
+    made.append(side.draw(request))
+    assert side.how.endswith("; no CUDA graph: asked for")
+    assert np.array_equal(made[0], made[1])
+    assert np.array_equal(made[0], made[2])

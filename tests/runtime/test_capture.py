@@ -1,5 +1,9 @@
 """Replayed calls, with a recorder that records a call as CUDA does: by where its inputs lie."""
 
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from test_compiling import tiny_flux
@@ -8,9 +12,13 @@ from torch import nn
 
 from diffquant.runtime import capture
 from diffquant.runtime.compile_choice import Compiling
+from diffquant.runtime.engines import EngineFiles, bundled
 from diffquant.runtime.graph_choice import Graphs
 from diffquant.runtime.layers import PackedWeight, QuantLinear
 from diffquant.runtime.low_bit import assign, pending
+from diffquant.runtime.request import PictureRequest
+
+FLUX = Path(__file__).parents[2] / "examples" / "flux1-shapes"
 
 
 class Recorder:
@@ -282,3 +290,27 @@ def test_what_was_asked_for_in_vain_and_what_failed_is_a_warning(
             model(x, IDS)
     assert graphs.warning.startswith(warned)
     assert bool(graphs.warning) == bool(warned)
+
+
+def test_pictures_that_are_judged_are_drawn_from_replays(monkeypatch):
+    """`verify` and `compare` on a card: each picture is a pass of its own, and `how` says it."""
+    recorders = []
+
+    def on_a_card(mode, parts, _device, steps):
+        recorders.append(Recorder())
+        return Graphs(mode, parts, "cuda", steps, recorder=recorders[-1])
+
+    side = bundled.open_side(EngineFiles(FLUX))
+    few, many = (PictureRequest("a red circle", steps=n, width=64, height=64) for n in (3, 6))
+    wanted = side.draw(many)
+    assert side.how == "read and run by diffquant"
+    monkeypatch.setattr(bundled, "Graphs", on_a_card)
+    there = replace(side, files=replace(side.files, device="cuda"))
+    assert np.array_equal(there.draw(many), wanted)
+    assert np.array_equal(there.draw(many), wanted)
+    there.draw(few)
+    assert [one.recorded for one in recorders] == [1, 1, 0]
+    assert [one.replays for one in recorders] == [4, 4, 0]
+    assert there.how == (
+        "read and run by diffquant; CUDA graph: 5 of 6 calls; no CUDA graph: 3 steps are too few"
+    )

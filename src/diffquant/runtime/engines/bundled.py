@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -13,6 +13,7 @@ from diffquant import __version__
 from diffquant.runtime.compute import card_of, engines_for
 from diffquant.runtime.control import damaged
 from diffquant.runtime.engines.base import EngineFiles, OnLatents, OnStep, Pictures
+from diffquant.runtime.graph_choice import Graphs
 from diffquant.runtime.lora import attach
 from diffquant.runtime.low_bit import LowBit, apply
 from diffquant.runtime.opening import Opened, open_pipeline
@@ -24,7 +25,12 @@ __all__ = ["BundledSide", "open_side"]
 
 @dataclass(frozen=True, slots=True)
 class BundledSide:
-    """An opened pipeline of ours; `synthetic` says what its denoiser is shown instead of text."""
+    """An opened pipeline of ours.
+
+    Attributes:
+        synthetic: what its denoiser is shown instead of text; "": it reads prompts.
+        graphs: what became of CUDA graphs, in each picture anew.
+    """
 
     files: EngineFiles
     opened: Opened
@@ -32,12 +38,18 @@ class BundledSide:
     low_bit: LowBit
     engine: str = f"diffquant {__version__}"
     synthetic: str = ""
+    graphs: dict[str, None] = field(default_factory=dict)
 
     @property
     def how(self) -> str:
         """Who read and ran the file; once it has run, what its layers were computed in."""
         return "; ".join(
-            ("read and run by diffquant", *filter(None, (self.synthetic,)), *self.low_bit.said)
+            (
+                "read and run by diffquant",
+                *filter(None, (self.synthetic,)),
+                *self.low_bit.said,
+                *self.graphs,
+            )
         )
 
     @property
@@ -52,7 +64,11 @@ class BundledSide:
         on_latents: OnLatents | None = None,
     ) -> Pictures:
         """Pictures (B, H, W, 3) in [0, 1]."""
-        made = self.opened.pipeline.run(request, on_step=on_step)
+        pipeline, device = self.opened.pipeline, self.files.device
+        with Graphs("auto", pipeline.parts, device, request.steps) as graphs:
+            made = pipeline.run(request, on_step=on_step)
+        if torch.device(device).type == "cuda":
+            self.graphs[graphs.said] = None
         if on_latents is not None:
             on_latents(made.latents.numpy())
         pictures: Pictures = made.images.numpy()

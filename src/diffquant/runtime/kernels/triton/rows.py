@@ -10,10 +10,6 @@ kernel, so that its result is never in memory:
     normed      a layer norm, times scale, plus shift
     activated   GELU, by tanh, of one tensor, behind another that stays as it is
     gated       one tensor times GELU, by erf, of another
-
-Rotating is two small products on tensor cores, which keep 16 bits of each number: rows of 8 bits
-want no more. A network of sums with four exchanges through shared memory took three to eight times
-as long as the rest of the kernel (docs/lab-log.md, 2026-11-27).
 """
 
 from __future__ import annotations
@@ -31,6 +27,7 @@ from diffquant.runtime.kernels.rows import quantize_rows as reference
 from diffquant.runtime.kernels.triton.bits import to_e4m3
 from diffquant.runtime.kernels.triton.launch import aligned, launch, steps
 from diffquant.runtime.kernels.triton.rotated import rounded
+from diffquant.runtime.kernels.triton.turned import turned
 
 __all__ = [
     "WAYS", "Way", "activated_rows", "exact_gelu", "gated_rows", "gelu", "modulated_rows",
@@ -139,43 +136,6 @@ def _normed(values, columns, eps, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _factor(TWO: tl.constexpr):
-    """(16, 16) float32: the rotation of two digits, or of the upper one of two."""
-    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-    upper = tl.where(i // 4 + j // 4 == 3, -0.5, 0.5)  # symmetric, and its own inverse
-    lower = tl.where(i % 4 + j % 4 == 3, -0.5, 0.5) if TWO else tl.where(i % 4 == j % 4, 1.0, 0.0)
-    return upper * lower
-
-
-@triton.jit
-def _times(x, factor, CORES: tl.constexpr):
-    """(M, 16) float32 times a factor; on tensor cores 16 bits of each number of x."""
-    if CORES:
-        upper = x.to(tl.bfloat16)
-        lower = (x - upper.to(tl.float32)).to(tl.bfloat16)
-        factor = factor.to(tl.bfloat16)  # exact
-        y = tl.dot(lower, factor, tl.dot(upper, factor))
-    else:
-        y = tl.dot(x, factor, input_precision="ieee")
-    return y
-
-
-@triton.jit
-def _turned(x, CHUNK: tl.constexpr, SIZE: tl.constexpr, CORES: tl.constexpr):
-    """Groups of SIZE rotated, of a chunk (CHUNK,).
-
-    A group's place has digits of base 4, and each is rotated: the two fastest by one product, the
-    others by a second, where groups lie across.
-    """
-    x = _times(tl.reshape(x, (CHUNK // 16, 16)), _factor(True), CORES)
-    if SIZE > 16:
-        across = tl.permute(tl.reshape(x, (CHUNK // SIZE, 16, SIZE // 16)), (0, 2, 1))
-        across = _times(tl.reshape(across, (CHUNK // 16, 16)), _factor(SIZE == 256), CORES)
-        x = tl.permute(tl.reshape(across, (CHUNK // SIZE, SIZE // 16, 16)), (0, 2, 1))
-    return tl.reshape(x, (CHUNK,))
-
-
-@triton.jit
 def _loaded(x, more, column, first, columns, BEFORE: tl.constexpr):
     """Columns of a row in float32, activated where they are to be."""
     if BEFORE == "activated":
@@ -254,7 +214,7 @@ def _rows(
     if SIZE:
         done = ()
         for i in tl.static_range(CHUNKS):
-            done = done + (_turned(values[i], CHUNK, SIZE, CORES),)
+            done = done + (turned(values[i], CHUNK, SIZE, CORES),)
         values = done
     if HELD:
         for i in tl.static_range(CHUNKS):
