@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from diffquant.runtime.ahead import Lanes, Order, led, watched
 from diffquant.runtime.layers import PackedLayer
 
 __all__ = ["Captured", "CudaGraphs", "Recorder", "captured"]
@@ -41,9 +42,12 @@ class Recorder(Protocol):
 class CudaGraphs:
     """CUDA graphs that share one pool of memory: they run one after the other."""
 
-    def __init__(self) -> None:
-        """The pool is made with the first graph."""
+    def __init__(self, *, urgent: bool = False) -> None:
+        """The pool is made with the first graph; `urgent`: kernels go before others' (ahead.py)."""
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        if urgent:
+            self._stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
 
     def record(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """Capture `call`.
@@ -54,7 +58,7 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             found = call()
         graph.replay()  # capturing ran nothing
         return found, graph.replay
@@ -68,6 +72,7 @@ class Captured:
         plain: calls that ran as they are.
         captured: calls that were recorded.
         replayed: calls that were replays.
+        ahead: weights that are decoded ahead, in all graphs made so far.
         failed: why nothing is captured any more, "" while it is.
         anew: drops what was captured and seen: calls will launch other kernels.
     """
@@ -75,6 +80,7 @@ class Captured:
     def __init__(self) -> None:
         """Nothing has run yet."""
         self.graphs, self.plain, self.captured, self.replayed, self.failed = 0, 0, 0, 0, ""
+        self.ahead = 0
         self.anew: Callable[[], None] = lambda: None
 
 
@@ -84,6 +90,7 @@ def captured(
     recorder: Recorder | None = None,
     *,
     most: int = _MOST,
+    lanes: Lanes | None = None,
 ) -> Iterator[Captured]:
     """Replay a denoiser's calls for the duration.
 
@@ -96,9 +103,12 @@ def captured(
         denoiser: its `forward` is replaced, and put back.
         recorder: CudaGraphs().
         most: shapes that are captured; calls of further ones run as they are.
+        lanes: where weights are decoded ahead; None: each where it is used. Not beside compiled
+            blocks, which decode by themselves.
     """
     state = Captured()
-    denoiser.forward = _Replays(denoiser, recorder or CudaGraphs(), state, most)
+    recorder = recorder or CudaGraphs(urgent=lanes is not None)
+    denoiser.forward = _Replays(denoiser, recorder, state, most, lanes)
     try:
         yield state
     finally:
@@ -133,8 +143,11 @@ class _Replays:
         recorder: Recorder,
         state: Captured,
         most: int,
+        lanes: Lanes | None,
     ) -> None:
         self._model, self._recorder, self._state, self._most = model, recorder, state, most
+        self._lanes = lanes
+        self._orders: dict[Hashable, Order] = {}  # of the weights of a call
         self._places: Hashable = None  # where what graphs read lay when they were made
         self._layers = [one for one in model.modules() if isinstance(one, PackedLayer)]
         self._plain = type(model).forward
@@ -157,7 +170,12 @@ class _Replays:
 
             def call(given: list[Any]) -> Any:  # noqa: ANN401
                 positional, named = pytree.tree_unflatten(given, shape)
-                return self._plain(self._model, *positional, **named)
+                if self._lanes is None:
+                    return self._plain(self._model, *positional, **named)
+                with led(self._model, self._orders[key], self._lanes) as found:
+                    result = self._plain(self._model, *positional, **named)
+                state.ahead += found.ahead
+                return result
 
             try:
                 graph = _Graph(self._recorder, call, leaves)
@@ -171,11 +189,17 @@ class _Replays:
                 return graph.result()
         self._seen.setdefault(key, None)
         state.plain += 1
-        return self._plain(self._model, *args, **kwargs)
+        if self._lanes is None:
+            return self._plain(self._model, *args, **kwargs)
+        with watched(self._model) as asked:
+            found = self._plain(self._model, *args, **kwargs)
+        self._orders[key] = tuple(asked)
+        return found
 
     def _forget(self) -> None:
         self._seen.clear()
-        self._state.graphs = 0
+        self._orders.clear()
+        self._state.graphs = self._state.ahead = 0
 
     def _now(self) -> Hashable:
         """Where every packed weight lies, and a parameter: all of them move and change together."""
