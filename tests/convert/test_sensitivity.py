@@ -120,6 +120,12 @@ def test_a_file_is_found_beside_its_model_or_in_the_cache_by_fingerprint(tmp_pat
         write_sensitivity(path, ONE)
         assert find_sensitivity(source, ONE.source) == (path, ONE)
     assert "another checkpoint" in find_sensitivity(model, "b" * 64)
+    link = tmp_path / "snapshot" / "m.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(folder / "blob")
+    write_sensitivity(tmp_path / "snapshot" / "m.sensitivity.json", ONE)
+    found = find_sensitivity(link, ONE.source)
+    assert found == (tmp_path / "snapshot" / "m.sensitivity.json", ONE)
     (tmp_path / "m.sensitivity.json").write_text("{")
     assert find_sensitivity(model, ONE.source) == (kept, ONE)
 

@@ -64,6 +64,13 @@ def test_a_table_overrides_the_defaults_key_by_key(plan):
     assert first.settings.policy == second.settings.policy == "tuned"
 
 
+def test_a_source_in_a_hubs_cache_is_called_as_its_link_is(plan, tmp_path):
+    (tmp_path / "0d4f1c2a").write_bytes(b"x")
+    (tmp_path / "flux.safetensors").symlink_to(tmp_path / "0d4f1c2a")
+    ((item,),) = items_of(read_plan_file(plan(model(source="flux.safetensors"))))
+    assert item.name == "flux-Q8_0.gguf"
+
+
 def test_several_targets_are_folders(plan):
     path = plan(model('targets = ["sdcpp", "universal"]', 'name = "mine"'))
     (row,) = items_of(read_plan_file(path))

@@ -202,7 +202,15 @@ def test_hostile_strings_stay_text(tmp_path):
 
 
 def test_names_that_are_no_unicode_do_not_stop_the_page(tmp_path):
-    assert "na?me" in page(tmp_path, replace(MADE, reference="na\udc80me"))
+    assert r"na\udc80me" in page(tmp_path, replace(MADE, reference="na\udc80me"))
+
+
+def test_control_characters_stand_as_escapes(tmp_path):
+    told = {"reference": "gpj\u202egguf", "prompts": ("red\ncircle\x1b[31m", "blue")}
+    text = page(tmp_path, replace(MADE, **told), title="a\u2028b")
+    assert not set(text) & set("\u202e\u2028\x1b")
+    assert r"gpj\u202egguf" in text
+    assert "red\ncircle" in text
 
 
 def test_bytes_depend_on_the_arguments_only(tmp_path):

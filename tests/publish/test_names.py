@@ -92,6 +92,12 @@ def test_safetensors_carry_their_type(file, wanted):
 
 
 def test_a_file_of_unknown_type_needs_a_name_that_agrees_with_it():
+    mine = named("f-Q4_K_M.gguf", "", largest="q4_k", stem="mine")
+    assert (mine.name, mine.label) == ("mine-Q4_K_M.gguf", "Q4_K_M")
+    odd = named("f.gguf", "", largest="mxfp4", stem="mine")
+    assert (odd.name, odd.label) == ("mine-MXFP4.gguf", "")
+    with pytest.raises(UsageError, match=r"list mine-F16-MXFP4\.gguf as F16; give another"):
+        named("f.gguf", "", largest="mxfp4", stem="mine-F16")
     assert named("f-Q4_K_M.gguf", "", largest="q4_k").label == "Q4_K_M"
     with pytest.raises(UsageError, match="list the file as Q8_0"):
         named("f-Q8_0.gguf", "", largest="q4_k")

@@ -260,6 +260,17 @@ def test_names_are_as_short_as_tells_files_apart():
     assert row_names(paths) == ("a/x.gguf", "b/x.gguf", "m/control", "y.gguf")
 
 
+def test_files_of_a_hubs_cache_are_called_as_their_links_are(tmp_path, monkeypatch):
+    blob, snapshot = tmp_path / "blobs" / "0d4f1c2a", tmp_path / "snapshots" / "41"
+    for folder in (blob.parent, snapshot):
+        folder.mkdir(parents=True)
+    blob.write_bytes(b"")
+    (snapshot / "flux-Q8_0.gguf").symlink_to(blob)
+    monkeypatch.chdir(snapshot)
+    assert row_names([Path("flux-Q8_0.gguf")]) == ("flux-Q8_0.gguf",)
+    assert row_names([Path("../41/flux-Q8_0.gguf")]) == ("flux-Q8_0.gguf",)
+
+
 def test_the_prompt_score_is_a_column_where_all_prompts_are_of_the_demo_grammar():
     assert default_metrics(DEMO_PROMPTS) == (*DEFAULT_METRICS, "prompt")
     assert default_metrics((*DEMO_PROMPTS, "a fox")) == DEFAULT_METRICS

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -219,7 +220,7 @@ def find_sensitivity(source: Path, fingerprint: str) -> tuple[Path, Sensitivity]
         Path and content; else why none is used, "" where there is none.
     """
     refused = ""
-    source = source.resolve() if source.exists() else source  # "." has no name to look beside
+    source = Path(os.path.abspath(source))  # noqa: PTH100 - "." has no name; a link keeps its own
     for path in _places(source, fingerprint):
         if not path.is_file():
             continue

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from diffquant.core.shown import CONTROL
 from diffquant.io.atomic import PartialFile, check_parent
 from diffquant.publish.embedding import HEAT_FULL, HEAT_GRADIENT, PICTURE_LIMIT
 from diffquant.publish.meanings import COLUMN_MEANINGS, meanings_of
@@ -25,6 +27,8 @@ from diffquant.publish.rows import number_text, size_text
 from diffquant.runtime.comparison import METRICS, Comparison, ComparisonPictures
 
 __all__ = ["render_comparison", "render_comparisons"]
+
+_CONTROL = {code: text for code, text in CONTROL.items() if chr(code) not in "\n\r\t"}  # prompts
 
 
 def render_comparison(
@@ -63,6 +67,7 @@ def render_comparisons(
     environment = Environment(
         loader=PackageLoader("diffquant.publish"),
         autoescape=True,
+        finalize=_plain,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -87,8 +92,7 @@ def render_comparisons(
         script=script,
         script_hash=f"sha256-{digest}",
     )
-    # A name may hold bytes that were no UTF-8 (lone surrogates): "?" rather than a crash.
-    raw = text.encode("utf-8", "replace")
+    raw = text.encode("utf-8")
     check_parent(path)
     file = PartialFile(path, len(raw))
     try:
@@ -100,6 +104,16 @@ def render_comparisons(
 
 def _verdict(verdict: str) -> tuple[str, str, str]:
     return VERDICTS.get(verdict, ("none", "–", verdict or "not judged"))
+
+
+def _plain(value: object) -> object:
+    """A template's value; control characters, which also turn lines around, stand as escapes.
+
+    So do lone surrogates, of names that were no UTF-8: they cannot be encoded.
+    """
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return value.translate(_CONTROL)
+    return value
 
 
 def _part(environment: Environment, name: str) -> str:

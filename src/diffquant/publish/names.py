@@ -86,7 +86,7 @@ def published_name(
     if container != "gguf":
         return _safetensors(file, kind, stem)
     if not kind:
-        return _foreign(file, largest, claimed)
+        return _foreign(file, largest, claimed, stem)
     wanted = kind.upper()
     listed = quant_label(f"a-{wanted}.gguf") == wanted
     name = f"{stem}-{wanted}.gguf" if stem else file.name
@@ -120,15 +120,19 @@ def _safetensors(file: PurePath, kind: str, stem: str) -> PublishedName:
     return PublishedName(name, label, f"{file.name} becomes {name}: its name shall say its type")
 
 
-def _foreign(file: PurePath, largest: str, claimed: str) -> PublishedName:
+def _foreign(file: PurePath, largest: str, claimed: str, stem: str) -> PublishedName:
     """A GGUF file of no type that we know: its name has to agree with what it holds."""
-    label = quant_label(file.name)
-    family = largest.upper()
-    if label and label.removeprefix("UD-").startswith(family):
-        return PublishedName(file.name, label)
+    label, family = quant_label(file.name), largest.upper()
+    held = bool(label) and label.removeprefix("UD-").startswith(family)
     listed = any(quant_label(f"a-{family}{size}.gguf") for size in ("", "_S", "_M"))
-    if not label and not listed:
-        return PublishedName(file.name, "", f"{file.name}: {_UNLISTED}")
+    if held or (not label and not listed):
+        name = f"{stem}-{label or family}.gguf" if stem else file.name
+        if quant_label(name) != label:
+            raise UsageError(
+                f"{file}: the Hub would list {name} as {quant_label(name) or 'nothing'}; give "
+                "another stem with --name"
+            )
+        return PublishedName(name, label, "" if held else f"{name}: {_UNLISTED}")
     header = f"its recipe is not that of {claimed}" if claimed else "its header names no type"
     raise UsageError(
         f"{file}: most weights are stored as {largest}, {header}, and the Hub would "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,14 +72,17 @@ def default_metrics(prompts: Sequence[str]) -> tuple[str, ...]:
 
 
 def row_names(paths: Sequence[Path]) -> tuple[str, ...]:
-    """A name for each file: its base name, with as many folders as tell it from the others."""
+    """A name for each file: its base name, with as many folders as tell it from the others.
+
+    Links keep their own names: in a hub's cache they lead to files that are called by a hash.
+    """
     taken = {FLOOR, CONTROL}
+    places = [Path(os.path.abspath(path)).parts for path in paths]  # noqa: PTH100 - not resolved
     names = []
-    for path in paths:
-        parts = path.resolve().parts
+    for parts in places:
         for count in range(1, len(parts) + 1):
             name = "/".join(parts[-count:])
-            alike = [one for one in paths if one.resolve().parts[-count:] == parts[-count:]]
+            alike = [one for one in places if one[-count:] == parts[-count:]]
             if len(alike) == 1 and name not in taken:
                 break
         names.append(name)

@@ -6,6 +6,7 @@ the line of its [[model]] header, found by counting headers.
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -218,7 +219,8 @@ def _settings(
 def _stem(source: Path | str) -> str:
     """The source's own name: a folder's, or a file's without its extension."""
     if isinstance(source, Path):
-        source = source.resolve()
+        # No link is followed: in a hub's cache files are called by a hash.
+        source = Path(os.path.abspath(source))  # noqa: PTH100
         return source.name if source.is_dir() else source.stem
     last = source.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
     return re.sub(r"[^\w.\-]", "_", last.removesuffix(".safetensors").removesuffix(".gguf"))
