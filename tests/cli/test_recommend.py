@@ -60,6 +60,11 @@ def test_no_mix_is_offered_where_none_can_be_made(command, examples, tmp_path):
     ran = command("recommend", flux, "--vram", "409MiB", "--json")
     assert ran.result["rows"]
     assert ran.result["no_mix"] == "no type leaves the whole denoiser on the device"
+    ran = command("recommend", flux, "--vram", "418880KiB")
+    assert "no mix is made for this device: mixes are of larger types than iq2_s (`" in ran.out
+    assert command("quantize", flux, "--vram", "418880KiB", "--dry-run").code != 0
+    some = command("quantize", flux, "--vram", "418880KiB", "--among", "iq2_s", "--dry-run")
+    assert some.code == 0
 
 
 def test_json_has_every_row(command, examples):

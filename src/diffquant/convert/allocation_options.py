@@ -32,6 +32,7 @@ __all__ = [
     "label_type",
     "step_nbytes",
     "tensor_options",
+    "usual_formats",
 ]
 
 _CASTS = ("bf16", "f16")
@@ -45,6 +46,11 @@ _USUAL: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 _GGUF_ALIGNMENT = 32
 _ENTRY_NBYTES = 70  # of a tensor in a safetensors header, its name aside
+
+
+def usual_formats(container: str) -> tuple[str, ...]:
+    """What bits are allocated among where nothing is named; () for containers of no allocation."""
+    return _USUAL.get(container, ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from diffquant.convert.allocation_options import usual_formats
 from diffquant.convert.architectures import ARCHITECTURES
 from diffquant.convert.architectures.generic import GENERIC
 from diffquant.convert.footprint import Footprint, Picture, footprint, with_denoiser
@@ -301,8 +302,12 @@ def _no_mix(asked: _Asked, rows: Sequence[Recommendation]) -> str:
     if packed:
         told = ", ".join(one or "an unknown format" for one in packed)
         return f"the denoiser is already quantized ({told}): choose from its unquantized source"
-    if not any(row.resident for row in rows):
+    fitting = [row for row in rows if row.resident]
+    if not fitting:
         return "no type leaves the whole denoiser on the device"
+    if not any(TYPES[row.type].base in usual_formats(row.container) for row in fitting):
+        smaller = ", ".join(dict.fromkeys(row.type for row in fitting))
+        return f"mixes are of larger types than {smaller} (`quantize --among` names smaller ones)"
     return ""
 
 
