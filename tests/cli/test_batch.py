@@ -106,7 +106,7 @@ def test_without_ray_the_line_that_installs_it_is_told(command, plan, tmp_path):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 import diffquant.io.atomic as atomic
 plain = atomic.FlatSink.write
 def slow(self, key, offset, data):  # in the child too: it imports this file
@@ -114,6 +114,7 @@ def slow(self, key, offset, data):  # in the child too: it imports this file
     time.sleep(0.02)
 atomic.FlatSink.write = slow
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     from diffquant.cli import main
     main()
 """

@@ -164,6 +164,7 @@ def test_a_child_that_is_told_to_end_while_it_starts_was_told_to_end(tmp_path, a
 
 
 SCRIPT = """
+    import signal
     import sys
     from pathlib import Path
     sys.path.insert(0, {here!r})
@@ -172,6 +173,7 @@ SCRIPT = """
     from diffquant.publish.batch.pool import run_pool
 
     if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
         jobs = [t.job(f"wait-{{n}}", Path(sys.argv[1])) for n in range(2)]
         try:
             run_pool(jobs, t.slots(processes=2), work=batch_works.by_label)
