@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from diffquant.cli.main import cli
+from diffquant.runtime import devices
 from diffquant.runtime.compare import ImageSettings
 from diffquant.runtime.compile_choice import Compiling
 from diffquant.runtime.graph_choice import Graphs
@@ -497,6 +498,19 @@ def test_ctrl_c_in_a_real_process_is_130_and_leaves_nothing(tmp_path, swallowed)
     assert b"interrupted" in ran.stderr
     assert b"Traceback" not in ran.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"o.preview.png"}
+
+
+def test_a_card_that_does_not_compute_is_told_and_the_cpu_taken(tmp_path, monkeypatch):
+    why = "the CUDA card does not compute: no kernel image"
+    monkeypatch.setattr(devices, "auto_device", lambda: devices.Device("cpu", why, failed=True))
+    made = generate(SD15, tmp_path / "o.png", "--size", "64x64")
+    assert made.exit_code == 0
+    assert f"computed on the CPU: {why}" in made.stderr
+    assert " s on cpu (" in made.stdout
+    asked = generate(SD15, tmp_path / "p.png", "--size", "64x64", "--device", "cpu", "--json")
+    assert "computed on the CPU" not in asked.stderr
+    found = json.loads(asked.stdout)["result"]
+    assert (found["device"], found["device_why"]) == ("cpu", "asked for")
 
 
 def test_verify_prints_the_contract_and_exits_3_below_the_gate(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffquant.runtime.devices import available_devices, native_dtype
+from diffquant.runtime.devices import auto_device, available_devices, native_dtype
 
 
 def cpu_with(monkeypatch, *, onednn=True, **capabilities):
@@ -53,3 +53,30 @@ def test_cuda_emulates_bfloat16_before_ampere(capability, wanted, monkeypatch):
 
 def test_every_device_here_has_a_native_dtype():
     assert all(native_dtype(name).is_floating_point for name in available_devices())
+
+
+class Card:
+    """A CUDA card, as far as choosing goes."""
+
+    def __init__(self, monkeypatch, answers):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+        self.ones, self.answers = torch.ones, answers
+        monkeypatch.setattr(torch, "ones", self.made)
+
+    def made(self, count, device):
+        assert device == "cuda"
+        if not self.answers:
+            raise RuntimeError("CUDA error: no kernel image is available\nfor execution")
+        return self.ones(count)
+
+
+def test_a_card_that_computes_is_taken_and_one_that_does_not_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert auto_device() == ("cpu", "torch reaches no CUDA card", False)
+    card = Card(monkeypatch, answers=True)
+    assert auto_device() == ("cuda", "a card", False)
+    card.answers = False
+    found = auto_device()
+    assert (found.name, found.failed) == ("cpu", True)
+    assert found.why.endswith("not compute: CUDA error: no kernel image is available for execution")

@@ -14,13 +14,14 @@ from diffquant.cli.ask_memory import memory_from, memory_options, render_memory
 from diffquant.cli.ask_picture import SECTIONS, fields_from, pairs_of_parts, picture_options
 from diffquant.cli.frame import Options, Outcome, common, echo, human, run
 from diffquant.cli.sections import Sectioned
-from diffquant.cli.values import check_device, lora_pairs
+from diffquant.cli.values import device_from, lora_pairs
 from diffquant.core.errors import UsageError
 from diffquant.io.atomic import check_parent
 
 if TYPE_CHECKING:
     from diffquant.runtime.compile_choice import Mode
     from diffquant.runtime.compute import Mode as ComputeMode
+    from diffquant.runtime.devices import Device
     from diffquant.runtime.graph_choice import Mode as GraphMode
     from diffquant.runtime.session import Made
 
@@ -47,6 +48,7 @@ class GenerateReport:
 
     Attributes:
         parameters: of the first picture; `pictures` has those of each.
+        device: what computed; `device_why` says why that one.
         seconds: of the whole run; `phases` has those of its parts.
         memory: of each pass, how its weights were placed and what that takes.
         compiling: of each pass, whether its blocks were compiled, and why.
@@ -61,6 +63,8 @@ class GenerateReport:
     parts: tuple[Any, ...]
     loras: tuple[Any, ...]
     preset: ChosenPreset | None
+    device: str
+    device_why: str
     seconds: float
     phases: Mapping[str, float]
     memory: tuple[Any, ...]
@@ -105,7 +109,12 @@ class GenerateReport:
     show_default=True,
     help="Program that draws; others than the bundled one where they are installed.",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto (a CUDA card that computes, else the CPU), cpu, cuda or mps.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -181,7 +190,8 @@ def command(
             raise UsageError("no prompt: give one with -p, or a picture to repeat, --from-image")
         pairs = lora_pairs(loras)
         parts = pairs_of_parts(added, vae, tokenizer)
-        check_device(device)
+        # stable-diffusion.cpp's binding is built for the CPU.
+        on = device_from("cpu" if engine == "sdcpp" and device == "auto" else device)
         from diffquant.runtime.job import Job, Preview
         from diffquant.runtime.memory.budget import Asked
         from diffquant.runtime.repeat import read_recipe
@@ -210,7 +220,7 @@ def command(
             mask=asked["mask"],
             refiner=asked["refiner"],
             hires_model=asked["hires_model"],
-            device=device,
+            device=on.name,
             dtype=dtype,
             preset=preset,
             preview=None if preview is None else _preview(preview, Preview),
@@ -239,7 +249,8 @@ def command(
             from diffquant.runtime.elsewhere import generate_elsewhere
 
             made = generate_elsewhere(job, engine, options.bar())
-        return Outcome(_report(made, dry_run=dry_run), made.warnings)
+        told = (f"computed on the CPU: {on.why}",) if on.failed else ()
+        return Outcome(_report(made, on, dry_run=dry_run), (*told, *made.warnings))
 
     run(
         "generate",
@@ -258,7 +269,7 @@ def _preview(text: str, kind: Any) -> Any:  # noqa: ANN401 - job.Preview, loaded
     return kind(path)
 
 
-def _report(made: Made, *, dry_run: bool) -> GenerateReport:
+def _report(made: Made, device: Device, *, dry_run: bool) -> GenerateReport:
     one = made.preset
     chosen = None if one is None else ChosenPreset(one.name, one.title, one.why, one.source)
     return GenerateReport(
@@ -268,6 +279,8 @@ def _report(made: Made, *, dry_run: bool) -> GenerateReport:
         parts=made.origins,
         loras=made.loras,
         preset=chosen,
+        device=device.name,
+        device_why=device.why,
         seconds=round(sum(made.seconds.values()), 3),
         phases=made.seconds,
         memory=made.memory,
@@ -284,7 +297,9 @@ def _render(report: GenerateReport, *, explain: bool) -> None:
     if report.dry_run:
         echo("nothing was made (--dry-run)")
     else:
-        echo(f"wrote {names} in {report.seconds:.1f} s ({phases})")
+        echo(f"wrote {names} in {report.seconds:.1f} s on {report.device} ({phases})")
+    if explain:
+        echo(f"  device: {report.device} ({report.device_why})")
     render_memory(report.memory, explain=explain)
     for label, text in report.compiling.items() if explain else ():
         echo(f"  compile, {label}: {text}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffquant.core.amounts import bytes_from
 from diffquant.core.errors import ResourceError, UsageError
@@ -12,10 +13,14 @@ from diffquant.io.atomic import check_parent, partial_path
 from diffquant.io.prompt_file import read_lines
 from diffquant.io.prompt_file import read_prompts as prompts_from
 
+if TYPE_CHECKING:
+    from diffquant.runtime.devices import Device
+
 __all__ = [
     "bytes_from",
     "check_device",
     "check_free",
+    "device_from",
     "header_pairs",
     "lora_pairs",
     "prompts_from",
@@ -126,6 +131,20 @@ def lora_pairs(values: tuple[str, ...]) -> tuple[tuple[Path, float], ...]:
                 f"--lora {text}: expected FILE:WEIGHT, such as style.safetensors:0.8"
             ) from None
     return tuple(pairs)
+
+
+def device_from(name: str) -> Device:
+    """A device by its name, or for "auto" the one that computes here.
+
+    Raises:
+        ResourceError, UsageError: as check_device.
+    """
+    from diffquant.runtime.devices import Device, auto_device
+
+    if name == "auto":
+        return auto_device()
+    check_device(name)
+    return Device(name)
 
 
 def check_device(name: str) -> None:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["available_devices", "full_float32", "native_dtype", "why_native"]
+__all__ = [
+    "Device",
+    "auto_device",
+    "available_devices",
+    "full_float32",
+    "native_dtype",
+    "why_native",
+]
 
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last on Arm
 
@@ -20,6 +28,30 @@ def available_devices() -> tuple[str, ...]:
     if torch.backends.mps.is_available():
         found.append("mps")
     return tuple(found)
+
+
+class Device(NamedTuple):
+    """What computes, and why; `failed`: a card is there and does not."""
+
+    name: str
+    why: str = "asked for"
+    failed: bool = False
+
+
+def auto_device() -> Device:
+    """What computes where nobody says: a CUDA card that answers, else the CPU.
+
+    Apple's GPUs have to be asked for: nothing here has run on one yet.
+    """
+    if not torch.cuda.is_available():
+        also = "; --device mps is untried" if torch.backends.mps.is_available() else ""
+        return Device("cpu", f"torch reaches no CUDA card{also}")
+    try:
+        torch.ones(1, device="cuda").add_(1).item()
+    except RuntimeError as error:  # too old for this torch, or full
+        told = " ".join(str(error).split())[:160]
+        return Device("cpu", f"the CUDA card does not compute: {told}", failed=True)
+    return Device("cuda", torch.cuda.get_device_name())
 
 
 def native_dtype(device: torch.device | str) -> torch.dtype:
