@@ -156,6 +156,7 @@ def test_nothing_is_told_where_no_card_was_looked_for(examples):
         ("sd15-shapes", "q5_k_m", "gguf"),
         ("flux1-shapes", "nf4", "safetensors"),
         ("flux1-shapes", "int8_convrot", "safetensors"),
+        ("flux1-shapes", "convrot_w4a4", "safetensors"),
     ],
 )
 def test_files_are_the_same_and_the_report_says_who_encoded(

@@ -50,7 +50,14 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "codec", ["q5_1", "q6_k", "nf4", pytest.param("q4_k", marks=pytest.mark.slow)]
+    "codec",
+    [
+        "q5_1",
+        "q6_k",
+        "nf4",
+        pytest.param("q4_k", marks=pytest.mark.slow),
+        "convrot_w4a4._rows",
+    ],
 )
 def test_arithmetic_is_exact_on_a_card(codec, cache, monkeypatch):
     found = compiled(monkeypatch, codec, torch.zeros(16, 512)).asm["ptx"]

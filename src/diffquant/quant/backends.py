@@ -47,6 +47,7 @@ _ON_CARDS = {
     "iq4_nl": "iq4",
     "iq4_xs": "iq4",
     "nf4": "nf4",
+    "convrot_w4a4": "convrot_w4a4",
 }  # codec -> module of its encoder
 
 # Codecs whose encoder for cards weighs errors by importance, (K,) float32, too.
