@@ -10,7 +10,7 @@ from triton.compiler import ASTSource
 from diffquant.quant.backends import backend
 
 _ROOM = "diffquant.quant.codecs.triton."
-_POINTERS = {torch.uint8: "*u8", torch.int8: "*i8", torch.float32: "*fp32"}
+_POINTERS = {torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.float32: "*fp32"}
 
 
 def _recorded(monkeypatch, codec, weight, **weigh):

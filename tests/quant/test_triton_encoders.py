@@ -57,6 +57,8 @@ def cache(tmp_path, monkeypatch):
         "nf4",
         pytest.param("q4_k", marks=pytest.mark.slow),
         "convrot_w4a4._rows",
+        "asym_w4a8_int8._fit",
+        "asym_w4a8_int8._codes",
     ],
 )
 def test_arithmetic_is_exact_on_a_card(codec, cache, monkeypatch):

@@ -48,6 +48,7 @@ _ON_CARDS = {
     "iq4_xs": "iq4",
     "nf4": "nf4",
     "convrot_w4a4": "convrot_w4a4",
+    "asym_w4a8_int8": "asym_w4a8_int8",
 }  # codec -> module of its encoder
 
 # Codecs whose encoder for cards weighs errors by importance, (K,) float32, too.
