@@ -21,7 +21,7 @@ from diffquant.convert.several import Wanted, run_jobs
 from diffquant.core.errors import QuantError, ResourceError, UnsupportedShape, UsageError
 from diffquant.io.imatrix import Entry, ImportanceMatrix
 from diffquant.quant import cards, staging
-from diffquant.quant.backends import backend
+from diffquant.quant.backends import WEIGHTED_ON_CARDS, backend
 from diffquant.quant.cards import NO_CARDS, Cards, cards_for
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.policy import Rule
@@ -112,11 +112,13 @@ def matrix():
     )
 
 
-def test_importance_goes_along_where_a_card_weighs_by_it(examples):
+def test_importance_goes_along_where_a_card_weighs_by_it(examples, monkeypatch):
     source = examples / "flux1-shapes"
-    plan = planned(source, ONE, q4_k_s(), matrix=matrix())
-    assert {step.key: step.encoder for step in plan.steps}[QKV] == "cuda"
     q3_k = Request("gguf", type=type_named("q3_k_s"), pure=True)
+    for request in (q4_k_s(), q3_k):
+        plan = planned(source, ONE, request, matrix=matrix())
+        assert {step.key: step.encoder for step in plan.steps}[QKV] == "cuda"
+    monkeypatch.setattr(placing, "WEIGHTED_ON_CARDS", WEIGHTED_ON_CARDS - {"q3_k"})
     plan = planned(source, ONE, q3_k, matrix=matrix())
     by_key = {step.key: step.encoder for step in plan.steps}
     assert by_key[QKV] == "cpu"

@@ -53,7 +53,19 @@ _ON_CARDS = {
 
 # Codecs whose encoder for cards weighs errors by importance, (K,) float32, too.
 WEIGHTED_ON_CARDS = frozenset(
-    {"q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"}
+    {
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q2_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "iq4_nl",
+        "iq4_xs",
+        "q3_k",
+    }
 )
 
 # device "reference" is the plain specification, "cpu" what the engine runs.
