@@ -95,9 +95,10 @@ def _fit(src, scales, most, blocks, LANES: tl.constexpr):
     for i in tl.static_range(1, 16):
         largest = tl.maximum(largest, _size(x[i]))
     scale = _at_least(largest.to(tl.float32, bitcast=True))
-    chosen = _chosen(x, scale)
-    for _ in range(2):
-        scale = _at_least(tl.div_rn(_sum(x, chosen), _at_least(_sum(chosen, chosen))))
+    chosen = x
+    for at in range(3):  # one search, or compiling takes twice as long
+        fit = _at_least(tl.div_rn(_sum(x, chosen), _at_least(_sum(chosen, chosen))))
+        scale = tl.where(at > 0, fit, scale)
         chosen = _chosen(x, scale)
     largest = _size(chosen[0] * scale)
     for i in tl.static_range(1, 16):
