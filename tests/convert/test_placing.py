@@ -21,8 +21,9 @@ from diffquant.convert.several import Wanted, run_jobs
 from diffquant.core.errors import QuantError, ResourceError, UnsupportedShape, UsageError
 from diffquant.io.imatrix import Entry, ImportanceMatrix
 from diffquant.quant import cards, staging
-from diffquant.quant.backends import backend
+from diffquant.quant.backends import WEIGHTED_ON_CARDS, backend
 from diffquant.quant.cards import NO_CARDS, Cards, cards_for
+from diffquant.quant.formats import FORMATS
 from diffquant.quant.policy import Rule
 from diffquant.quant.staging import Stages
 from diffquant.quant.types import type_named
@@ -111,11 +112,13 @@ def matrix():
     )
 
 
-def test_importance_goes_along_where_a_card_weighs_by_it(examples):
+def test_importance_goes_along_where_a_card_weighs_by_it(examples, monkeypatch):
     source = examples / "flux1-shapes"
-    plan = planned(source, ONE, q4_k_s(), matrix=matrix())
-    assert {step.key: step.encoder for step in plan.steps}[QKV] == "cuda"
     q3_k = Request("gguf", type=type_named("q3_k_s"), pure=True)
+    for request in (q4_k_s(), q3_k):
+        plan = planned(source, ONE, request, matrix=matrix())
+        assert {step.key: step.encoder for step in plan.steps}[QKV] == "cuda"
+    monkeypatch.setattr(placing, "WEIGHTED_ON_CARDS", WEIGHTED_ON_CARDS - {"q3_k"})
     plan = planned(source, ONE, q3_k, matrix=matrix())
     by_key = {step.key: step.encoder for step in plan.steps}
     assert by_key[QKV] == "cpu"
@@ -156,6 +159,8 @@ def test_nothing_is_told_where_no_card_was_looked_for(examples):
         ("sd15-shapes", "q5_k_m", "gguf"),
         ("flux1-shapes", "nf4", "safetensors"),
         ("flux1-shapes", "int8_convrot", "safetensors"),
+        ("flux1-shapes", "convrot_w4a4", "safetensors"),
+        ("flux1-shapes", "asym_w4a8_int8", "safetensors"),
     ],
 )
 def test_files_are_the_same_and_the_report_says_who_encoded(
@@ -174,7 +179,8 @@ def test_files_are_the_same_and_the_report_says_who_encoded(
     assert found["cpu"][0] == found["cuda"][0]
     assert found["cpu"][1] == pytest.approx(found["cuda"][1])  # sums over other chunks
     assert card
-    assert max(rows * columns for _, (rows, columns), _ in card) <= 1 << 14
+    slabs = [shape for fmt, shape, _ in card if all(part.per_row for part in FORMATS[fmt].parts)]
+    assert all(rows * columns <= 1 << 14 for rows, columns in slabs)
 
 
 def test_several_outputs_share_the_card(examples, tmp_path, digest, card):

@@ -72,7 +72,7 @@ def test_bytes_with_importance_are_the_cpus(name, awkward):
 
 
 @pytest.mark.parametrize("lanes", [(64, 1), (64, 2), (256, 4), (256, 8)])
-@pytest.mark.parametrize("codec", ["q4_k", "q6_k", "q8_0"])
+@pytest.mark.parametrize("codec", ["q4_k", "q6_k", "q8_0", "asym_w4a8_int8"])
 def test_lanes_do_not_change_bytes(codec, lanes, monkeypatch):
     monkeypatch.setitem(launch.LANES, codec, launch.Lanes(*lanes))
     weight = np.random.default_rng(4).standard_normal((33, 1280), np.float32)

@@ -7,29 +7,33 @@ from triton import compile as compile_source
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffquant.quant.backends import BACKENDS, backend
+from diffquant.quant.backends import backend
 
-_POINTERS = {torch.uint8: "*u8", torch.int8: "*i8", torch.float32: "*fp32"}
+_ROOM = "diffquant.quant.codecs.triton."
+_POINTERS = {torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.float32: "*fp32"}
 
 
-def _recorded(monkeypatch, codec, weight):
-    """What an encoder launches: its first kernel, and with what."""
-    calls = []
+def _recorded(monkeypatch, codec, weight, **weigh):
+    """What an encoder launches: kernels by name, and with what."""
+    calls = {}
 
     def record(kernel, programs, warps, *args, **constants):
-        calls.append((kernel, warps, args, constants))
+        calls.setdefault(kernel.fn.__name__, (kernel, warps, args, constants))
 
     encode = backend(codec, "encode", "cuda")
-    module = sys.modules[BACKENDS[codec, "encode", "cuda"].partition(":")[0]]
-    monkeypatch.setattr(module, "launch", record)
-    encode(weight, fmt=codec)
-    monkeypatch.undo()
-    return calls[0]
+    with monkeypatch.context() as patch:  # what the test patched itself stays
+        for name, module in list(sys.modules.items()):
+            if name.startswith(_ROOM) and hasattr(module, "launch"):
+                patch.setattr(module, "launch", record)
+        encode(weight, fmt=codec, **weigh)
+    return calls
 
 
-def compiled(monkeypatch, codec, weight, *, capability=90, enable_fp_fusion=False):
-    """The compiled kernel of a codec for float32 rows like `weight`."""
-    kernel, warps, args, constants = _recorded(monkeypatch, codec, weight)
+def compiled(monkeypatch, codec, weight, *, capability=90, enable_fp_fusion=False, **weigh):
+    """The first kernel of a codec for float32 rows like `weight`, or "codec.kernel", compiled."""
+    codec, _, name = codec.partition(".")
+    calls = _recorded(monkeypatch, codec, weight, **weigh)
+    kernel, warps, args, constants = calls[name or next(iter(calls))]
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
     signature, constexprs, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):

@@ -17,14 +17,18 @@ import torch
 from awkward_weights import awkward_weights, importance_rows
 
 from diffquant.quant.backends import BACKENDS, WEIGHTED_ON_CARDS, backend
-from diffquant.quant.codecs.triton import importance, launch, weighted
+from diffquant.quant.codecs.triton import convrot_w4a4, importance, launch, weighted
 from diffquant.quant.formats import FORMATS
 
 NAMES = [name for name, row in FORMATS.items() if (row.codec, "encode", "cuda") in BACKENDS]
 ROWS, COLUMNS = 4, 1024  # of every kind of weight
 LANES = 1 << 13
-SIXTEENS = ("q2_k", "q3_k", "q6_k")  # their sub-blocks are half as long
-TWINS = ("q4_1", "q5_0", "q4_k", "iq4_nl")  # share their kernels with another here
+SIXTEENS = ("q2_k", "q3_k", "q6_k", "asym_w4a8_int8")  # their sub-blocks are half as long
+TWINS = (  # share their kernels with another here
+    *("q4_1", "q5_0", "q4_k", "iq4_nl"),
+    *("int8_convrot_64", "int8_convrot_16", "convrot_w4a4_64"),
+    *("asym_w4a8_int8_64", "asym_w4a8_int8_16"),
+)
 
 
 def different(name, weight, importance=None):
@@ -70,11 +74,17 @@ def further(name, everything, columns):
     found = {}
     if FORMATS[name].codec in WEIGHTED_ON_CARDS:
         found["importance"] = different(name, everything, columns)
+    if FORMATS[name].rotation:  # finite weights whose sums are not
+        loud = np.clip(everything[:12] * np.float32(1e37), -3e38, 3e38)
+        found["infinite sums"] = different(name, loud)
     # Two programs, and the second one ends inside.
     launch.LANES[name] = launch.Lanes(32, 1)
     rows = 3 if name in SIXTEENS else 5
     found["odd rows"] = different(name, everything[:rows, :256].copy())
     found["no rows"] = different(name, everything[:0])
+    if name == "convrot_w4a4":  # rows in two tiles, the second one ends inside
+        convrot_w4a4._TILE = 512
+        found["two tiles"] = different(name, everything[:5, :768].copy())
     if name == "nf4":
         for n in (33, 64, 65, 100, 127):  # blocks that end with the weight, odd ones too
             found[f"{n} weights"] = different(name, everything[:1, :n].copy())

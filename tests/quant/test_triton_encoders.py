@@ -50,10 +50,23 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "codec", ["q5_1", "q6_k", "nf4", pytest.param("q4_k", marks=pytest.mark.slow)]
+    "codec",
+    [
+        "q5_1",
+        "q6_k",
+        "nf4",
+        pytest.param("q4_k", marks=pytest.mark.slow),
+        "convrot_w4a4._rows",
+        "asym_w4a8_int8._fit",
+        "asym_w4a8_int8._codes",
+        "q3_k._search",
+        "q3_k._fit",
+        pytest.param("q3_k._finish", marks=pytest.mark.slow),
+    ],
 )
 def test_arithmetic_is_exact_on_a_card(codec, cache, monkeypatch):
-    found = compiled(monkeypatch, codec, torch.zeros(16, 512)).asm["ptx"]
+    weigh = {"importance": torch.ones(512)} if codec.startswith("q3_k.") else {}
+    found = compiled(monkeypatch, codec, torch.zeros(16, 512), **weigh).asm["ptx"]
     assert "div.rn.f32" in found
     # No approximation, no subnormal taken for zero, no product and sum rounded as one.
     assert not re.findall(r"\S*(?:approx|\.full|\.ftz|\bfma\.)\S*", found)

@@ -47,11 +47,25 @@ _ON_CARDS = {
     "iq4_nl": "iq4",
     "iq4_xs": "iq4",
     "nf4": "nf4",
+    "convrot_w4a4": "convrot_w4a4",
+    "asym_w4a8_int8": "asym_w4a8_int8",
 }  # codec -> module of its encoder
 
 # Codecs whose encoder for cards weighs errors by importance, (K,) float32, too.
 WEIGHTED_ON_CARDS = frozenset(
-    {"q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"}
+    {
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q2_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "iq4_nl",
+        "iq4_xs",
+        "q3_k",
+    }
 )
 
 # device "reference" is the plain specification, "cpu" what the engine runs.
