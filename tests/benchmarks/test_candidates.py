@@ -1,5 +1,8 @@
 """Candidate kernels without a card: by Triton's interpreter, as compiled, in benchmarks."""
 
+import argparse
+import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -152,6 +155,38 @@ def test_a_candidate_is_judged_by_the_packages_bits():
     assert (other.routine, other.wanted) == (DECODERS["q4_k"], own.routine)
     assert (own.tiles, other.tiles) == (launch.TILES, blocks.TILES)
     assert [one.name for one in gpu_kernels.decoders(("q4_k",), candidates=False)] == ["q4_k"]
+
+
+class Clock:
+    """Says 3 ms, then 2, and so on."""
+
+    def __init__(self):
+        self.said = itertools.cycle((3.0, 2.0))
+
+    def ms(self, work):
+        work()
+        return next(self.said)
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["same bits", "other bits"])
+def test_a_candidates_row_says_its_bits_and_its_time_to_the_measured(wrong, monkeypatch, capsys):
+    def other(parts, shape, dtype):
+        weight = REFERENCE["q4_k"](parts, shape, dtype)
+        return -weight if wrong else weight
+
+    shape = (4, 256)
+    monkeypatch.setattr(gpu_kernels, "KERNELS", {"q4_k": REFERENCE["q4_k"]})
+    monkeypatch.setattr(gpu_kernels, "CANDIDATES", {"q4_k": other})
+    monkeypatch.setattr(gpu_kernels, "random_parts", random_parts)
+    monkeypatch.setattr(gpu_kernels, "gemm_ms", lambda *_: 1.0)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)  # no bitsandbytes
+    args = argparse.Namespace(formats=["q4_k"], shapes=[shape], tokens=1, candidates=True)
+    own, row = gpu_kernels.rows(args, Clock(), 1.0)
+    assert (own["format"], own["equal"], "to_measured" in own) == ("q4_k", True, False)
+    assert (row["format"], row["equal"]) == ("q4_k candidate", not wrong)
+    assert row["to_measured"] == pytest.approx(2 / 3)
+    told = capsys.readouterr().out
+    assert ("NOT EQUAL" in told, "x 0.67" in told) == (wrong, True)
 
 
 def test_a_result_is_equal_if_it_is_the_float32_sum_rounded_once():
