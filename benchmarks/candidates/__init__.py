@@ -1,9 +1,8 @@
 """A second way to multiply few rows and to decode blocks: counted, not measured.
 
-No card has run it. Compiled for capability 9.0 it issues a third to two thirds of the instructions
-that each weight took in the kernels of its day (docs/lab-log.md); since then those of few rows have
-been made again in another way and measured on an H100, and they are what the package uses. What a
-card says decides, by
+No card has run it. Compiled for capability 9.0 it issues for each weight from as many instructions
+(int8, one row) to a third (q6_k, 16 rows) of what the kernels in use do. Those were made after it,
+in a simpler way, and an H100 has measured them (docs/lab-log.md). What a card says decides, by
 
     python benchmarks/gpu_matmul.py --parts few --candidates     and --sweep with it
     python benchmarks/gpu_kernels.py --candidates
