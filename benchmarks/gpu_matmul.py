@@ -2,14 +2,18 @@
 
 python benchmarks/gpu_matmul.py [--shapes NxK ...] [--tokens 4608] [--few 1 16 64] [--rounds 15]
                                 [--parts layers,few,rows,fused] [--json FILE]
+                                [--formats NAME ...] [--candidates]
 python benchmarks/gpu_matmul.py --sweep [--kinds int8 fp8]     every tile of triton/gemm.py
+python benchmarks/gpu_matmul.py --parts few --sweep --candidates [--formats NAME ...] [--jobs 14]
+                                every tile of candidates/few.py, see few_sweep.py; two minutes
 TRITON_INTERPRET=1 python benchmarks/gpu_matmul.py --tiny      every branch, no GPU, no timings
 
     layers   a product of --tokens rows, by every routine; `rows` is what quantizing the
              activations takes, and a layer is their sum
     rows     quantizing activations: to fp8, to int8, to rotated int8; GB/s of what must move
     fused    the same behind GELU, by every way (warps, row held or not); for triton/rows.py
-    few      --few rows with a packed weight: one kernel, against decoding and then multiplying
+    few      --few rows with a packed weight: one kernel, against decoding and then multiplying;
+             with --candidates that of benchmarks/candidates beside it, see gpu_few.py
     tiles    the same by every tile; for triton/few.py
 
     ms       median of --rounds by CUDA events; 512 MiB are written before each (cold cache)
@@ -17,7 +21,7 @@ TRITON_INTERPRET=1 python benchmarks/gpu_matmul.py --tiny      every branch, no 
     TFLOP/s  2 M N K over ms
     error    relative, to the float32 product of the operands before they were quantized: Gaussian
              numbers, 512 rows
-    equal    int8 has to be the reference's (512 rows of it) exactly
+    equal    int8 has to be the reference's (512 rows of it) exactly, few rows float32 sums rounded
 
 A routine that fails is a row that says so. On an H100 layers, rows and few take half a minute,
 fused one, tiles with two numbers of rows two and a half, --sweep of int8 a quarter.
@@ -35,14 +39,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from few_sweep import sweep_few
+from gpu_few import FEW_FORMATS, few_rows, few_tiles
 from peak_memory import environment, version
 from torch import Tensor
 from torch.nn import functional
 
-from diffquant.quant.formats import FORMATS
-from diffquant.runtime.kernels import KERNELS, decode, products
+from diffquant.runtime.kernels import products
 from diffquant.runtime.kernels import rows as reference
-from diffquant.runtime.kernels.triton import few, gemm
+from diffquant.runtime.kernels.triton import gemm
 from diffquant.runtime.kernels.triton import rows as fast_rows
 
 SHAPES = (
@@ -54,9 +59,6 @@ SHAPES = (
     (21504, 3072),
 )
 TINY = ((48, 64), (64, 512))
-FEW_FORMATS = (
-    "q8_0", "q4_0", "q4_k", "q5_k", "q6_k", "fp8_e4m3_scaled", "int8_rowwise", "nf4",
-)  # fmt: skip
 FLUSHED_NBYTES = 512 << 20
 JUDGED_ROWS = 512
 CANDIDATES = {  # by whether it is tiny
@@ -112,7 +114,7 @@ class Bench:
             for key, value in row.items()
             if key not in ("what", "name", "shape")
         )
-        print(f"{what:7} {name:26} {shape[0]:>6}x{shape[1]:<6} {told}", flush=True)
+        print(f"{what:7} {name:35} {shape[0]:>6}x{shape[1]:<6} {told}", flush=True)
 
 
 def by_triton(
@@ -244,85 +246,6 @@ def fused_row(
     return {"ms": found[0][0], "gb_per_s": nbytes / found[0][0] / 1e6, "every": told}
 
 
-def random_parts(name: str, shape: Shape, device: str) -> dict[str, Tensor]:
-    """Random bytes, scales of one in blocks that hold their own."""
-    row, parts = FORMATS[name], {}
-    for part in row.parts:
-        size = part.shape(shape)
-        if len(row.parts) == 1 and row.block_size:
-            size = (shape[0], row.nbytes((1, shape[1])))
-        if part.dtype == "F32":
-            parts[part.name] = torch.rand(size, device=device) * 0.02 + 0.01
-        else:
-            # up to 0x3B: as float16 scales below one, as e4m3 no NaN
-            data = torch.randint(0, 0x3B, size, dtype=torch.uint8, device=device)
-            kind = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}.get(part.dtype, torch.uint8)
-            parts[part.name] = data.view(kind)
-    return parts
-
-
-def few_rows(bench: Bench) -> None:
-    """One kernel against decoding and multiplying."""
-    for shape in bench.args.shapes:
-        for count in bench.args.few:
-            x, w = bench.normal(count, shape[1]), bench.normal(*shape)
-            base = bench.ms(functools.partial(functional.linear, x, w))
-            bench.row("few", f"bf16 gemm, {count} rows", shape, lambda ms=base: {"ms": ms})
-            for name in FEW_FORMATS:
-                if shape[1] % (FORMATS[name].block_size or 1) == 0:
-                    work = functools.partial(few_row, bench, name, shape, x, base)
-                    bench.row("few", f"{name}, {count} rows", shape, work)
-
-
-def few_row(bench: Bench, name: str, shape: Shape, x: Tensor, base: float) -> dict[str, Any]:
-    parts = random_parts(name, shape, bench.device)
-    found = few.few_rows(x, name, parts, shape, None)
-
-    def apart() -> Tensor:
-        return functional.linear(x, decode(name, parts, shape, x.dtype))
-
-    wanted = x.float() @ KERNELS[name](parts, shape, x.dtype).float().t()
-    ms = bench.ms(functools.partial(few.few_rows, x, name, parts, shape, None))
-    return {
-        "ms": ms,
-        "x": ms / base,
-        "apart_x": bench.ms(apart) / base,
-        "error": float((found.float() - wanted).norm() / wanted.norm()),
-    }
-
-
-TILED = ((18432, 3072), (3072, 15360))  # a modulation; few programs by rows alone
-
-
-def few_tiles(bench: Bench) -> None:
-    """Few rows by every tile, the fastest first."""
-    for shape in TINY if bench.args.tiny else TILED:
-        for count in bench.args.few:
-            x, w = bench.normal(count, shape[1]), bench.normal(*shape)
-            base = bench.ms(functools.partial(functional.linear, x, w))
-            for name in FEW_FORMATS:
-                if shape[1] % (FORMATS[name].block_size or 1) == 0:
-                    work = functools.partial(tile_row, bench, name, shape, x, base)
-                    bench.row("tiles", f"{name}, {count} rows", shape, work)
-
-
-def tile_row(bench: Bench, name: str, shape: Shape, x: Tensor, base: float) -> dict[str, Any]:
-    parts = random_parts(name, shape, bench.device)
-    wanted = x.float() @ KERNELS[name](parts, shape, x.dtype).float().t()
-    found, failed = [], []
-    for tile in few.CANDIDATES:
-        call = functools.partial(few.few_rows, x, name, parts, shape, None, tile=tile)
-        try:
-            gap = float((call().float() - wanted).norm() / wanted.norm())
-            found.append((bench.ms(call) / base, tuple(tile), gap))
-        except Exception as error:  # a tile that is too large for the card
-            failed.append((tuple(tile), type(error).__name__))
-    found.sort()
-    told = ", ".join(f"{x_:.2f} {tile}" for x_, tile, _ in found)
-    worst = max(gap for *_, gap in found)
-    return {"x": found[0][0], "error": worst, "every": told, "not_served": len(failed)}
-
-
 def sweep(bench: Bench) -> None:
     """Every tile for every layer, and the table for triton/gemm.py."""
     best: dict[str, dict[Shape, tuple[float, gemm.GemmTile]]] = {}
@@ -365,12 +288,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--parts", default="layers,rows,fused,few")
     parser.add_argument("--kinds", nargs="+", default=["int8", "fp8"], choices=["int8", "fp8"])
+    parser.add_argument("--formats", nargs="+", default=FEW_FORMATS, choices=FEW_FORMATS)
+    parser.add_argument("--candidates", action="store_true", help="few rows by them too")
+    parser.add_argument("--jobs", type=int, default=14, help="processes that compile candidates")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="small, on the CPU, interpreted")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.rounds < 5:
         parser.error("--rounds: at least 5")
+    if args.candidates and "few" not in args.parts.split(","):
+        parser.error("--candidates: of the part few alone")
+    if args.candidates and args.sweep and args.parts != "few":
+        parser.error("--sweep --candidates: with --parts few")
     if args.shapes:
         args.shapes = [tuple(map(int, one.split("x"))) for one in args.shapes]
     else:
@@ -394,7 +324,7 @@ def main() -> None:
     }
     with torch.no_grad():
         if args.sweep:
-            sweep(bench)
+            (sweep_few if args.candidates else sweep)(bench)
         else:
             for name in args.parts.split(","):
                 work[name](bench)

@@ -39,7 +39,8 @@ def _compiled(kernel, args, constants, capability, **changed):
     signature, constexprs, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
         value = values[name]
-        if kernel.params[at].is_constexpr or (isinstance(value, int) and value == 1):
+        fixed = kernel.params[at].do_not_specialize
+        if kernel.params[at].is_constexpr or (isinstance(value, int) and value == 1 and not fixed):
             signature[name], constexprs[name] = "constexpr", value
             continue
         if isinstance(value, float):
@@ -50,7 +51,7 @@ def _compiled(kernel, args, constants, capability, **changed):
             signature[name] = f"tensordesc<{kind}{list(value.block_shape)}>"
             continue
         signature[name] = _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
+        if isinstance(value, torch.Tensor) or (value % 16 == 0 and not fixed):
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
     return compile_source(source, target=GPUTarget("cuda", capability, 32), options=options)
