@@ -500,6 +500,24 @@ def test_ctrl_c_in_a_real_process_is_130_and_leaves_nothing(tmp_path, swallowed)
     assert {path.name for path in tmp_path.iterdir()} == {"o.preview.png"}
 
 
+def test_memory_is_planned_for_pictures_that_are_judged(tmp_path):
+    out = tmp_path / "q.gguf"
+    assert call("quantize", FLUX, "-o", out, "-t", "q8_0", "--verify", "none").exit_code == 0
+    few = ("verify", out, "--against", FLUX, "--size", "64x64", "--steps", 1, "--seeds", 0)
+    plain, planned = (
+        json.loads(call(*few, *more, "--json").stdout)["result"]["image"]
+        for more in ((), ("--offload", "blocks", "--ram", "4GiB"))
+    )
+    assert planned["psnr_db"] == plain["psnr_db"]
+    assert planned["control_psnr_db"] == plain["control_psnr_db"]
+    assert plain["how"] == "read and run by diffquant"
+    assert "; offload blocks, " in planned["how"]
+    refused(call(*few, "--vram", "4GiB"), 2, "on the CPU use --ram")
+    refused(call(*few, "--offload", "blocks", "--level", "tensors"), 2, "are of pictures")
+    refused(call(*few, "--offload", "blocks", "--engine", "diffusers"), 2, "of the bundled engine")
+    refused(call(*few, "--ram", "64MiB"), 6, "no way to place the weights fits")
+
+
 def test_a_card_that_does_not_compute_is_told_and_the_cpu_taken(tmp_path, monkeypatch):
     why = "the CUDA card does not compute: no kernel image"
     monkeypatch.setattr(devices, "auto_device", lambda: devices.Device("cpu", why, failed=True))

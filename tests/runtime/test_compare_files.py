@@ -24,9 +24,12 @@ from diffquant.runtime.compare_settings import (
     row_names,
 )
 from diffquant.runtime.comparison import METRICS, PairValues, Row, Value
+from diffquant.runtime.engines import EngineFiles, bundled
 from diffquant.runtime.gates import GATES, judge_gate
 from diffquant.runtime.judges import Pooled
+from diffquant.runtime.memory.budget import Asked
 from diffquant.runtime.metrics.values import value_of
+from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.scorers import DEMO_PROMPTS
 from diffquant.runtime.verify import verify
 from diffquant.runtime.weight_errors import weigh
@@ -328,3 +331,38 @@ def test_pair_values_name_prompt_seed_and_metrics(compared):
     assert all(isinstance(pair, PairValues) for pair in pairs)
     assert [(pair.prompt, pair.seed) for pair in pairs] == [(p, 5) for p in SETTINGS.prompts]
     assert list(pairs[0].values) == list(SETTINGS.metrics)
+
+
+@pytest.mark.parametrize("offload", ["model", "blocks", "sequential"])
+def test_pictures_are_the_same_wherever_weights_live(files, compared, offload):
+    """One model is there at a time: reference, floor, candidate and its damaged copy take turns."""
+    wanted, pictures = compared
+    settings = replace(SETTINGS, memory=Asked(offload=offload))
+    found, there = compare_files(FLUX, [files["q8_0"], files["q4_0"]], settings)
+    assert there.rows.keys() == pictures.rows.keys()
+    for name, row in pictures.rows.items():
+        assert all(np.array_equal(*pair) for pair in zip(row, there.rows[name], strict=True))
+    assert [row.values for row in found.rows] == [row.values for row in wanted.rows]
+
+
+def test_a_side_that_draws_takes_the_place_of_the_other(files):
+    memory = Asked(offload="none")
+    one = bundled.open_side(EngineFiles(FLUX, memory=memory))
+    two = bundled.open_side(EngineFiles(files["q8_0"], base=FLUX, memory=memory))
+    request = PictureRequest("a red circle", steps=1, width=64, height=64)
+
+    def there(side):
+        layers = side.opened.pipeline.parts.denoiser.modules()
+        kinds = {one.packed.device.type for one in layers if getattr(one, "stored", None)}
+        return kinds == {"cpu"}
+
+    first = one.draw(request)
+    assert (there(one), there(two)) == (True, False)
+    two.draw(request)
+    assert (there(one), there(two)) == (False, True)
+    assert np.array_equal(one.draw(request), first)
+    assert "offload none, " in one.how
+    with one.rough() as rough:
+        rough.draw(request)
+        assert (there(one), there(rough)) == (False, True)
+    assert not there(rough)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from diffquant.cli.ask_memory import memory_from, memory_options
 from diffquant.cli.values import prompts_from, seeds_from, size_from
 
 __all__ = ["Sides", "side_options"]
@@ -68,6 +69,13 @@ class Sides:
     engine: str
     synthetic: bool
     device: str
+    memory: dict[str, Any]
+
+    @property
+    def asks_memory(self) -> bool:
+        """Whether anything was said about memory."""
+        unsaid = (None, "auto")
+        return any(value not in unsaid for value in self.memory.values())
 
     @property
     def reads(self) -> tuple[Path | None, ...]:
@@ -86,7 +94,7 @@ class Sides:
         """Arguments that ImageSettings and CompareSettings share.
 
         Raises:
-            UsageError: seeds or a size that are none.
+            UsageError: seeds, a size or an amount of memory that are none.
         """
         return {
             "seeds": seeds_from(self.seeds),
@@ -98,6 +106,7 @@ class Sides:
             "device": self.device,
             "lpips_weights": self.lpips_weights,
             "synthetic": self.synthetic,
+            "memory": memory_from(self.memory),
         }
 
 
@@ -109,6 +118,7 @@ def side_options(function: Callable[..., Any]) -> Callable[..., Any]:
         own = {name: kwargs.pop(name) for name in Sides.__dataclass_fields__}
         return function(*args, sides=Sides(**own), **kwargs)
 
+    command: Callable[..., Any] = memory_options(wrapped)
     for option in reversed(_OPTIONS):
-        wrapped = option(wrapped)
-    return wrapped
+        command = option(command)
+    return command

@@ -77,6 +77,8 @@ def command(
             raise UsageError("--engine draws pictures: use --level image")
         if compute != "exact" and (level != "image" or sides.engine != "bundled"):
             raise UsageError("--compute draws pictures in the bundled engine: use --level image")
+        if sides.asks_memory and level != "image":
+            raise UsageError("--vram, --ram, --offload and --decode are of pictures")
         if min_psnr is not None and level != "image":
             raise UsageError("--min-psnr judges pictures: use --level image")
         psnr = _MIN_PSNR_DB if min_psnr is None else min_psnr

@@ -23,6 +23,7 @@ from diffquant.runtime.compute import Mode
 from diffquant.runtime.engines import EngineFiles, Side, open_side
 from diffquant.runtime.gates import GATES, GateResult, judge_gate
 from diffquant.runtime.judges import Pair, Pooled, defects, ssim
+from diffquant.runtime.memory.budget import Asked
 from diffquant.runtime.metrics import MetricNeeds, Opened, open_judges
 from diffquant.runtime.metrics.values import value_of
 from diffquant.runtime.request import PictureRequest
@@ -55,6 +56,7 @@ class ImageSettings:
         synthetic: judge the denoisers alone, as runtime/synthetic.py draws with them.
         compute: what the candidate's denoiser multiplies in; its source's is computed exactly.
         only: part that the candidate is, everything else is its source's; "" for a whole model.
+        memory: what may be taken of the device's and the host's.
     """
 
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
@@ -74,6 +76,7 @@ class ImageSettings:
     lpips_weights: Path | None = None
     synthetic: bool = False
     only: str = ""
+    memory: Asked = field(default_factory=Asked)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -148,6 +151,7 @@ def compare_pictures(
         settings.device,
         synthetic=settings.synthetic,
         compute=settings.compute,
+        memory=settings.memory,
         swapped=((settings.only, candidate),) if settings.only else (),
     )
     needs = MetricNeeds(
@@ -246,7 +250,14 @@ def make_reference(
 ) -> Reference:
     """Generate with the source in float32, and again with its denoiser in bfloat16."""
     files = EngineFiles(
-        against, base, vae, (), settings.dtype, settings.device, synthetic=settings.synthetic
+        against,
+        base,
+        vae,
+        (),
+        settings.dtype,
+        settings.device,
+        synthetic=settings.synthetic,
+        memory=settings.memory,
     )
     source = open_side(settings.engine, files)
     settings = replace(settings, size=settings.size or source.size)

@@ -145,6 +145,7 @@ class Run:
             dtype=settings.dtype,
             device=settings.device,
             synthetic=settings.synthetic,
+            memory=settings.memory,
         )
 
     def _files(self, path: Path) -> EngineFiles:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffquant.runtime.memory.budget import Asked
 from diffquant.runtime.scorers import parse
 
 __all__ = [
@@ -37,6 +38,7 @@ class CompareSettings:
         engine: key of ENGINES.
         lpips_weights, clip_model: as MetricNeeds has them.
         synthetic: compare denoisers alone, as runtime/synthetic.py draws with them.
+        memory: what may be taken of the device's and the host's.
         keep_pictures: return every row's pictures; else the reference's alone, and no more than
             two rows' are in memory at a time.
     """
@@ -59,6 +61,7 @@ class CompareSettings:
     clip_model: str | None = None
     synthetic: bool = False
     keep_pictures: bool = True
+    memory: Asked = field(default_factory=Asked)
 
 
 def default_metrics(prompts: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from diffquant.core.errors import UsageError
 from diffquant.runtime.compute import Mode
+from diffquant.runtime.memory.budget import Asked
 from diffquant.runtime.prompts import parse
 from diffquant.runtime.request import PictureRequest
 
@@ -52,6 +53,7 @@ class EngineFiles:
             `Side.rough` does it to a model that is open, and may hold it twice.
         synthetic: the denoiser alone, as runtime/synthetic.py draws with it.
         compute: what the denoiser's layers multiply in; only the bundled runtime can be asked.
+        memory: what may be taken of the device's and the host's; only the bundled runtime plans.
     """
 
     model: Path
@@ -64,6 +66,7 @@ class EngineFiles:
     rough: bool = False
     synthetic: bool = False
     compute: Mode = "exact"
+    memory: Asked = field(default_factory=Asked)
 
 
 class Side(Protocol):
@@ -108,11 +111,16 @@ class Side(Protocol):
 
 
 def refuse_swapped(engine: str, files: EngineFiles) -> None:
-    """Refuse parts from elsewhere and stand-ins, for engines that load files as they are.
+    """Refuse what is ours alone: parts from elsewhere, stand-ins, planned memory.
 
     Raises:
         UsageError: there is one.
     """
+    if files.memory != Asked():
+        raise UsageError(
+            f"--vram, --ram, --offload and --decode are of the bundled engine: {engine} places "
+            "weights in its own way"
+        )
     if files.synthetic:
         raise UsageError(f"--engine {engine} draws no synthetic pictures: use --engine bundled")
     if files.swapped:

@@ -1,8 +1,13 @@
-"""The bundled runtime as an engine."""
+"""The bundled runtime as an engine.
+
+On a card, or where memory is asked for, weights stay in their files until a picture needs them, and
+are placed by a plan, as `generate` does it. One model is on the device at a time.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -16,6 +21,9 @@ from diffquant.runtime.engines.base import EngineFiles, OnLatents, OnStep, Pictu
 from diffquant.runtime.graph_choice import Graphs
 from diffquant.runtime.lora import attach
 from diffquant.runtime.low_bit import LowBit, apply
+from diffquant.runtime.memory.budget import Asked, capped
+from diffquant.runtime.memory.placement import Placement
+from diffquant.runtime.memory.planning import place, plan_run
 from diffquant.runtime.opening import Opened, open_pipeline
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.synthetic import describe
@@ -23,13 +31,18 @@ from diffquant.runtime.synthetic import describe
 __all__ = ["BundledSide", "open_side"]
 
 
-@dataclass(frozen=True, slots=True)
+# Whose weights are on a device; another side's go when it draws.
+_there: list[weakref.ref[Placement]] = []
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class BundledSide:
     """An opened pipeline of ours.
 
     Attributes:
         synthetic: what its denoiser is shown instead of text; "": it reads prompts.
         graphs: what became of CUDA graphs, in each picture anew.
+        placed: how weights were placed.
     """
 
     files: EngineFiles
@@ -39,6 +52,7 @@ class BundledSide:
     engine: str = f"diffquant {__version__}"
     synthetic: str = ""
     graphs: dict[str, None] = field(default_factory=dict)
+    placed: dict[str, None] = field(default_factory=dict)
 
     @property
     def how(self) -> str:
@@ -48,6 +62,7 @@ class BundledSide:
                 "read and run by diffquant",
                 *filter(None, (self.synthetic,)),
                 *self.low_bit.said,
+                *self.placed,
                 *self.graphs,
             )
         )
@@ -64,15 +79,34 @@ class BundledSide:
         on_latents: OnLatents | None = None,
     ) -> Pictures:
         """Pictures (B, H, W, 3) in [0, 1]."""
-        pipeline, device = self.opened.pipeline, self.files.device
-        with Graphs("auto", pipeline.parts, device, request.steps) as graphs:
-            made = pipeline.run(request, on_step=on_step)
-        if torch.device(device).type == "cuda":
+        pipeline, device = self.opened.pipeline, torch.device(self.files.device)
+        with contextlib.ExitStack() as stack:
+            if self.opened.placement is not None:
+                stack.enter_context(capped(device, self.files.memory))
+                self._place(self.opened.placement, request)
+            graphs = Graphs("auto", pipeline.parts, self.files.device, request.steps)
+            with graphs:
+                made = pipeline.run(request, on_step=on_step)
+        if device.type == "cuda":
             self.graphs[graphs.said] = None
+        if self.opened.placement is not None:
+            self.placed.update(dict.fromkeys(self.opened.placement.steps))
         if on_latents is not None:
             on_latents(made.latents.numpy())
         pictures: Pictures = made.images.numpy()
         return pictures
+
+    def _place(self, mine: Placement, request: PictureRequest) -> None:
+        """Plan for a picture; what another side has on the device goes first."""
+        for other in (ref() for ref in _there):
+            if other is not None and other is not mine:
+                other.release()
+        _there[:] = [weakref.ref(mine)]
+        plan = plan_run(self.opened, request, self.files.memory, extra=self.low_bit.nbytes)
+        place(self.opened, plan)
+        decode = "" if plan.rung.decoder == "whole" else f", decode {plan.rung.decoder}"
+        peak = plan.peak_nbytes / (1 << 30)
+        self.placed[f"offload {plan.rung.level}{decode}, {peak:.2f} GiB predicted"] = None
 
     @contextlib.contextmanager
     def damaged(self, *, rows: bool) -> Iterator[str | None]:
@@ -85,13 +119,18 @@ class BundledSide:
     @contextlib.contextmanager
     def rough(self) -> Iterator[Self | None]:
         """Open the model again, its denoiser in bfloat16."""
-        opened = _opened(self.files, torch.bfloat16)
-        attach(opened, self.files.loras)
-        yield replace(self, opened=opened)
+        with contextlib.ExitStack() as files:
+            opened = _opened(self.files, torch.bfloat16, files)
+            attach(opened, self.files.loras)
+            yield replace(self, opened=opened)
 
 
-def _opened(files: EngineFiles, denoiser: torch.dtype | None) -> Opened:
-    return open_pipeline(
+def _opened(
+    files: EngineFiles, denoiser: torch.dtype | None, stack: contextlib.ExitStack
+) -> Opened:
+    """Open the pipeline; where memory is planned, its files stay open in `stack`."""
+    planned = torch.device(files.device).type != "cpu" or files.memory != Asked()
+    opened = open_pipeline(
         files.model,
         base=files.base,
         vae=files.vae,
@@ -100,7 +139,11 @@ def _opened(files: EngineFiles, denoiser: torch.dtype | None) -> Opened:
         denoiser_dtype=denoiser,
         swapped=dict(files.swapped),
         synthetic=files.synthetic,
+        files=stack if planned else None,
     )
+    if opened.placement is not None:
+        stack.callback(opened.placement.release)
+    return opened
 
 
 def open_side(files: EngineFiles) -> BundledSide:
@@ -110,11 +153,15 @@ def open_side(files: EngineFiles) -> BundledSide:
     """
     card = card_of(files.device)
     low = bool(engines_for(files.compute, card)[0])
-    opened = _opened(files, torch.bfloat16 if low or files.rough else None)
-    uses = attach(opened, files.loras)
-    found = apply(opened.pipeline.parts.denoiser, files.compute, card)
+    with contextlib.ExitStack() as stack:  # closed here where something fails
+        opened = _opened(files, torch.bfloat16 if low or files.rough else None, stack)
+        uses = attach(opened, files.loras)
+        found = apply(opened.pipeline.parts.denoiser, files.compute, card)
+        kept = stack.pop_all()
     texts = (text for use in uses for text in use.warnings)
     told = describe(opened.pipeline) if files.synthetic else ""
-    return BundledSide(
+    side = BundledSide(
         files, opened, (*opened.warnings, *texts, *found.warnings), found, synthetic=told
     )
+    weakref.finalize(side, kept.close)
+    return side

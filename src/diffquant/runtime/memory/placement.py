@@ -44,6 +44,7 @@ class _Part:
         ]
         self._stream: Stream | None = None
         self._loaded: dict[PackedLayer, PackedWeight] = {}
+        self._covered: dict[PackedLayer, PackedWeight] = {}  # loaded once, under a weight not ours
         for layer in (*self._layers.values(), *self._tables):
             layer.home = self
 
@@ -64,9 +65,13 @@ class _Part:
             self._stream = None
         # A weight that was put in place of ours meanwhile (a damaged one) is not ours to take.
         for layer in (*self._layers.values(), *self._tables):
-            if layer.home is self or layer.packed is self._loaded.get(layer):
+            mine = (self._loaded.get(layer), self._covered.get(layer))
+            if layer.home is self or any(one is layer.packed for one in mine):
                 assert layer.stored is not None
                 layer.packed, layer.home = layer.stored.outline, self
+                self._covered.pop(layer, None)
+            elif layer in self._loaded:
+                self._covered[layer] = self._loaded[layer]
         self._loaded = {}
 
     def weight(self, layer: PackedLayer) -> PackedWeight:
@@ -104,6 +109,8 @@ class _Part:
         # a part whose blocks all stay comes like one that streams: its tables stay on the host
         tables = () if rung.level == "blocks" else self._tables
         for layer in (*self._layers.values(), *tables):
+            if layer.home is not self:  # it holds another weight meanwhile
+                continue
             assert layer.stored is not None
             self._loaded[layer] = layer.stored.load().to(self.device)
         for layer, weight in self._loaded.items():
