@@ -28,6 +28,7 @@ from diffquant.runtime.engines import EngineFiles, bundled
 from diffquant.runtime.gates import GATES, judge_gate
 from diffquant.runtime.judges import Pooled
 from diffquant.runtime.memory.budget import Asked
+from diffquant.runtime.memory.rungs import Rung
 from diffquant.runtime.metrics.values import value_of
 from diffquant.runtime.request import PictureRequest
 from diffquant.runtime.scorers import DEMO_PROMPTS
@@ -358,6 +359,9 @@ def test_a_side_that_draws_takes_the_place_of_the_other(files):
 
     first = one.draw(request)
     assert (there(one), there(two)) == (True, False)
+    one.opened.placement.settle(Rung("sequential", "whole", pinned=False))  # memory ran out
+    assert np.array_equal(one.draw(request), first)
+    assert one.opened.placement.rung.level == "sequential"
     two.draw(request)
     assert (there(one), there(two)) == (False, True)
     assert np.array_equal(one.draw(request), first)

@@ -30,9 +30,8 @@ from diffquant.runtime.synthetic import describe
 
 __all__ = ["BundledSide", "open_side"]
 
-
-# Whose weights are on a device; another side's go when it draws.
-_there: list[weakref.ref[Placement]] = []
+# Whose weights are on a device, planned for what; another side's go when it draws.
+_there: list[tuple[weakref.ref[Placement], tuple[int | None, ...]]] = []
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -97,11 +96,19 @@ class BundledSide:
         return pictures
 
     def _place(self, mine: Placement, request: PictureRequest) -> None:
-        """Plan for a picture; what another side has on the device goes first."""
-        for other in (ref() for ref in _there):
+        """Plan for a picture; what another side has on the device goes first.
+
+        A picture like the last one finds things as that left them: where memory had run out,
+        another plan would let it run out again.
+        """
+        alike = (request.width, request.height, request.batch)
+        for ref, planned in _there:
+            other = ref()
+            if other is mine and planned == alike:
+                return
             if other is not None and other is not mine:
                 other.release()
-        _there[:] = [weakref.ref(mine)]
+        _there[:] = [(weakref.ref(mine), alike)]
         plan = plan_run(self.opened, request, self.files.memory, extra=self.low_bit.nbytes)
         place(self.opened, plan)
         decode = "" if plan.rung.decoder == "whole" else f", decode {plan.rung.decoder}"
