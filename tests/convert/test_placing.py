@@ -21,7 +21,7 @@ from diffquant.convert.several import Wanted, run_jobs
 from diffquant.core.errors import QuantError, ResourceError, UnsupportedShape, UsageError
 from diffquant.io.imatrix import Entry, ImportanceMatrix
 from diffquant.quant import cards, staging
-from diffquant.quant.backends import WEIGHTED_ON_CARDS, backend
+from diffquant.quant.backends import BACKENDS, WEIGHTED_ON_CARDS, backend
 from diffquant.quant.cards import NO_CARDS, Cards, cards_for
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.policy import Rule
@@ -99,7 +99,8 @@ def test_auto_takes_a_card_where_there_is_enough_to_search_for(examples, monkeyp
     assert placing.cards_worth("auto", [plan], lambda _asked: ONE) is NO_CARDS
 
 
-def test_what_has_no_encoder_for_cards_stays_and_is_told(examples):
+def test_what_has_no_encoder_for_cards_stays_and_is_told(examples, monkeypatch):
+    monkeypatch.delitem(BACKENDS, ("mxfp4", "encode", "cuda"))
     request = q4_k_s(rules=(Rule("img_attn.qkv", "mxfp4", "test"),))
     plan = planned(examples / "flux1-shapes", ONE, request)
     assert {s.encoder for s in plan.steps if s.decision.format == "mxfp4"} == {"cpu"}
@@ -161,6 +162,8 @@ def test_nothing_is_told_where_no_card_was_looked_for(examples):
         ("flux1-shapes", "int8_convrot", "safetensors"),
         ("flux1-shapes", "convrot_w4a4", "safetensors"),
         ("flux1-shapes", "asym_w4a8_int8", "safetensors"),
+        ("flux1-shapes", "nvfp4", "safetensors"),
+        ("flux1-shapes", "nf4_dq", "safetensors"),
     ],
 )
 def test_files_are_the_same_and_the_report_says_who_encoded(
