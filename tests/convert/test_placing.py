@@ -99,6 +99,20 @@ def test_auto_takes_a_card_where_there_is_enough_to_search_for(examples, monkeyp
     assert placing.cards_worth("auto", [plan], lambda _asked: ONE) is NO_CARDS
 
 
+@pytest.mark.parametrize(
+    ("name", "container", "pays"),
+    [("mxfp4", "gguf", False), ("nf4_dq", "safetensors", False), ("fp4_dq", "safetensors", True)],
+)
+def test_auto_starts_no_card_for_what_the_cpu_encodes_quickly(
+    examples, monkeypatch, name, container, pays
+):
+    monkeypatch.setattr(placing, "AUTO_WEIGHTS", 1000)
+    request = Request(container, type=type_named(name), pure=True)
+    plan = planned(examples / "flux1-shapes", ONE, request)
+    assert {step.encoder for step in plan.steps if step.decision.format == name} == {"cuda"}
+    assert (placing.cards_worth("auto", [plan], lambda _asked: ONE) is ONE) == pays
+
+
 def test_what_has_no_encoder_for_cards_stays_and_is_told(examples, monkeypatch):
     monkeypatch.delitem(BACKENDS, ("mxfp4", "encode", "cuda"))
     request = q4_k_s(rules=(Rule("img_attn.qkv", "mxfp4", "test"),))
