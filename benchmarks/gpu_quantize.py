@@ -19,14 +19,15 @@ seconds are told. Then:
 `--kernels` times the encoders alone (CUDA events, median of 9, rows of 16 Mi weights that are on
 the card) and tries other lanes: the table for quant/codecs/triton/launch.py.
 
-Needs numba, as the CPU's side does. Without a card, `--device interpreter` with a tiny --hidden
-(256) tries the script.
+Needs numba, as the CPU's side does. Without a card, `--device interpreter --threads 1` with a tiny
+--hidden (256) tries the script. The file is GGUF where the type can go there, else safetensors.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -139,7 +140,7 @@ def quantize(source: Path, out: Path, kind: str, device: str, threads: int | Non
     from diffquant.convert.plan import Request
     from diffquant.quant.types import type_named
 
-    request = Request("gguf", type=type_named(kind))
+    request = Request(out.suffix[1:], type=type_named(kind))
     return run_job(source, out, request, force=True, device=device, workers=threads)
 
 
@@ -161,10 +162,20 @@ def hashes(path: Path) -> dict[str, str]:
         return dict(zip(keys, found, strict=True))
 
 
+def container_of(kind: str) -> str:
+    """The file that a type goes to: GGUF where it can."""
+    from diffquant.quant.types import type_named
+
+    return "gguf" if "gguf" in type_named(kind).dialects else "safetensors"
+
+
 def one_type(kind: str, args: argparse.Namespace, source: Path, small: Path) -> dict[str, Any]:
     folder: Path = source.parent
     found: dict[str, Any] = {"type": kind}
-    outs = {device: folder / f"{device.partition(':')[0]}.gguf" for device in ("cpu", args.device)}
+    suffix = container_of(kind)
+    outs = {
+        device: folder / f"{device.partition(':')[0]}.{suffix}" for device in ("cpu", args.device)
+    }
     for device, out in outs.items():
         found[f"first_{device}_s"] = seconds_of(
             lambda out=out, device=device: quantize(small, out, kind, device, args.threads)
@@ -213,6 +224,7 @@ def kernels(device: str) -> list[dict[str, Any]]:
 
     from diffquant.quant.backends import BACKENDS, backend
     from diffquant.quant.codecs.triton import launch
+    from diffquant.quant.formats import FORMATS
 
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(KERNEL_WEIGHTS // 4096, 4096, generator=generator, device=device) * 0.02
@@ -240,10 +252,12 @@ def kernels(device: str) -> list[dict[str, Any]]:
     for codec, operation, where in BACKENDS:
         if where != "cuda":
             continue
-        encode = backend(codec, operation, "cuda")
+        fmt = next(row for row in FORMATS.values() if row.codec == codec)
+        stats = {"max": 0.1, "mean": (0.05, 1)}[fmt.statistic] if fmt.passes == 2 else None
+        encode = functools.partial(backend(codec, operation, "cuda"), weight, stats, fmt=fmt.name)
         for lanes in SWEPT:
             launch.LANES[codec] = launch.Lanes(*lanes)
-            ms = median_ms(lambda encode=encode, codec=codec: encode(weight, None, fmt=codec))
+            ms = median_ms(encode)
             rows.append(
                 {"what": codec, "lanes": lanes, "ms": ms, "gw_s": weight.numel() / ms / 1e6}
             )

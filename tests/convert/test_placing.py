@@ -21,7 +21,7 @@ from diffquant.convert.several import Wanted, run_jobs
 from diffquant.core.errors import QuantError, ResourceError, UnsupportedShape, UsageError
 from diffquant.io.imatrix import Entry, ImportanceMatrix
 from diffquant.quant import cards, staging
-from diffquant.quant.backends import WEIGHTED_ON_CARDS, backend
+from diffquant.quant.backends import BACKENDS, WEIGHTED_ON_CARDS, backend
 from diffquant.quant.cards import NO_CARDS, Cards, cards_for
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.policy import Rule
@@ -99,7 +99,22 @@ def test_auto_takes_a_card_where_there_is_enough_to_search_for(examples, monkeyp
     assert placing.cards_worth("auto", [plan], lambda _asked: ONE) is NO_CARDS
 
 
-def test_what_has_no_encoder_for_cards_stays_and_is_told(examples):
+@pytest.mark.parametrize(
+    ("name", "container", "pays"),
+    [("mxfp4", "gguf", False), ("nf4_dq", "safetensors", False), ("fp4_dq", "safetensors", True)],
+)
+def test_auto_starts_no_card_for_what_the_cpu_encodes_quickly(
+    examples, monkeypatch, name, container, pays
+):
+    monkeypatch.setattr(placing, "AUTO_WEIGHTS", 1000)
+    request = Request(container, type=type_named(name), pure=True)
+    plan = planned(examples / "flux1-shapes", ONE, request)
+    assert {step.encoder for step in plan.steps if step.decision.format == name} == {"cuda"}
+    assert (placing.cards_worth("auto", [plan], lambda _asked: ONE) is ONE) == pays
+
+
+def test_what_has_no_encoder_for_cards_stays_and_is_told(examples, monkeypatch):
+    monkeypatch.delitem(BACKENDS, ("mxfp4", "encode", "cuda"))
     request = q4_k_s(rules=(Rule("img_attn.qkv", "mxfp4", "test"),))
     plan = planned(examples / "flux1-shapes", ONE, request)
     assert {s.encoder for s in plan.steps if s.decision.format == "mxfp4"} == {"cpu"}
@@ -161,6 +176,8 @@ def test_nothing_is_told_where_no_card_was_looked_for(examples):
         ("flux1-shapes", "int8_convrot", "safetensors"),
         ("flux1-shapes", "convrot_w4a4", "safetensors"),
         ("flux1-shapes", "asym_w4a8_int8", "safetensors"),
+        ("flux1-shapes", "nvfp4", "safetensors"),
+        ("flux1-shapes", "nf4_dq", "safetensors"),
     ],
 )
 def test_files_are_the_same_and_the_report_says_who_encoded(

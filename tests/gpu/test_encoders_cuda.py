@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from awkward_weights import awkward_weights, importance_rows
+from awkward_weights import awkward_weights, importance_rows, not_finite
 
 from diffquant.convert.jobs import run_job
 from diffquant.convert.plan import Request
@@ -25,23 +25,29 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device here", allow_module_level=True)
 pytest.importorskip("triton")
 
+import scale_bits
+
 pytestmark = pytest.mark.gpu
 NAMES = [name for name, row in FORMATS.items() if (row.codec, "encode", "cuda") in BACKENDS]
 CPU = "cpu" if importlib.util.find_spec("numba") else "reference"
 
 
-def wanted(name, weight, **weigh):
+def wanted(name, weight, stats=None, **weigh):
     with np.errstate(all="ignore"):
-        return backend(FORMATS[name].codec, "encode", CPU)(weight, None, fmt=name, **weigh)
+        return backend(FORMATS[name].codec, "encode", CPU)(weight, stats, fmt=name, **weigh)
 
 
-def different(name, weight, **weigh):
+def flat_bytes(part):
+    return part.reshape(-1).view(np.uint8)
+
+
+def different(name, weight, stats=None, **weigh):
     rows = torch.from_numpy(weight).cuda()
     there = {key: torch.from_numpy(one).cuda() for key, one in weigh.items()}
-    found = backend(FORMATS[name].codec, "encode", "cuda")(rows, None, fmt=name, **there)
+    found = backend(FORMATS[name].codec, "encode", "cuda")(rows, stats, fmt=name, **there)
     return {
-        key: int((found[key].cpu().numpy().view(np.uint8) != part.view(np.uint8)).sum())
-        for key, part in wanted(name, weight, **weigh).items()
+        key: int((flat_bytes(found[key].cpu().numpy()) != flat_bytes(part)).sum())
+        for key, part in wanted(name, weight, stats, **weigh).items()
     }
 
 
@@ -69,6 +75,35 @@ def test_bytes_with_importance_are_the_cpus(name, awkward):
         for what in ("gaussian", "outlier columns", "signed zeros", "blocks of all sizes"):
             found = different(name, awkward[what], importance=importance)
             assert not any(found.values()), (kind, what)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if FORMATS[n].passes == 2])
+def test_bytes_of_a_part_of_a_weight_are_the_cpus(name, awkward):
+    whole = np.concatenate([awkward["gaussian"], awkward["heavy tails"]])
+    stats = backend(FORMATS[name].codec, "reduce", CPU)(whole, None, fmt=name)
+    assert not any(different(name, awkward["gaussian"], stats).values())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 33), (1, 127), (5, 31), (33, 70), (130, 129)])
+@pytest.mark.parametrize("name", [n for n in NAMES if not FORMATS[n].check((5, 31))])
+def test_bytes_of_odd_shapes_are_the_cpus(name, shape, awkward):
+    assert not any(different(name, np.resize(awkward["gaussian"], shape)).values())
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "nf4", "fp4"])
+def test_bytes_of_weights_that_are_not_finite_are_the_cpus(name):
+    pytest.importorskip("numba")  # the plain reference does not say so much
+    assert not any(different(name, not_finite()).values())
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_bytes_near_powers_of_two_are_the_cpus(name):
+    assert not any(different(name, scale_bits.blocks_near_powers()).values())
+
+
+def test_scales_are_the_cpus_near_every_power_of_two():
+    found = scale_bits.different("cuda")
+    assert not any(found.values()), found
 
 
 @pytest.mark.parametrize("lanes", [(64, 1), (64, 2), (256, 4), (256, 8)])

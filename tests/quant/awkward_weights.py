@@ -62,3 +62,11 @@ def importance_rows() -> dict[str, np.ndarray]:
         "a few columns": np.where(rng.random(COLUMNS) < 0.1, squares, np.float32(0)),
         "of all sizes": np.exp(rng.standard_normal(COLUMNS, dtype=np.float32) * np.float32(5)),
     }
+
+
+def not_finite() -> np.ndarray:
+    """Gaussian (4, COLUMNS) weights with infinities and NaN of both signs."""
+    weight = np.random.default_rng(13).standard_normal((4, COLUMNS), dtype=np.float32)
+    weight[0, ::40], weight[1, ::50], weight[3, 5::70] = np.inf, -np.inf, np.inf
+    weight[2, ::60], weight[3, ::64] = np.nan, -np.nan
+    return weight

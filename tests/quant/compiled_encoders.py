@@ -8,6 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from diffquant.quant.backends import backend
+from diffquant.quant.formats import FORMATS
 
 _ROOM = "diffquant.quant.codecs.triton."
 _POINTERS = {torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.float32: "*fp32"}
@@ -21,11 +22,12 @@ def _recorded(monkeypatch, codec, weight, **weigh):
         calls.setdefault(kernel.fn.__name__, (kernel, warps, args, constants))
 
     encode = backend(codec, "encode", "cuda")
+    fmt = next(name for name, row in FORMATS.items() if row.codec == codec)
     with monkeypatch.context() as patch:  # what the test patched itself stays
         for name, module in list(sys.modules.items()):
             if name.startswith(_ROOM) and hasattr(module, "launch"):
                 patch.setattr(module, "launch", record)
-        encode(weight, fmt=codec, **weigh)
+        encode(weight, fmt=fmt, **weigh)
     return calls
 
 

@@ -18,11 +18,11 @@ from compiled_encoders import compiled
 
 CODECS = [codec for codec, _, device in BACKENDS if device == "cuda"]
 NAMES = [name for name, row in FORMATS.items() if row.codec in CODECS]
+UNDIVIDED = ("mxfp4",)  # its scales are powers of two
 
 
-def interpret(*arguments):
-    script = Path(__file__).with_name("encoders_interpreter.py")
-    command = [sys.executable, script, *arguments]
+def interpret(*arguments, script="encoders_interpreter.py"):
+    command = [sys.executable, Path(__file__).with_name(script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -41,6 +41,12 @@ def test_bytes_are_the_cpus(name, interpreted):
 @pytest.mark.slow
 def test_bytes_of_every_case_are_the_cpus():
     assert interpret("all") == {name: {} for name in NAMES}
+
+
+def test_scales_are_the_cpus_near_every_power_of_two():
+    found = interpret(script="scale_bits.py")
+    assert len(found) == 4
+    assert not any(found.values()), found
 
 
 @pytest.fixture
@@ -62,14 +68,25 @@ def cache(tmp_path, monkeypatch):
         "q3_k._search",
         "q3_k._fit",
         pytest.param("q3_k._finish", marks=pytest.mark.slow),
+        "mxfp4",
+        "mxfp8",
+        "nvfp4_comfy",
+        "fp4_bnb",
+        "double_quant._again",
     ],
 )
 def test_arithmetic_is_exact_on_a_card(codec, cache, monkeypatch):
     weigh = {"importance": torch.ones(512)} if codec.startswith("q3_k.") else {}
     found = compiled(monkeypatch, codec, torch.zeros(16, 512), **weigh).asm["ptx"]
-    assert "div.rn.f32" in found
+    assert ("div.rn.f32" in found) == (codec not in UNDIVIDED)
     # No approximation, no subnormal taken for zero, no product and sum rounded as one.
     assert not re.findall(r"\S*(?:approx|\.full|\.ftz|\bfma\.)\S*", found)
+
+
+@pytest.mark.parametrize("codec", ["mxfp8", "nvfp4_comfy"])
+def test_kernels_compile_for_cards_without_8_bit_floats(codec, cache, monkeypatch):
+    found = compiled(monkeypatch, codec, torch.zeros(16, 512), capability=80).asm["ptx"]
+    assert ".target sm_80" in found
 
 
 def test_a_fused_product_would_show(cache, monkeypatch):

@@ -21,7 +21,7 @@ from diffquant.convert.step_state import ChunkRows, Encoded, StepState, amax_of,
 from diffquant.core.errors import QuantError
 from diffquant.core.floats import float32_of
 from diffquant.core.tensors import ByteArray
-from diffquant.quant.backends import backend
+from diffquant.quant.backends import Statistic, backend
 from diffquant.quant.formats import QuantFormat, format_named
 from diffquant.quant.metrics import ErrorStats
 
@@ -34,7 +34,7 @@ class Encoder(Protocol):
     def encode(
         self,
         weight: NDArray[np.float32],
-        stats: float | None,
+        stats: Statistic | None,
         *,
         fmt: str,
         importance: NDArray[np.float32] | None = None,

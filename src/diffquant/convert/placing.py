@@ -29,6 +29,9 @@ __all__ = ["AUTO_WEIGHTS", "cards_worth", "place"]
 # Weights that are searched for, from which `auto` takes a card. A format's kernel is compiled once
 # per machine, for half a minute: as long as 16 cores take for 12 billion weights.
 AUTO_WEIGHTS = 1 << 32
+# What no card is started for, since the CPU encodes it in the time of two or three copies of the
+# weight; where there is a card it goes there too.
+_QUICK = frozenset({"mxfp4", "nf4_dq"})
 _CHUNKS = 4  # chunks of the CPU's size in one of a card's: staging.py takes them whole
 
 
@@ -48,7 +51,9 @@ def cards_worth(asked: str, plans: Sequence[Plan], find: Callable[[str], Cards])
             math.prod(step.assignment.shape)
             for plan in plans
             for step in plan.steps
-            if step.decision.format and not _why_cpu(step, plan)
+            if step.decision.format
+            and step.decision.format not in _QUICK
+            and not _why_cpu(step, plan)
         )
         if searched < AUTO_WEIGHTS:
             return too_few(searched, AUTO_WEIGHTS)

@@ -29,7 +29,9 @@ from typing import Any
 from diffquant.core.errors import UnknownFormat
 from diffquant.quant.formats import FORMATS
 
-__all__ = ["BACKENDS", "WEIGHTED_ON_CARDS", "backend"]
+__all__ = ["BACKENDS", "WEIGHTED_ON_CARDS", "Statistic", "backend"]
+
+Statistic = float | tuple[float, int]  # what `reduce` returns: a largest magnitude, or a mean's
 
 _ROOM = "diffquant.quant.codecs"
 _ON_CARDS = {
@@ -46,9 +48,14 @@ _ON_CARDS = {
     "int8_convrot": "int8_convrot",
     "iq4_nl": "iq4",
     "iq4_xs": "iq4",
-    "nf4": "nf4",
+    "nf4": "flat_blocks",
     "convrot_w4a4": "convrot_w4a4",
     "asym_w4a8_int8": "asym_w4a8_int8",
+    "mxfp4": "blocks_32",
+    "mxfp8": "tiled",
+    "nvfp4_comfy": "tiled",
+    "fp4_bnb": "flat_blocks",
+    "double_quant": "flat_blocks",
 }  # codec -> module of its encoder
 
 # Codecs whose encoder for cards weighs errors by importance, (K,) float32, too.

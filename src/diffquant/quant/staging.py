@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffquant.core.errors import ResourceError, UnsupportedShape
-from diffquant.quant.backends import backend
+from diffquant.quant.backends import Statistic, backend
 from diffquant.quant.formats import format_named
 
 __all__ = ["Stages"]
@@ -43,7 +43,7 @@ class Stages:
     def encode(
         self,
         weight: NDArray[np.float32],
-        stats: float | None,
+        stats: Statistic | None,
         *,
         fmt: str,
         importance: NDArray[np.float32] | None = None,
@@ -111,7 +111,7 @@ class _Stage:
     def encode(
         self,
         weight: NDArray[np.float32],
-        stats: float | None,
+        stats: Statistic | None,
         fmt: str,
         importance: NDArray[np.float32] | None,
     ) -> dict[str, NDArray[Any]]:
@@ -133,7 +133,7 @@ class _CardStage(_Stage):
     def encode(
         self,
         weight: NDArray[np.float32],
-        stats: float | None,
+        stats: Statistic | None,
         fmt: str,
         importance: NDArray[np.float32] | None,
     ) -> dict[str, NDArray[Any]]:
@@ -186,7 +186,7 @@ def _tensor(array: NDArray[np.float32]) -> Tensor:
 
 
 def _encode(
-    rows: Tensor, stats: float | None, fmt: str, importance: NDArray[np.float32] | None
+    rows: Tensor, stats: Statistic | None, fmt: str, importance: NDArray[np.float32] | None
 ) -> dict[str, Tensor]:
     """Encode rows where they are; importance follows them there, a few kilobytes."""
     weigh = {}

@@ -23,9 +23,10 @@ from diffquant.quant.codecs.triton.numbers import (
     store_half,
     truncate,
 )
+from diffquant.quant.codecs.triton.scales import floor_log2, magnitude_bits
 from diffquant.quant.codecs.triton.weighted_32 import encode_weighted
 
-__all__ = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+__all__ = ["mxfp4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 
 
 @triton.jit
@@ -114,6 +115,29 @@ def _q5_1(dst, at, x, mask):
     _affine(dst, at, x, mask, 31, True)
 
 
+@triton.jit
+def _mxfp4(dst, at, x, mask):
+    most = magnitude_bits(x[0])
+    for i in tl.static_range(1, 32):
+        most = tl.maximum(most, magnitude_bits(x[i]))
+    whole = tl.where(most < 0x7F800000, floor_log2(most), 0)
+    exponent = tl.where(most > 0, whole + 125 & 255, 0)
+    # 2**(exponent - 128), the smallest two subnormal; products with it are exact.
+    scale = tl.where(exponent < 2, exponent + 1 << 21, exponent - 1 << 23)
+    scale = scale.to(tl.float32, bitcast=True)
+    # Midpoints of 0, 1, 2, 3, 4, 6, 8, 12.
+    low = (0.5 * scale, 1.5 * scale, 2.5 * scale, 3.5 * scale)
+    bounds = low + (5.0 * scale, 7.0 * scale, 10.0 * scale)
+    levels = ()
+    for i in tl.static_range(32):
+        size, level = tl.abs(x[i]), tl.zeros_like(exponent)
+        for j in tl.static_range(7):
+            level += (size > bounds[j]).to(tl.int32)
+        levels = levels + (level | ((x[i] < 0.0) & (level > 0)).to(tl.int32) << 3,)
+    store_bytes(dst, at, (exponent,), mask, tl.int8, 1)
+    store_bytes(dst, at + 1, nibbles(levels), mask, tl.int8, 1)
+
+
 @triton.jit(do_not_specialize=["blocks"])
 def _blocks(src, dst, blocks, ENCODE: tl.constexpr, NBYTES: tl.constexpr, LANES: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * LANES  # 64 bits: weights beyond 2**31 bytes
@@ -157,8 +181,9 @@ def _encode(
     return {"weight": packed}
 
 
-q8_0 = functools.partial(_encode, _q8_0, 34, 0, False)  # has no mode with importance
+q8_0 = functools.partial(_encode, _q8_0, 34, 0, False)  # has no mode with importance, as mxfp4
 q4_0 = functools.partial(_encode, _q4_0, 18, 15, False)
 q4_1 = functools.partial(_encode, _q4_1, 20, 15, True)
 q5_0 = functools.partial(_encode, _q5_0, 22, 31, False)
 q5_1 = functools.partial(_encode, _q5_1, 24, 31, True)
+mxfp4 = functools.partial(_encode, _mxfp4, 17, 0, False)
