@@ -489,8 +489,8 @@ def test_ctrl_c_in_a_real_process_is_130_and_leaves_nothing(tmp_path, swallowed)
     import subprocess
     import sys
 
-    # 300 steps: ten seconds after the first preview, in which a swallowed Ctrl-C comes again.
-    words = ["generate", str(SD15), "-p", "x", "--steps", "300", "--size", "256x256"]
+    # 300 steps: seconds after the first preview, in which a swallowed Ctrl-C comes again.
+    words = ["generate", str(SD15), "-p", "x", "--steps", "300", "--size", "64x64"]
     words += ["-o", str(tmp_path / "o.png"), "--preview", "rgb"]
     code = INTERRUPTED.format(swallowed=swallowed)
     ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, timeout=300)
@@ -503,7 +503,9 @@ def test_ctrl_c_in_a_real_process_is_130_and_leaves_nothing(tmp_path, swallowed)
 def test_memory_is_planned_for_pictures_that_are_judged(tmp_path):
     out = tmp_path / "q.gguf"
     assert call("quantize", FLUX, "-o", out, "-t", "q8_0", "--verify", "none").exit_code == 0
+    (tmp_path / "one.txt").write_text(DEMO_PROMPTS[0])
     few = ("verify", out, "--against", FLUX, "--size", "64x64", "--steps", 1, "--seeds", 0)
+    few = (*few, "--prompts", tmp_path / "one.txt")
     plain, planned = (
         json.loads(call(*few, *more, "--json").stdout)["result"]["image"]
         for more in ((), ("--offload", "blocks", "--ram", "4GiB"))
