@@ -36,6 +36,8 @@ def wanted(name, weight, **weigh):
 
 
 def different(name, weight, **weigh):
+    if FORMATS[name].importance == "required" and not weigh:
+        weigh = {"importance": np.ones(weight.shape[1], np.float32)}
     rows = torch.from_numpy(weight).cuda()
     there = {key: torch.from_numpy(one).cuda() for key, one in weigh.items()}
     found = backend(FORMATS[name].codec, "encode", "cuda")(rows, None, fmt=name, **there)

@@ -7,29 +7,43 @@ from triton import compile as compile_source
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffquant.quant.backends import BACKENDS, backend
+from diffquant.quant.backends import backend
+from diffquant.quant.codecs.triton.launch import launch
+from diffquant.quant.formats import FORMATS
 
-_POINTERS = {torch.uint8: "*u8", torch.int8: "*i8", torch.float32: "*fp32"}
+_POINTERS = {
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.float32: "*fp32",
+}
+_ROOM = "diffquant.quant.codecs.triton."
 
 
 def _recorded(monkeypatch, codec, weight):
-    """What an encoder launches: its first kernel, and with what."""
+    """What an encoder launches: its kernels, and with what."""
     calls = []
 
     def record(kernel, programs, warps, *args, **constants):
         calls.append((kernel, warps, args, constants))
 
     encode = backend(codec, "encode", "cuda")
-    module = sys.modules[BACKENDS[codec, "encode", "cuda"].partition(":")[0]]
-    monkeypatch.setattr(module, "launch", record)
-    encode(weight, fmt=codec)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_ROOM) and getattr(module, "launch", None) is launch:
+            monkeypatch.setattr(module, "launch", record)
+    required = FORMATS[codec].importance == "required"
+    encode(weight, fmt=codec, **({"importance": weight[0]} if required else {}))
     monkeypatch.undo()
-    return calls[0]
+    return calls
 
 
-def compiled(monkeypatch, codec, weight, *, capability=90, enable_fp_fusion=False):
-    """The compiled kernel of a codec for float32 rows like `weight`."""
-    kernel, warps, args, constants = _recorded(monkeypatch, codec, weight)
+def compiled(monkeypatch, codec, weight, kernel="", *, capability=90, enable_fp_fusion=False):
+    """A compiled kernel of a codec for float32 rows like `weight`; the first one by default."""
+    calls = _recorded(monkeypatch, codec, weight)
+    kernel, warps, args, constants = next(
+        call for call in calls if call[0].__name__ == (kernel or call[0].__name__)
+    )
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
     signature, constexprs, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):

@@ -49,14 +49,38 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
+# An approximation, a subnormal taken for zero, a product and sum rounded as one.
+INEXACT = re.compile(r"\S*(?:approx|\.full|\.ftz|\bfma\.)\S*")
+
+
 @pytest.mark.parametrize(
     "codec", ["q5_1", "q6_k", "nf4", pytest.param("q4_k", marks=pytest.mark.slow)]
 )
 def test_arithmetic_is_exact_on_a_card(codec, cache, monkeypatch):
     found = compiled(monkeypatch, codec, torch.zeros(16, 512)).asm["ptx"]
     assert "div.rn.f32" in found
-    # No approximation, no subnormal taken for zero, no product and sum rounded as one.
-    assert not re.findall(r"\S*(?:approx|\.full|\.ftz|\bfma\.)\S*", found)
+    assert not INEXACT.findall(found)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("codec", "kernel"),
+    [
+        ("iq2_s", "_prepare"),
+        ("iq2_xxs", "_fit"),
+        ("iq3_xxs", "_try"),
+        ("iq2_xxs", "_try"),
+        ("iq3_s", "_best"),
+        ("iq2_xs", "_place"),
+        ("iq3_s", "_store"),
+    ],
+)
+def test_kernels_of_grid_searches_are_exact_on_a_card(
+    codec, kernel, capability, cache, monkeypatch
+):
+    found = compiled(monkeypatch, codec, torch.zeros(16, 512), kernel, capability=capability)
+    assert "div.rn.f32" in found.asm["ptx"]
+    assert not INEXACT.findall(found.asm["ptx"])
 
 
 def test_a_fused_product_would_show(cache, monkeypatch):

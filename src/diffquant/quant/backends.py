@@ -47,11 +47,17 @@ _ON_CARDS = {
     "iq4_nl": "iq4",
     "iq4_xs": "iq4",
     "nf4": "nf4",
+    "iq2_xxs": "iq_blocks",
+    "iq2_xs": "iq_blocks",
+    "iq2_s": "iq_blocks",
+    "iq3_xxs": "iq_blocks",
+    "iq3_s": "iq_blocks",
 }  # codec -> module of its encoder
 
 # Codecs whose encoder for cards weighs errors by importance, (K,) float32, too.
 WEIGHTED_ON_CARDS = frozenset(
     {"q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"}
+    | {"iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"}
 )
 
 # device "reference" is the plain specification, "cpu" what the engine runs.

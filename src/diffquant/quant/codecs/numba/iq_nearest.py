@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 
 from diffquant.quant.codecs.arrays import Float32, Int32, frozen
-from diffquant.quant.codecs.iq_candidates import grid_named
+from diffquant.quant.codecs.iq_candidates import code_tables, grid_named
 from diffquant.quant.codecs.numba.compile import inlined
 
 __all__ = ["MOVED", "Tables", "place_eights", "place_fours", "tables_named"]
@@ -29,27 +29,9 @@ Tables = tuple[Int32, Int32]
 
 @cache
 def tables_named(name: str) -> Tables:
-    """Make the tables of a grid.
-
-    Returns:
-        entries: per combination the code of its grid point, or where it is none, minus (first chunk
-            << 5 | chunks); candidates: (chunks, 16) codes, the last one repeated.
-    """
-    grid = grid_named(name)
-    shifts = grid.code_bits * np.arange(grid.group)
-    codes = ((2 * grid.levels.astype(np.int64) + 1) << shifts).sum(axis=1)
-    counts = np.diff(grid.first)
-    chunks = -(-counts // _CHUNK)
-    first = chunks.cumsum() - chunks
-    entries = np.where(grid.point >= 0, codes[grid.point], -(first << _COUNT_BITS | chunks))
-    row = np.arange(len(counts)).repeat(chunks * _CHUNK)  # combination of every slot
-    place = np.arange(len(row)) - (first * _CHUNK)[row]
-    place = np.minimum(place, counts[row] - 1)
-    candidates = codes[grid.candidates[grid.first[row] + place]].reshape(-1, _CHUNK)
-    return (
-        frozen(entries.astype(np.int32), entries.shape),
-        frozen(candidates.astype(np.int32), candidates.shape),
-    )
+    """Entries and candidates of a format's grid, as `code_tables` makes them."""
+    entries, candidates = code_tables(grid_named(name), _CHUNK, _COUNT_BITS)
+    return frozen(entries, entries.shape), frozen(candidates, candidates.shape)
 
 
 @inlined
