@@ -100,6 +100,13 @@ def test_chunks_of_rows_give_the_bytes_of_the_whole(name: str, device: str) -> N
         assert alone.tobytes() == whole[row].tobytes(), row
 
 
+@pytest.mark.parametrize("name", WEIGHED)
+def test_no_rows_are_no_bytes(name: str) -> None:
+    whole = encode(name, gaussian(1, 512), uneven(512))
+    none = encode(name, np.zeros((0, 512), np.float32), uneven(512))
+    assert none.shape == (0, whole.shape[1])
+
+
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_importance_moves_the_error_to_where_it_counts_less(name: str) -> None:
     weight, importance = gaussian(64, 1024), uneven(1024)

@@ -58,6 +58,7 @@ def _best(
     REFINE: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    count = count.to(tl.int64)  # weights beyond 2**31 bytes
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = lane < count
     scale = tl.load(start + lane, mask=mask, other=0.0)
@@ -100,6 +101,7 @@ def _place(
     LOWEST: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    count = count.to(tl.int64)  # weights beyond 2**31 bytes
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = lane < 2 * count * GROUPS
     anew = lane >= count * GROUPS
@@ -140,6 +142,7 @@ def _store(
     REFINE: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    count = count.to(tl.int64)  # weights beyond 2**31 bytes
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = lane < count
     scale = tl.load(scales + lane, mask=mask, other=0.0)

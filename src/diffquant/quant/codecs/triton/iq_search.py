@@ -149,6 +149,7 @@ def _try(
     BASE: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    count = count.to(tl.int64)  # weights beyond 2**31 bytes
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = lane < count * COUNT
     sub = lane // COUNT
