@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -213,6 +214,7 @@ def kernels(device: str) -> list[dict[str, Any]]:
 
     from diffquant.quant.backends import BACKENDS, backend
     from diffquant.quant.codecs.triton import launch
+    from diffquant.quant.formats import FORMATS
 
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(KERNEL_WEIGHTS // 4096, 4096, generator=generator, device=device) * 0.02
@@ -241,6 +243,8 @@ def kernels(device: str) -> list[dict[str, Any]]:
         if where != "cuda":
             continue
         encode = backend(codec, operation, "cuda")
+        if FORMATS[codec].importance == "required":
+            encode = functools.partial(encode, importance=torch.ones(4096, device=device))
         for lanes in SWEPT:
             launch.LANES[codec] = launch.Lanes(*lanes)
             ms = median_ms(lambda encode=encode, codec=codec: encode(weight, None, fmt=codec))

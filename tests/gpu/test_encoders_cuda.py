@@ -16,7 +16,7 @@ from diffquant.convert.jobs import run_job
 from diffquant.convert.plan import Request
 from diffquant.quant.backends import BACKENDS, WEIGHTED_ON_CARDS, backend
 from diffquant.quant.cards import cards_for
-from diffquant.quant.codecs.triton import launch
+from diffquant.quant.codecs.triton import iq_search, launch
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.staging import Stages
 from diffquant.quant.types import type_named
@@ -74,18 +74,27 @@ def test_bytes_with_importance_are_the_cpus(name, awkward):
 
 
 @pytest.mark.parametrize("lanes", [(64, 1), (64, 2), (256, 4), (256, 8)])
-@pytest.mark.parametrize("codec", ["q4_k", "q6_k", "q8_0"])
+@pytest.mark.parametrize("codec", ["q4_k", "q6_k", "q8_0", "iq3_xxs"])
 def test_lanes_do_not_change_bytes(codec, lanes, monkeypatch):
     monkeypatch.setitem(launch.LANES, codec, launch.Lanes(*lanes))
     weight = np.random.default_rng(4).standard_normal((33, 1280), np.float32)
     assert not any(different(codec, weight).values())
 
 
-def test_weights_beyond_2_gib_are_addressed():
+@pytest.mark.parametrize("lanes", [(64, 1), (64, 2), (128, 4)])
+@pytest.mark.parametrize("codec", ["iq2_xxs", "iq3_s"])
+def test_lanes_of_trials_do_not_change_bytes(codec, lanes, monkeypatch):
+    monkeypatch.setattr(iq_search, "_TRIALS", launch.Lanes(*lanes))
+    weight = np.random.default_rng(4).standard_normal((33, 1280), np.float32)
+    assert not any(different(codec, weight).values())
+
+
+@pytest.mark.parametrize("codec", ["q4_k", "iq3_xxs"])
+def test_weights_beyond_2_gib_are_addressed(codec):
     rows, columns = 1 << 16, (1 << 13) + 256  # 2.2 GB as float32
     some = torch.randn(256, columns, device="cuda")
-    found = backend("q4_k", "encode", "cuda")(some.repeat(rows // 256, 1), None, fmt="q4_k")
-    first = backend("q4_k", "encode", "cuda")(some, None, fmt="q4_k")
+    found = backend(codec, "encode", "cuda")(some.repeat(rows // 256, 1), None, fmt=codec)
+    first = backend(codec, "encode", "cuda")(some, None, fmt=codec)
     assert torch.equal(found["weight"][-256:], first["weight"])
 
 
@@ -110,7 +119,7 @@ def test_threads_with_streams_of_their_own_do_not_disturb_each_other():
         assert np.array_equal(part, wanted(fmt, weights[n])["weight"]), (n, fmt)
 
 
-@pytest.mark.parametrize("name", ["q4_k_s", "q8_0", "q5_k_m"])
+@pytest.mark.parametrize("name", ["q4_k_s", "q8_0", "q5_k_m", "iq3_xxs"])
 def test_whole_files_are_the_cpus(name, request, tmp_path):
     pytest.importorskip("numba")
     source = request.config.rootpath / "examples" / "flux1-shapes"

@@ -21,6 +21,7 @@ _CHUNK = 16
 _COUNT_BITS = 5  # of a combination's entry: its number of chunks
 _COUNT = np.int32((1 << _COUNT_BITS) - 1)
 _NONE = np.int64(2**63 - 1)
+_LARGEST = np.uint32(0x7F7FFFFF)  # bits of the largest distance; infinity and NaN are none nearer
 _POSITION = np.int64(0xFFFFFFFF)
 MOVED = np.int32(-(2**31))  # set in the code of a group whose combination is no grid point
 
@@ -45,7 +46,8 @@ def _term(
 
 @inlined
 def _nearer(best: np.int64, distance: np.float32, position: int) -> np.int64:
-    bits = np.int64(np.float32(distance).view(np.int32))
+    size = np.uint32(np.float32(distance).view(np.uint32))
+    bits = np.int64(size if size < _LARGEST else _LARGEST)
     ranked = np.int64(np.int64(bits << np.int64(32)) | np.int64(position))
     return ranked if ranked < best else best
 
