@@ -55,6 +55,16 @@ def _combination(x, factor, BASE: tl.constexpr):
 
 
 @triton.jit
+def _terms(x, root, scale, ODD: tl.constexpr):
+    """Root * diff * diff of every element at the level that ODD stands for."""
+    found, value = (), scale * ODD
+    for i in tl.static_range(len(x)):
+        diff = value - x[i]
+        found = found + (root[i] * diff * diff,)
+    return found
+
+
+@triton.jit
 def place(x, weight, factor, scale, entries, candidates, mask, BASE: tl.constexpr):
     """Codes of the grid points of groups, at a scale.
 
@@ -78,13 +88,22 @@ def place(x, weight, factor, scale, entries, candidates, mask, BASE: tl.constexp
         root = root + (tl.sqrt_rn(weight[i]),)
     chosen = tl.load(candidates)
     best = tl.full(scale.shape, float("inf"), tl.float32)
+    # Three levels are few enough to have their errors at hand: 1, 3 and 5 differ in two bits.
+    ones, threes, fives = (), (), ()
+    if BASE == 3:
+        ones, threes = _terms(x, root, scale, 1.0), _terms(x, root, scale, 3.0)
+        fives = _terms(x, root, scale, 5.0)
     for at in range(tl.max(count, axis=0)):
         there = at < count
         code = tl.load(candidates + at, mask=there, other=0)
         distance = tl.zeros_like(best)
         for i in tl.static_range(len(x)):
-            diff = scale * _odd(code, i, BITS) - x[i]
-            distance = distance + root[i] * diff * diff
+            if BASE == 3:
+                term = tl.where((code & (2 << (3 * i))) != 0, threes[i], ones[i])
+                distance = distance + tl.where((code & (4 << (3 * i))) != 0, fives[i], term)
+            else:
+                diff = scale * _odd(code, i, BITS) - x[i]
+                distance = distance + root[i] * diff * diff
         nearer = there & (distance < best)
         best = tl.where(nearer, distance, best)
         chosen = tl.where(nearer, code, chosen)
