@@ -255,6 +255,8 @@ def kernels(device: str) -> list[dict[str, Any]]:
         fmt = next(row for row in FORMATS.values() if row.codec == codec)
         stats = {"max": 0.1, "mean": (0.05, 1)}[fmt.statistic] if fmt.passes == 2 else None
         encode = functools.partial(backend(codec, operation, "cuda"), weight, stats, fmt=fmt.name)
+        if fmt.importance == "required":
+            encode = functools.partial(encode, importance=torch.ones(4096, device=device))
         for lanes in SWEPT:
             launch.LANES[codec] = launch.Lanes(*lanes)
             ms = median_ms(encode)

@@ -3,6 +3,7 @@
 The cards here are the CPU under another name: what a card computes is tested in tests/quant.
 """
 
+import math
 import subprocess
 import sys
 import threading
@@ -99,6 +100,24 @@ def test_auto_takes_a_card_where_there_is_enough_to_search_for(examples, monkeyp
     assert placing.cards_worth("auto", [plan], lambda _asked: ONE) is NO_CARDS
 
 
+def test_longer_searches_take_a_card_for_fewer_weights(examples, monkeypatch):
+    source = examples / "flux1-shapes"
+    plans = {
+        name: Request("gguf", type=type_named(name), pure=True) for name in ("q4_k", "iq3_xxs")
+    }
+    plans = {name: planned(source, NO_CARDS, request) for name, request in plans.items()}
+    weights = sum(
+        math.prod(step.assignment.shape)
+        for step in plans["iq3_xxs"].steps
+        if step.decision.format == "iq3_xxs"
+    )
+    monkeypatch.setattr(placing, "AUTO_WEIGHTS", 10 * weights)
+    monkeypatch.setattr(cards, "_driver_cards", lambda: (1, ""))
+    for name, plan in plans.items():
+        found = placing.cards_worth("auto", [plan], lambda _asked: ONE)
+        assert found.devices == (("cpu",) if name == "iq3_xxs" else ()), name
+
+
 @pytest.mark.parametrize(
     ("name", "container", "pays"),
     [("mxfp4", "gguf", False), ("nf4_dq", "safetensors", False), ("fp4_dq", "safetensors", True)],
@@ -139,6 +158,13 @@ def test_importance_goes_along_where_a_card_weighs_by_it(examples, monkeypatch):
     assert by_key[QKV] == "cpu"
     assert "cuda" in by_key.values()
     assert "q3_k weighed by the importance matrix" in plan.notes[-1]
+
+
+def test_formats_that_need_importance_go_to_cards(examples):
+    request = q4_k_s(rules=(Rule("blocks.0.img_attn.qkv", "iq2_xxs", "test"),))
+    plan = planned(examples / "flux1-shapes", ONE, request, matrix=matrix())
+    found = {step.key: (step.decision.format, step.encoder) for step in plan.steps}
+    assert found[QKV] == ("iq2_xxs", "cuda")
 
 
 def test_files_weighed_by_importance_are_the_same(examples, tmp_path, digest, card):

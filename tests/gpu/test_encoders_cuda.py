@@ -16,7 +16,7 @@ from diffquant.convert.jobs import run_job
 from diffquant.convert.plan import Request
 from diffquant.quant.backends import BACKENDS, WEIGHTED_ON_CARDS, backend
 from diffquant.quant.cards import cards_for
-from diffquant.quant.codecs.triton import launch
+from diffquant.quant.codecs.triton import iq_search, launch
 from diffquant.quant.formats import FORMATS
 from diffquant.quant.staging import Stages
 from diffquant.quant.types import type_named
@@ -42,6 +42,8 @@ def flat_bytes(part):
 
 
 def different(name, weight, stats=None, **weigh):
+    if FORMATS[name].importance == "required" and not weigh:
+        weigh = {"importance": np.ones(weight.shape[1], np.float32)}
     rows = torch.from_numpy(weight).cuda()
     there = {key: torch.from_numpy(one).cuda() for key, one in weigh.items()}
     found = backend(FORMATS[name].codec, "encode", "cuda")(rows, stats, fmt=name, **there)
@@ -107,18 +109,27 @@ def test_scales_are_the_cpus_near_every_power_of_two():
 
 
 @pytest.mark.parametrize("lanes", [(64, 1), (64, 2), (256, 4), (256, 8)])
-@pytest.mark.parametrize("codec", ["q4_k", "q6_k", "q8_0", "asym_w4a8_int8"])
+@pytest.mark.parametrize("codec", ["q4_k", "q6_k", "q8_0", "asym_w4a8_int8", "iq3_xxs"])
 def test_lanes_do_not_change_bytes(codec, lanes, monkeypatch):
     monkeypatch.setitem(launch.LANES, codec, launch.Lanes(*lanes))
     weight = np.random.default_rng(4).standard_normal((33, 1280), np.float32)
     assert not any(different(codec, weight).values())
 
 
-def test_weights_beyond_2_gib_are_addressed():
+@pytest.mark.parametrize("lanes", [(64, 1), (64, 2), (128, 4)])
+@pytest.mark.parametrize("codec", ["iq2_xxs", "iq3_s"])
+def test_lanes_of_trials_do_not_change_bytes(codec, lanes, monkeypatch):
+    monkeypatch.setattr(iq_search, "_TRIALS", launch.Lanes(*lanes))
+    weight = np.random.default_rng(4).standard_normal((33, 1280), np.float32)
+    assert not any(different(codec, weight).values())
+
+
+@pytest.mark.parametrize("codec", ["q4_k", "iq3_xxs"])
+def test_weights_beyond_2_gib_are_addressed(codec):
     rows, columns = 1 << 16, (1 << 13) + 256  # 2.2 GB as float32
     some = torch.randn(256, columns, device="cuda")
-    found = backend("q4_k", "encode", "cuda")(some.repeat(rows // 256, 1), None, fmt="q4_k")
-    first = backend("q4_k", "encode", "cuda")(some, None, fmt="q4_k")
+    found = backend(codec, "encode", "cuda")(some.repeat(rows // 256, 1), None, fmt=codec)
+    first = backend(codec, "encode", "cuda")(some, None, fmt=codec)
     assert torch.equal(found["weight"][-256:], first["weight"])
 
 
@@ -143,7 +154,7 @@ def test_threads_with_streams_of_their_own_do_not_disturb_each_other():
         assert np.array_equal(part, wanted(fmt, weights[n])["weight"]), (n, fmt)
 
 
-@pytest.mark.parametrize("name", ["q4_k_s", "q8_0", "q5_k_m"])
+@pytest.mark.parametrize("name", ["q4_k_s", "q8_0", "q5_k_m", "iq3_xxs"])
 def test_whole_files_are_the_cpus(name, request, tmp_path):
     pytest.importorskip("numba")
     source = request.config.rootpath / "examples" / "flux1-shapes"

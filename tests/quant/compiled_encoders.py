@@ -11,7 +11,13 @@ from diffquant.quant.backends import backend
 from diffquant.quant.formats import FORMATS
 
 _ROOM = "diffquant.quant.codecs.triton."
-_POINTERS = {torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.float32: "*fp32"}
+_POINTERS = {
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.float32: "*fp32",
+}
 
 
 def _recorded(monkeypatch, codec, weight, **weigh):
@@ -23,6 +29,8 @@ def _recorded(monkeypatch, codec, weight, **weigh):
 
     encode = backend(codec, "encode", "cuda")
     fmt = next(name for name, row in FORMATS.items() if row.codec == codec)
+    if FORMATS[fmt].importance == "required":
+        weigh = {"importance": weight[0], **weigh}
     with monkeypatch.context() as patch:  # what the test patched itself stays
         for name, module in list(sys.modules.items()):
             if name.startswith(_ROOM) and hasattr(module, "launch"):

@@ -1,9 +1,10 @@
 """Every encoder for cards under Triton's interpreter, beside the CPU's bytes: JSON on stdout.
 
 With `all` as an argument every case of every format; without it those that share kernels with
-another get plain weights only. Run by test_triton_encoders.py in a process of its own, since the
-interpreter is chosen when triton is imported. One program takes many lanes: the interpreter's time
-goes by operations.
+another get plain weights only. Searches among grid points, where a lane waits for the one with most
+candidates, get a small part of the weights. Run by test_triton_encoders.py in a process of its own,
+since the interpreter is chosen when triton is imported. One program takes many lanes: the
+interpreter's time goes by operations.
 """
 
 import json
@@ -18,10 +19,12 @@ from awkward_weights import awkward_weights, importance_rows, not_finite
 from scale_bits import blocks_near_powers
 
 from diffquant.quant.backends import BACKENDS, WEIGHTED_ON_CARDS, backend
+from diffquant.quant.codecs.iq_search import RULES
 from diffquant.quant.codecs.triton import (
     convrot_w4a4,
     flat_blocks,
     importance,
+    iq_search,
     launch,
     weighted,
 )
@@ -32,10 +35,11 @@ ROWS, COLUMNS = 4, 1024  # of every kind of weight
 LANES = 1 << 13
 SIXTEENS = ("q2_k", "q3_k", "q6_k", "asym_w4a8_int8")  # their sub-blocks are half as long
 TWINS = (  # share their kernels with another here
-    *("q4_1", "q5_0", "q4_k", "iq4_nl"),
+    *("q4_1", "q5_0", "q4_k", "iq4_nl", "iq3_s", "iq2_s", "iq2_xs", "iq2_xxs"),
     *("int8_convrot_64", "int8_convrot_16", "convrot_w4a4_64"),
     *("asym_w4a8_int8_64", "asym_w4a8_int8_16"),
 )
+FEW = ("gaussian", "signed zeros", "constant blocks", "smallest subnormal", "blocks of all sizes")
 # Of formats with one scale for the whole weight, each for itself, where not all are.
 TINY = ("zeros", "negative zeros", "subnormal", "smallest subnormal", "elements of all sizes")
 
@@ -62,19 +66,33 @@ def different(name, weight, importance=None, stats=None):
     return result
 
 
+def weights_for(name):
+    """Weights by what is awkward about them; importance of columns, its kinds side by side."""
+    weights, rows = awkward_weights(), importance_rows().values()
+    if name not in RULES:
+        return {kind: array[:ROWS] for kind, array in weights.items()}, join(rows, 256)
+    kinds = weights if "all" in sys.argv else FEW
+    return {kind: weights[kind][:1, :256].copy() for kind in kinds}, join(rows, 64)
+
+
+def join(rows, count):
+    return np.concatenate([row[:count] for row in rows])
+
+
 def main():
-    weights = {name: array[:ROWS] for name, array in awkward_weights().items()}
-    everything = np.concatenate(list(weights.values()))
-    columns = np.concatenate([row[:256] for row in importance_rows().values()])  # side by side
     results = {}
     importance._LANES, weighted._FITS = LANES, launch.Lanes(LANES, 1)
+    iq_search._TRIALS = launch.Lanes(LANES, 1)
     with np.errstate(all="ignore"):
         for name in NAMES:
+            weights, columns = weights_for(name)
+            everything = np.concatenate(list(weights.values()))
             launch.LANES[name] = launch.Lanes(LANES, 4)
             flat_blocks._BLOCKS, flat_blocks._NESTED = 512, 2
-            found = different(name, everything)
+            plain = columns if FORMATS[name].importance == "required" else None
+            found = different(name, everything, plain)
             if found:  # say which
-                found = {kind: different(name, array) for kind, array in weights.items()}
+                found = {kind: different(name, array, plain) for kind, array in weights.items()}
             if name not in TWINS or "all" in sys.argv:
                 found |= further(name, everything, columns)
                 found |= whole_weights(name, everything, weights)
@@ -84,9 +102,10 @@ def main():
 
 def further(name, everything, columns):
     """With importance, and weights that end inside a program."""
-    found = {}
-    if FORMATS[name].codec in WEIGHTED_ON_CARDS:
+    found, required = {}, FORMATS[name].importance == "required"
+    if FORMATS[name].codec in WEIGHTED_ON_CARDS and not required:
         found["importance"] = different(name, everything, columns)
+    plain = columns[:256] if required else None
     if FORMATS[name].rotation:  # finite weights whose sums are not
         loud = np.clip(everything[:12] * np.float32(1e37), -3e38, 3e38)
         found["infinite sums"] = different(name, loud)
@@ -97,8 +116,12 @@ def further(name, everything, columns):
     # Two programs, and the second one ends inside.
     launch.LANES[name] = launch.Lanes(32, 1)
     rows = 3 if name in SIXTEENS else 5
-    found["odd rows"] = different(name, everything[:rows, :256].copy())
-    found["no rows"] = different(name, everything[:0])
+    iq_search._TRIALS = launch.Lanes(1024, 1)
+    found["odd rows"] = different(name, everything[:rows, :256].copy(), plain)
+    found["no rows"] = different(
+        name, everything[:0, :256] if name in RULES else everything[:0], plain
+    )
+    iq_search._TRIALS = launch.Lanes(LANES, 1)
     if name == "convrot_w4a4":  # rows in two tiles, the second one ends inside
         convrot_w4a4._TILE = 512
         found["two tiles"] = different(name, everything[:5, :768].copy())

@@ -13,6 +13,7 @@ import pytest
 
 from diffquant.core.errors import ImportanceRequired, UnsupportedShape
 from diffquant.quant.backends import backend
+from diffquant.quant.codecs.iq_search import RULES
 from diffquant.quant.formats import FORMATS
 
 DEVICES = ("reference", "cpu")
@@ -100,6 +101,13 @@ def test_chunks_of_rows_give_the_bytes_of_the_whole(name: str, device: str) -> N
         assert alone.tobytes() == whole[row].tobytes(), row
 
 
+@pytest.mark.parametrize("name", WEIGHED)
+def test_no_rows_are_no_bytes(name: str) -> None:
+    whole = encode(name, gaussian(1, 512), uneven(512))
+    none = encode(name, np.zeros((0, 512), np.float32), uneven(512))
+    assert none.shape == (0, whole.shape[1])
+
+
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_importance_moves_the_error_to_where_it_counts_less(name: str) -> None:
     weight, importance = gaussian(64, 1024), uneven(1024)
@@ -122,6 +130,16 @@ def test_importance_of_another_length_is_refused(name: str, device: str) -> None
 def test_formats_that_need_importance_say_so(name: str) -> None:
     with pytest.raises(ImportanceRequired, match=name):
         encode(name, gaussian(2, 512), None)
+
+
+@pytest.mark.parametrize("size", [1e13, 1e19, 1e30])
+@pytest.mark.parametrize("name", RULES)
+def test_distances_that_overflow_choose_as_the_reference(name: str, size: float) -> None:
+    weight = gaussian(8, 512) * np.float32(size)
+    found, wanted = (
+        encode(name, weight, np.ones(512, np.float32), d) for d in ("cpu", "reference")
+    )
+    assert np.array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -55,6 +55,10 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
+# An approximation, a subnormal taken for zero, a product and sum rounded as one.
+INEXACT = re.compile(r"\S*(?:approx|\.full|\.ftz|\bfma\.)\S*")
+
+
 @pytest.mark.parametrize(
     "codec",
     [
@@ -79,8 +83,26 @@ def test_arithmetic_is_exact_on_a_card(codec, cache, monkeypatch):
     weigh = {"importance": torch.ones(512)} if codec.startswith("q3_k.") else {}
     found = compiled(monkeypatch, codec, torch.zeros(16, 512), **weigh).asm["ptx"]
     assert ("div.rn.f32" in found) == (codec not in UNDIVIDED)
-    # No approximation, no subnormal taken for zero, no product and sum rounded as one.
-    assert not re.findall(r"\S*(?:approx|\.full|\.ftz|\bfma\.)\S*", found)
+    assert not INEXACT.findall(found)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "iq2_s._prepare",
+        "iq2_xxs._fit",
+        "iq3_xxs._try",
+        "iq2_xxs._try",
+        "iq3_s._best",
+        "iq2_xs._place",
+        "iq3_s._store",
+    ],
+)
+def test_kernels_of_grid_searches_are_exact_on_a_card(kernel, capability, cache, monkeypatch):
+    found = compiled(monkeypatch, kernel, torch.zeros(16, 512), capability=capability)
+    assert "div.rn.f32" in found.asm["ptx"]
+    assert not INEXACT.findall(found.asm["ptx"])
 
 
 @pytest.mark.parametrize("codec", ["mxfp8", "nvfp4_comfy"])

@@ -32,6 +32,8 @@ AUTO_WEIGHTS = 1 << 32
 # What no card is started for, since the CPU encodes it in the time of two or three copies of the
 # weight; where there is a card it goes there too.
 _QUICK = frozenset({"mxfp4", "nf4_dq"})
+# How many times as long as for Q4_K the CPU searches, measured side by side.
+_LONGER = {"iq2_xxs": 9, "iq2_xs": 18, "iq2_s": 6, "iq3_xxs": 15, "iq3_s": 9}
 _CHUNKS = 4  # chunks of the CPU's size in one of a card's: staging.py takes them whole
 
 
@@ -48,7 +50,7 @@ def cards_worth(asked: str, plans: Sequence[Plan], find: Callable[[str], Cards])
     """
     if asked == "auto":
         searched = sum(
-            math.prod(step.assignment.shape)
+            math.prod(step.assignment.shape) * _LONGER.get(step.decision.format, 1)
             for plan in plans
             for step in plan.steps
             if step.decision.format

@@ -56,23 +56,17 @@ _ON_CARDS = {
     "nvfp4_comfy": "tiled",
     "fp4_bnb": "flat_blocks",
     "double_quant": "flat_blocks",
+    "iq2_xxs": "iq_blocks",
+    "iq2_xs": "iq_blocks",
+    "iq2_s": "iq_blocks",
+    "iq3_xxs": "iq_blocks",
+    "iq3_s": "iq_blocks",
 }  # codec -> module of its encoder
 
 # Codecs whose encoder for cards weighs errors by importance, (K,) float32, too.
 WEIGHTED_ON_CARDS = frozenset(
-    {
-        "q4_0",
-        "q4_1",
-        "q5_0",
-        "q5_1",
-        "q2_k",
-        "q4_k",
-        "q5_k",
-        "q6_k",
-        "iq4_nl",
-        "iq4_xs",
-        "q3_k",
-    }
+    {"q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"}
+    | {"iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"}
 )
 
 # device "reference" is the plain specification, "cpu" what the engine runs.

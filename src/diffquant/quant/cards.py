@@ -38,12 +38,17 @@ NO_CARDS = Cards()
 
 
 def too_few(weights: int, least: int) -> Cards:
-    """No cards, for a run that has too little for them; told where there are any."""
+    """No cards, for a run that has too little for them; told where there are any.
+
+    Args:
+        weights: as many as Q4_K would be searched for in the same time.
+        least: from which cards are taken.
+    """
     if not weights or not _driver_cards()[0]:
         return NO_CARDS
     return Cards(
-        why=f"{weights / 1e9:.1f} billion weights to search for; cards are taken from "
-        f"{least / 1e9:.1f} billion on, and with --device cuda"
+        why=f"as much to search for as {weights / 1e9:.1f} billion weights of Q4_K; cards are "
+        f"taken from {least / 1e9:.1f} billion on, and with --device cuda"
     )
 
 

@@ -60,9 +60,8 @@ def grid_codec(
         return pack(find(name, blocks, None))
 
     def encode_weighted(rows: Float32, importance: Float32) -> Bytes:
-        return pack(
-            find(name, rows.reshape(-1, SUPER_BLOCK), importance.reshape(-1, SUPER_BLOCK))
-        ).reshape(len(rows), -1)
+        blocks, columns = rows.reshape(-1, SUPER_BLOCK), importance.reshape(-1, SUPER_BLOCK)
+        return pack(find(name, blocks, columns))  # row_codec makes rows of them
 
     def decode_blocks(packed: Bytes) -> Float32:
         return (expand or _expand)(name, unpack(packed))

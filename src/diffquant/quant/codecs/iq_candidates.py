@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from diffquant.quant.codecs.arrays import Bytes, Int32
 from diffquant.quant.codecs.grids import grid
 
-__all__ = ["Grid", "grid_named"]
+__all__ = ["Grid", "code_tables", "grid_named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,32 @@ def grid_named(name: str) -> Grid:
         if name not in _BUILT:
             _BUILT[name] = _build(name)
         return _BUILT[name]
+
+
+def code_tables(grid: Grid, chunk: int, count_bits: int) -> tuple[Int32, Int32]:
+    """Tables of codes: a point's code has a field of `code_bits` for each level l, 2 l + 1 in it.
+
+    Args:
+        grid: of a format.
+        chunk: candidates that are compared at once.
+        count_bits: bits that hold the largest number of chunks.
+
+    Returns:
+        entries: per combination the code of its grid point, or where it is none, minus (first chunk
+            << count_bits | chunks); candidates: (chunks, chunk) codes, the last one repeated.
+    """
+    shifts = grid.code_bits * np.arange(grid.group)
+    codes = ((2 * grid.levels.astype(np.int64) + 1) << shifts).sum(axis=1)
+    counts = np.diff(grid.first)
+    chunks = -(-counts // chunk)
+    assert chunks.max() < 1 << count_bits
+    first = chunks.cumsum() - chunks
+    entries = np.where(grid.point >= 0, codes[grid.point], -(first << count_bits | chunks))
+    row = np.arange(len(counts)).repeat(chunks * chunk)  # combination of every slot
+    place = np.arange(len(row)) - (first * chunk)[row]
+    place = np.minimum(place, counts[row] - 1)
+    candidates = codes[grid.candidates[grid.first[row] + place]].reshape(-1, chunk)
+    return entries.astype(np.int32), candidates.astype(np.int32)
 
 
 def _build(name: str) -> Grid:

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 
 from diffquant.quant.codecs.arrays import Float32, Int32, frozen
-from diffquant.quant.codecs.iq_candidates import grid_named
+from diffquant.quant.codecs.iq_candidates import code_tables, grid_named
 from diffquant.quant.codecs.numba.compile import inlined
 
 __all__ = ["MOVED", "Tables", "place_eights", "place_fours", "tables_named"]
@@ -21,6 +21,7 @@ _CHUNK = 16
 _COUNT_BITS = 5  # of a combination's entry: its number of chunks
 _COUNT = np.int32((1 << _COUNT_BITS) - 1)
 _NONE = np.int64(2**63 - 1)
+_LARGEST = np.uint32(0x7F7FFFFF)  # bits of the largest distance; infinity and NaN are none nearer
 _POSITION = np.int64(0xFFFFFFFF)
 MOVED = np.int32(-(2**31))  # set in the code of a group whose combination is no grid point
 
@@ -29,27 +30,9 @@ Tables = tuple[Int32, Int32]
 
 @cache
 def tables_named(name: str) -> Tables:
-    """Make the tables of a grid.
-
-    Returns:
-        entries: per combination the code of its grid point, or where it is none, minus (first chunk
-            << 5 | chunks); candidates: (chunks, 16) codes, the last one repeated.
-    """
-    grid = grid_named(name)
-    shifts = grid.code_bits * np.arange(grid.group)
-    codes = ((2 * grid.levels.astype(np.int64) + 1) << shifts).sum(axis=1)
-    counts = np.diff(grid.first)
-    chunks = -(-counts // _CHUNK)
-    first = chunks.cumsum() - chunks
-    entries = np.where(grid.point >= 0, codes[grid.point], -(first << _COUNT_BITS | chunks))
-    row = np.arange(len(counts)).repeat(chunks * _CHUNK)  # combination of every slot
-    place = np.arange(len(row)) - (first * _CHUNK)[row]
-    place = np.minimum(place, counts[row] - 1)
-    candidates = codes[grid.candidates[grid.first[row] + place]].reshape(-1, _CHUNK)
-    return (
-        frozen(entries.astype(np.int32), entries.shape),
-        frozen(candidates.astype(np.int32), candidates.shape),
-    )
+    """Entries and candidates of a format's grid, as `code_tables` makes them."""
+    entries, candidates = code_tables(grid_named(name), _CHUNK, _COUNT_BITS)
+    return frozen(entries, entries.shape), frozen(candidates, candidates.shape)
 
 
 @inlined
@@ -63,7 +46,8 @@ def _term(
 
 @inlined
 def _nearer(best: np.int64, distance: np.float32, position: int) -> np.int64:
-    bits = np.int64(np.float32(distance).view(np.int32))
+    size = np.uint32(np.float32(distance).view(np.uint32))
+    bits = np.int64(size if size < _LARGEST else _LARGEST)
     ranked = np.int64(np.int64(bits << np.int64(32)) | np.int64(position))
     return ranked if ranked < best else best
 

@@ -1,4 +1,7 @@
-"""Fast twin of codecs/iq_search.py: four or eight super-blocks at a time, 64 sub-blocks wide."""
+"""Fast twin of codecs/iq_search.py: four or eight super-blocks at a time, 64 sub-blocks wide.
+
+Where weights beyond 1e19 make distances to grid points overflow, it chooses as the reference does.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,14 @@ from diffquant.quant.codecs.triton.launch import Lanes, launch
 from diffquant.quant.codecs.triton.numbers import elements
 from diffquant.quant.codecs.triton.positive_search import positive_search
 
-__all__ = ["fit_steps", "grids_of", "load_levels", "load_steps", "search_sub_blocks"]
+__all__ = [
+    "fit_steps",
+    "grids_of",
+    "load_levels",
+    "load_steps",
+    "positive_grids",
+    "search_sub_blocks",
+]
 
 _FITS = Lanes(32, 1)
 
@@ -115,7 +122,7 @@ def grids_of(candidates: Candidates, top: int, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _positive_grids(top: int, device: torch.device) -> Tensor:
+def positive_grids(top: int, device: torch.device) -> Tensor:
     """Intervals of the positive search's candidates, the plain one first: (9,) float32."""
     step = np.float32(0.1)
     offsets = [step * np.float32(i) for i in (0, -4, -3, -2, -1, 1, 2, 3, 4)]
@@ -174,7 +181,7 @@ def fit_steps(found: Tensor, *, sub: int, top: int, clamp: int) -> tuple[Tensor,
     count = found.shape[1]
     steps = torch.empty((2, count), dtype=torch.uint8, device=found.device)
     sizes = torch.empty((2, count // sub), dtype=torch.float32, device=found.device)
-    grids = _positive_grids(top, found.device)
+    grids = positive_grids(top, found.device)
     launch(
         _fit,
         -(-sizes.numel() // _FITS.number),
