@@ -56,7 +56,7 @@ def _combination(x, factor, BASE: tl.constexpr):
 
 @triton.jit
 def _terms(x, root, scale, ODD: tl.constexpr):
-    """Root * diff * diff of every element at the level that ODD stands for."""
+    """Weighted squared errors of all elements at the level that ODD stands for."""
     found, value = (), scale * ODD
     for i in tl.static_range(len(x)):
         diff = value - x[i]
@@ -87,7 +87,7 @@ def place(x, weight, factor, scale, entries, candidates, mask, BASE: tl.constexp
     for i in tl.static_range(len(x)):
         root = root + (tl.sqrt_rn(weight[i]),)
     chosen = tl.load(candidates)
-    best = tl.full(scale.shape, float("inf"), tl.float32)
+    best = tl.full(scale.shape, 3.4028234663852886e38, tl.float32)  # the largest float32
     # Three levels are few enough to have their errors at hand: 1, 3 and 5 differ in two bits.
     ones, threes, fives = (), (), ()
     if BASE == 3:
