@@ -82,7 +82,11 @@ def compare(client: Client, state: Mapping[str, Any], file: Path) -> None:
                 )
             theirs = tensor.float().numpy().reshape(ours.shape)
             # It multiplies scales in float16 where ggml's definition has float32.
-            np.testing.assert_allclose(theirs, ours, rtol=2e-3, atol=2e-3 * np.abs(ours).max())
+            # Not assert_allclose, whose copies take longer than all the rest of a gigabyte.
+            size = np.abs(ours)
+            gap = np.abs(theirs - ours)
+            gap -= np.float32(2e-3) * size
+            assert gap.max() <= 2e-3 * size.max(), key  # a NaN is not
     assert packed == expected > 10
 
 

@@ -334,7 +334,7 @@ def test_pair_values_name_prompt_seed_and_metrics(compared):
     assert list(pairs[0].values) == list(SETTINGS.metrics)
 
 
-@pytest.mark.parametrize("offload", ["model", "blocks", "sequential"])
+@pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_pictures_are_the_same_wherever_weights_live(files, compared, offload):
     """One model is there at a time: reference, floor, candidate and its damaged copy take turns."""
     wanted, pictures = compared
