@@ -92,6 +92,7 @@ def test_an_impossible_size_is_one_line_with_the_nearest(tmp_path):
 def test_a_gpu_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     refused(generate(FLUX, tmp_path / "o.png", "--device", "cuda"), 6, "not on this machine")
+    refused(generate(FLUX, tmp_path / "o.png", "--device", "tpu"), 2, "expected auto, cpu, cuda")
 
 
 def test_missing_parts_are_one_line(tmp_path):

@@ -370,3 +370,18 @@ def test_a_side_that_draws_takes_the_place_of_the_other(files):
         rough.draw(request)
         assert (there(one), there(rough)) == (False, True)
     assert not there(rough)
+
+
+def test_memory_that_ran_out_is_told(files, monkeypatch):
+    """The picture is the same, one way down; who reads the row hears of it."""
+    plain = bundled.Graphs
+
+    def out_of_memory_once(*args, **more):
+        side.opened.placement.steps.append("denoise: out of memory at none, went on at model")
+        return plain(*args, **more)
+
+    side = bundled.open_side(EngineFiles(files["q8_0"], base=FLUX, memory=Asked(offload="none")))
+    before = side.warnings
+    monkeypatch.setattr(bundled, "Graphs", out_of_memory_once)
+    side.draw(PictureRequest("a red circle", steps=1, width=64, height=64))
+    assert side.warnings == (*before, "denoise: out of memory at none, went on at model")

@@ -143,11 +143,11 @@ def device_from(name: str) -> Device:
 
     if name == "auto":
         return auto_device()
-    check_device(name)
+    check_device(name, "auto, cpu, cuda or mps")
     return Device(name)
 
 
-def check_device(name: str) -> None:
+def check_device(name: str, known: str = "cpu, cuda or mps") -> None:
     """Refuse a device this machine does not have, before anything is loaded.
 
     Raises:
@@ -158,7 +158,7 @@ def check_device(name: str) -> None:
 
     kind = name.split(":", maxsplit=1)[0]
     if kind not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"--device {name}: expected cpu, cuda or mps")
+        raise UsageError(f"--device {name}: expected {known}")
     have = available_devices()
     if name not in have and kind not in have:
         raise ResourceError(f"--device {name}: not on this machine (it has: {', '.join(have)})")

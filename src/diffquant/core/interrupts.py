@@ -18,8 +18,8 @@ def keep_interrupts(again: Callable[[], object]) -> None:
     """Have `again` called from another thread whenever a KeyboardInterrupt was swallowed.
 
     Python throws away what is raised in a weak reference's callback, in `__del__` or in a callback
-    from C. Buffers that go back to a pool on being dropped make such moments a few in a hundred:
-    a picture went on for half a minute after Ctrl-C, and a batch's child had to be killed.
+    from C. Buffers that go back to a pool on being dropped make such moments a few in a hundred: of
+    26 pictures that were interrupted, 2 went on being drawn (docs/lab-log.md, 2026-11-27).
 
     Args:
         again: raises a KeyboardInterrupt in the main thread, as `ctrl_c` does.

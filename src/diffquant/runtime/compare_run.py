@@ -78,6 +78,7 @@ class Run:
                 self.doubts.append(f"{self.engine} cannot be asked for bfloat16: no noise floor")
                 return
             floor = draw_all(rough, self.shots, FLOOR, self.progress)
+            self.doubts += rough.warnings
             del rough
         row = drawn_row(FLOOR, "floor", self.exact, floor, self.shots, self.judges)
         said = ("the reference with its denoiser in bfloat16",)

@@ -42,16 +42,23 @@ class BundledSide:
         synthetic: what its denoiser is shown instead of text; "": it reads prompts.
         graphs: what became of CUDA graphs, in each picture anew.
         placed: how weights were placed.
+        troubles: what did not go as planned: memory that ran out, a graph that could not be made.
     """
 
     files: EngineFiles
     opened: Opened
-    warnings: tuple[str, ...]
+    odd: tuple[str, ...]
     low_bit: LowBit
     engine: str = f"diffquant {__version__}"
     synthetic: str = ""
     graphs: dict[str, None] = field(default_factory=dict)
     placed: dict[str, None] = field(default_factory=dict)
+    troubles: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was guessed or odd on opening, and what did not go as planned since."""
+        return (*self.odd, *self.troubles)
 
     @property
     def how(self) -> str:
@@ -88,8 +95,10 @@ class BundledSide:
                 made = pipeline.run(request, on_step=on_step)
         if device.type == "cuda":
             self.graphs[graphs.said] = None
+        if graphs.warning:
+            self.troubles[graphs.warning] = None
         if self.opened.placement is not None:
-            self.placed.update(dict.fromkeys(self.opened.placement.steps))
+            self.troubles.update(dict.fromkeys(self.opened.placement.steps))
         if on_latents is not None:
             on_latents(made.latents.numpy())
         pictures: Pictures = made.images.numpy()
