@@ -89,9 +89,10 @@ def _activations(x, unit, depth, mask, WIDTH: tl.constexpr, PLANES: tl.constexpr
                  STRIDE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """What planes of units of a row meet: PLANES of (units, WIDTH)."""
     if STRIDE == 0:  # planes take turns
-        place = at(unit * (2 * WIDTH), tl.arange(0, 2 * WIDTH), 2 * GROUP)
-        pairs = tl.load(x + place, mask=mask[:, None], other=0.0)
-        return tl.split(tl.reshape(pairs, (unit.shape[0], WIDTH, 2)))
+        # Read apart: pairs that are split afterwards gave wrong numbers, compiled by Triton 3.6.
+        place = (unit * (2 * WIDTH))[:, None] + 2 * tl.arange(0, WIDTH)[None, :]
+        first = tl.load(x + place, mask=mask[:, None], other=0.0)
+        return first, tl.load(x + place + 1, mask=mask[:, None], other=0.0)
     planes = ()
     start = unit_start(unit, WIDTH, PLANES, STRIDE)
     for i in tl.static_range(PLANES):

@@ -15,6 +15,7 @@ replaced or turned to another dtype, graphs that were made before are dropped, a
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
@@ -43,8 +44,9 @@ class CudaGraphs:
     """CUDA graphs that share one pool of memory: they run one after the other."""
 
     def __init__(self, *, urgent: bool = False) -> None:
-        """The pool is made with the first graph; `urgent`: kernels go before others' (ahead.py)."""
+        """`urgent`: kernels go before others' (ahead.py)."""
         self._pool: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._stream: torch.cuda.Stream | None = None
         if urgent:
             self._stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
@@ -56,10 +58,11 @@ class CudaGraphs:
             RuntimeError: something in it cannot be captured.
         """
         graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
+        if not self._graphs:  # a pool ends with its last graph, and cannot be used again
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             found = call()
+        self._graphs.add(graph)
         graph.replay()  # capturing ran nothing
         return found, graph.replay
 
