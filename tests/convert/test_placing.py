@@ -100,25 +100,7 @@ def test_auto_takes_a_card_where_there_is_enough_to_search_for(examples, monkeyp
     assert placing.cards_worth("auto", [plan], lambda _asked: ONE) is NO_CARDS
 
 
-def test_auto_leaves_kernels_that_ran_on_no_card_to_the_cpu(examples, monkeypatch):
-    monkeypatch.setattr(placing, "AUTO_WEIGHTS", 1)
-    rules = (Rule("img_attn.qkv", "iq3_s", "test"),)
-    plan = planned(examples / "flux1-shapes", NO_CARDS, q4_k_s(rules=rules))
-    assert placing.cards_worth("auto", [plan], lambda _asked: ONE) is ONE  # for the others
-    for asked, encoder in (("auto", "cpu"), ("cuda", "cuda")):
-        (found,) = placing.place([plan], ONE, asked)
-        there = {s.decision.format: s.encoder for s in found.steps if s.decision.format}
-        assert there["iq3_s"] == encoder
-        assert there["q4_k"] == "cuda"
-        told = "iq3_s has not run on a card yet (--device cuda takes it there)" in found.notes[-1]
-        assert told == (asked == "auto")
-    pure = Request("gguf", type=type_named("iq3_s"), pure=True)
-    plan = planned(examples / "flux1-shapes", NO_CARDS, pure)
-    assert placing.cards_worth("auto", [plan], lambda _asked: ONE) is NO_CARDS
-
-
 def test_longer_searches_take_a_card_for_fewer_weights(examples, monkeypatch):
-    monkeypatch.setattr(placing, "UNPROVEN", frozenset())
     source = examples / "flux1-shapes"
     plans = {
         name: Request("gguf", type=type_named(name), pure=True) for name in ("q4_k", "iq3_xxs")
@@ -144,7 +126,6 @@ def test_auto_starts_no_card_for_what_the_cpu_encodes_quickly(
     examples, monkeypatch, name, container, pays
 ):
     monkeypatch.setattr(placing, "AUTO_WEIGHTS", 1000)
-    monkeypatch.setattr(placing, "UNPROVEN", frozenset())
     request = Request(container, type=type_named(name), pure=True)
     plan = planned(examples / "flux1-shapes", ONE, request)
     assert {step.encoder for step in plan.steps if step.decision.format == name} == {"cuda"}

@@ -184,7 +184,7 @@ def run_job(
             lora = plan_error_lora(plan, match, error_lora, matrix=matrix, inputs=inputs)
             plan = replace(plan, notes=(*plan.notes, lora.note))
         cards = cards_worth(device, [plan], cards_for)
-        (plan,) = place([plan], cards, device)
+        (plan,) = place([plan], cards)
         around = surroundings(plan, match, source, base)
         plan = replace(plan, notes=(*plan.notes, *around.notes))
         memory = peak_nbytes(plan, count, beside=lora.peak_nbytes if lora else 0)

@@ -24,7 +24,7 @@ from diffquant.quant.backends import BACKENDS, WEIGHTED_ON_CARDS
 from diffquant.quant.cards import Cards, too_few
 from diffquant.quant.formats import format_named
 
-__all__ = ["AUTO_WEIGHTS", "UNPROVEN", "cards_worth", "place"]
+__all__ = ["AUTO_WEIGHTS", "cards_worth", "place"]
 
 # Weights that are searched for, from which `auto` takes a card. A format's kernel is compiled once
 # per machine, for half a minute: as long as 16 cores take for 12 billion weights.
@@ -32,13 +32,6 @@ AUTO_WEIGHTS = 1 << 32
 # What no card is started for, since the CPU encodes it in the time of two or three copies of the
 # weight; where there is a card it goes there too.
 _QUICK = frozenset({"mxfp4", "nf4_dq"})
-# Codecs whose kernel has run in Triton's interpreter and was compiled, but on no card yet: a card
-# once had other bytes than both (docs/gpu.md). `auto` leaves them to the CPU.
-UNPROVEN = frozenset(
-    {"convrot_w4a4", "asym_w4a8_int8", "mxfp4", "mxfp8", "nvfp4_comfy", "fp4_bnb", "double_quant"}
-    | {"iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"}
-)
-_UNPROVEN_WEIGHED = frozenset({"q3_k"})  # with importance
 # How many times as long as for Q4_K the CPU searches, measured side by side.
 _LONGER = {"iq2_xxs": 9, "iq2_xs": 18, "iq2_s": 6, "iq3_xxs": 15, "iq3_s": 9}
 _CHUNKS = 4  # chunks of the CPU's size in one of a card's: staging.py takes them whole
@@ -62,34 +55,33 @@ def cards_worth(asked: str, plans: Sequence[Plan], find: Callable[[str], Cards])
             for step in plan.steps
             if step.decision.format
             and step.decision.format not in _QUICK
-            and not _why_cpu(step, plan, asked)
+            and not _why_cpu(step, plan)
         )
         if searched < AUTO_WEIGHTS:
             return too_few(searched, AUTO_WEIGHTS)
     return find(asked)
 
 
-def place(plans: Sequence[Plan], cards: Cards, asked: str = "cuda") -> tuple[Plan, ...]:
+def place(plans: Sequence[Plan], cards: Cards) -> tuple[Plan, ...]:
     """Decide for every step of the plans of a run; notes say what was decided and why.
 
     Args:
         plans: from make_plan; all are cut alike, for what they share is read once.
         cards: that there are.
-        asked: what they were asked for as; `auto` takes what has run on a card.
     """
-    placed = tuple(_placed(plan, cards, asked) for plan in plans)
+    placed = tuple(_placed(plan, cards) for plan in plans)
     if any(step.encoder == "cuda" for plan in placed for step in plan.steps):
         return tuple(map(_cut_larger, placed))
     return placed
 
 
-def _placed(plan: Plan, cards: Cards, asked: str) -> Plan:
+def _placed(plan: Plan, cards: Cards) -> Plan:
     if not cards.devices:
         told = (f"encoded on the CPU: {cards.why}",) if cards.why else ()
         return replace(plan, notes=(*plan.notes, *told))
     steps, reasons = [], Counter[str]()
     for step in plan.steps:
-        why = _why_cpu(step, plan, asked) if step.decision.format else ""
+        why = _why_cpu(step, plan) if step.decision.format else ""
         reasons.update([why] if why else [])
         on_card = bool(step.decision.format) and not why
         steps.append(replace(step, encoder="cuda") if on_card else step)
@@ -106,7 +98,7 @@ def _cut_larger(plan: Plan) -> Plan:
     return replace(plan, steps=tuple(replace(step, chunk=chunk) for step in plan.steps))
 
 
-def _why_cpu(step: Step, plan: Plan, asked: str) -> str:
+def _why_cpu(step: Step, plan: Plan) -> str:
     """Why a weight is encoded by the CPU though there are cards; "" if it is not."""
     fmt = format_named(step.decision.format)
     if step.rounding != "nearest":
@@ -118,8 +110,4 @@ def _why_cpu(step: Step, plan: Plan, asked: str) -> str:
     weighed = fmt.importance != "unused" and not step.flat and step.key in plan.importance
     if weighed and fmt.codec not in WEIGHTED_ON_CARDS:
         return f"{fmt.name} weighed by the importance matrix"
-    unproven = fmt.codec in UNPROVEN or (weighed and fmt.codec in _UNPROVEN_WEIGHED)
-    if unproven and asked == "auto":
-        what = f"{fmt.name} with importance" if fmt.codec not in UNPROVEN else fmt.name
-        return f"{what} has not run on a card yet (--device cuda takes it there)"
     return ""

@@ -140,7 +140,7 @@ def run_jobs(
         if isinstance(source, ComposedSource):
             plans = tuple(replace(plan, notes=(*source.notes, *plan.notes)) for plan in plans)
         cards = cards_worth(device, plans, cards_for)
-        plans = place(plans, cards, device)
+        plans = place(plans, cards)
         around = [surroundings(plan, match, source, base) for plan in plans]
         planned = [
             _Planned(one.path, replace(plan, notes=(*plan.notes, *beside.notes)), beside)
