@@ -15,7 +15,6 @@ guided step is twice that). Rows of a family are made in one process, diffusers'
              as it is compiles Triton's kernels
     MiB      max_memory_reserved while steps are timed: weights, activations
     captured as it is, replayed as one CUDA graph: what is timed first runs as it is, then records
-    ahead    the same, weights decoded on a second stream while the layer before multiplies
     error    of the prediction, relative to the exact one of the same weights (type@compute rows)
     warm     `--warm`: first compiled call in another process, which finds the first one's cache
 
@@ -29,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import statistics
@@ -134,7 +132,7 @@ def timed(step: Callable[[], Any], device: Any, rounds: int) -> dict[str, Any]:
 
 
 def modes(arguments: argparse.Namespace) -> list[str]:
-    known = ("eager", "compiled", "captured", "ahead")
+    known = ("eager", "compiled", "captured")
     return [mode for mode in known if mode in arguments.modes.split(",")]
 
 
@@ -154,7 +152,6 @@ def family_rows(run: Run, family: str, device: Any) -> None:
 def our_rows(run: Run, family: str, kind: str, device: Any) -> None:
     from step_models import inputs_for, ours, step_of
 
-    from diffquant.runtime.ahead import CudaLanes
     from diffquant.runtime.capture import captured
     from diffquant.runtime.compiling import compiled
 
@@ -194,30 +191,23 @@ def our_rows(run: Run, family: str, kind: str, device: Any) -> None:
             return {}
         return {"computed": held["low_bit"].said, "step_error": held["step_error"]}
 
-    def as_one_graph(*, ahead: bool = False) -> dict[str, Any]:
+    def as_one_graph() -> dict[str, Any]:
         step = made()
-        with captured(held["model"], lanes=CudaLanes() if ahead else None) as state:
+        with captured(held["model"]) as state:
             row = timed(step, device, arguments.rounds)
-            graphs = {"graphs": state.graphs, "failed_capture": state.failed}
-            return row | graphs | {"ahead": state.ahead}
+            return row | {"graphs": state.graphs, "failed_capture": state.failed}
 
-    work = {
-        "eager": eager,
-        "compiled": with_graphs,
-        "captured": as_one_graph,
-        "ahead": functools.partial(as_one_graph, ahead=True),
-    }
+    work = {"eager": eager, "compiled": with_graphs, "captured": as_one_graph}
     contexts: dict[str, Callable[[], Any]] = {
         "eager": contextlib.nullcontext,
         "compiled": lambda: compiled(
             held["model"], backend=arguments.backend, least=arguments.least
         ),
         "captured": lambda: captured(held["model"]),
-        "ahead": lambda: captured(held["model"], lanes=CudaLanes()),
     }
     for mode in modes(arguments):
-        if mode in ("captured", "ahead") and not device.cuda:
-            print(f"{mode}: CUDA graphs need a CUDA device", flush=True)
+        if mode == "captured" and not device.cuda:
+            print("captured: CUDA graphs need a CUDA device", flush=True)
             continue
         named = {"family": family, "program": "diffquant", "type": kind, "mode": mode}
         run.row(named, work[mode])

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from diffquant.runtime.ahead import Lanes, Order, led, watched
 from diffquant.runtime.layers import PackedLayer
 
 __all__ = ["Captured", "CudaGraphs", "Recorder", "captured"]
@@ -43,13 +42,10 @@ class Recorder(Protocol):
 class CudaGraphs:
     """CUDA graphs that share one pool of memory: they run one after the other."""
 
-    def __init__(self, *, urgent: bool = False) -> None:
-        """`urgent`: kernels go before others' (ahead.py)."""
+    def __init__(self) -> None:
+        """The pool is made with the first graph, and anew once all of its graphs are gone."""
         self._pool: Any = None
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
-        self._stream: torch.cuda.Stream | None = None
-        if urgent:
-            self._stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
 
     def record(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """Capture `call`.
@@ -60,7 +56,7 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         if not self._graphs:  # a pool ends with its last graph, and cannot be used again
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool):
             found = call()
         self._graphs.add(graph)
         graph.replay()  # capturing ran nothing
@@ -75,7 +71,6 @@ class Captured:
         plain: calls that ran as they are.
         captured: calls that were recorded.
         replayed: calls that were replays.
-        ahead: weights that are decoded ahead, in all graphs made so far.
         failed: why nothing is captured any more, "" while it is.
         anew: drops what was captured and seen: calls will launch other kernels.
     """
@@ -83,7 +78,6 @@ class Captured:
     def __init__(self) -> None:
         """Nothing has run yet."""
         self.graphs, self.plain, self.captured, self.replayed, self.failed = 0, 0, 0, 0, ""
-        self.ahead = 0
         self.anew: Callable[[], None] = lambda: None
 
 
@@ -93,7 +87,6 @@ def captured(
     recorder: Recorder | None = None,
     *,
     most: int = _MOST,
-    lanes: Lanes | None = None,
 ) -> Iterator[Captured]:
     """Replay a denoiser's calls for the duration.
 
@@ -106,12 +99,9 @@ def captured(
         denoiser: its `forward` is replaced, and put back.
         recorder: CudaGraphs().
         most: shapes that are captured; calls of further ones run as they are.
-        lanes: where weights are decoded ahead; None: each where it is used. Not beside compiled
-            blocks, which decode by themselves.
     """
     state = Captured()
-    recorder = recorder or CudaGraphs(urgent=lanes is not None)
-    denoiser.forward = _Replays(denoiser, recorder, state, most, lanes)
+    denoiser.forward = _Replays(denoiser, recorder or CudaGraphs(), state, most)
     try:
         yield state
     finally:
@@ -146,11 +136,8 @@ class _Replays:
         recorder: Recorder,
         state: Captured,
         most: int,
-        lanes: Lanes | None,
     ) -> None:
         self._model, self._recorder, self._state, self._most = model, recorder, state, most
-        self._lanes = lanes
-        self._orders: dict[Hashable, Order] = {}  # of the weights of a call
         self._places: Hashable = None  # where what graphs read lay when they were made
         self._layers = [one for one in model.modules() if isinstance(one, PackedLayer)]
         self._plain = type(model).forward
@@ -173,12 +160,7 @@ class _Replays:
 
             def call(given: list[Any]) -> Any:  # noqa: ANN401
                 positional, named = pytree.tree_unflatten(given, shape)
-                if self._lanes is None:
-                    return self._plain(self._model, *positional, **named)
-                with led(self._model, self._orders[key], self._lanes) as found:
-                    result = self._plain(self._model, *positional, **named)
-                state.ahead += found.ahead
-                return result
+                return self._plain(self._model, *positional, **named)
 
             try:
                 graph = _Graph(self._recorder, call, leaves)
@@ -192,17 +174,11 @@ class _Replays:
                 return graph.result()
         self._seen.setdefault(key, None)
         state.plain += 1
-        if self._lanes is None:
-            return self._plain(self._model, *args, **kwargs)
-        with watched(self._model) as asked:
-            found = self._plain(self._model, *args, **kwargs)
-        self._orders[key] = tuple(asked)
-        return found
+        return self._plain(self._model, *args, **kwargs)
 
     def _forget(self) -> None:
         self._seen.clear()
-        self._orders.clear()
-        self._state.graphs = self._state.ahead = 0
+        self._state.graphs = 0
 
     def _now(self) -> Hashable:
         """Where every packed weight lies, and a parameter: all of them move and change together."""

@@ -235,7 +235,6 @@ class PackedLayer(nn.Module):
         self.stored: StoredWeight | None = None
         self.home: Home | None = None
         self.on_replace: Callable[[PackedLayer, PackedWeight], None] | None = None
-        self.decode: Callable[[PackedLayer, torch.dtype], Tensor] | None = None  # see ahead.py
         self.adapters: list[LowRank] = []
         self.bias: nn.Parameter | None = None
         if bias:
@@ -284,11 +283,7 @@ class PackedLayer(nn.Module):
         return self.outline() if self.home is None else self.home.weight(self)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The decoded weight for one call, good until another layer's is asked for."""
-        return self.decoded(dtype) if self.decode is None else self.decode(self, dtype)
-
-    def decoded(self, dtype: torch.dtype) -> Tensor:
-        """Decode the weight, here and now: `logical_shape`."""
+        """Decode the weight for one call: `logical_shape`."""
         return self.bound().dequantize(dtype).reshape(self.logical_shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
