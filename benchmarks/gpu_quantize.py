@@ -1,7 +1,8 @@
 """Quantizing a Flux.1-sized model on a card and on the CPU: seconds, stages, hashes per tensor.
 
 python benchmarks/gpu_quantize.py [--json FILE] [--types q4_k_s,q8_0] [--runs 3] [--threads N]
-    [--folder /dev/shm] [--hidden 3072 --double 19 --single 38] [--device cuda] [--kernels]
+    [--folder /dev/shm] [--hidden 3072 --double 19 --single 38] [--device cuda]
+    [--kernels] [--lanes]
 
 The source is a bfloat16 file with Flux.1-dev's names and shapes (24 GB at full size), made from
 seeded noise, at another place of it for every tensor. It lies in --folder, which should be memory:
@@ -16,11 +17,12 @@ seconds are told. Then:
     stages  one more run on the card, thread-seconds of each stage; threads overlap, so they add up
             to more than the wall
 
-`--kernels` times the encoders alone (CUDA events, median of 9, rows of 16 Mi weights that are on
-the card) and tries other lanes: the table for quant/codecs/triton/launch.py.
+`--kernels` times the encoders alone (CUDA events, median of 9, 16 Mi weights that are on the card),
+`--lanes` with other lanes too: the table for quant/codecs/triton/launch.py. `--types ""`: no files.
 
-Needs numba, as the CPU's side does. Without a card, `--device interpreter --threads 1` with a tiny
---hidden (256) tries the script. The file is GGUF where the type can go there, else safetensors.
+Whole files need numba, as the CPU's side does. Without a card, `--device interpreter --threads 1`
+with a tiny --hidden (256) tries the script. The file is GGUF where the type can go there, else
+safetensors.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from typing import Any
 
 import numpy as np
 from flux_shaped import Shapes, flux_shapes, size
+from peak_memory import version
 
 ASKED_S = 20.0
 FULL_SIZE = 11_900_000_000  # Flux.1-dev's weights
@@ -218,7 +221,7 @@ def show(one: dict[str, Any], device: str) -> None:
         print(f"    {name:28} {spent:8.2f} thread-s {one['calls'][name]:8} calls")
 
 
-def kernels(device: str) -> list[dict[str, Any]]:
+def kernels(device: str, *, swept: bool) -> list[dict[str, Any]]:
     """Encoders alone, and the bus: milliseconds, weights per second."""
     import torch
 
@@ -257,24 +260,27 @@ def kernels(device: str) -> list[dict[str, Any]]:
         encode = functools.partial(backend(codec, operation, "cuda"), weight, stats, fmt=fmt.name)
         if fmt.importance == "required":
             encode = functools.partial(encode, importance=torch.ones(4096, device=device))
-        for lanes in SWEPT:
-            launch.LANES[codec] = launch.Lanes(*lanes)
+        used = launch.LANES.get(codec)
+        for lanes in (None, *(SWEPT if swept else ())):
+            if lanes is not None:
+                launch.LANES[codec] = launch.Lanes(*lanes)
             ms = median_ms(encode)
             rows.append(
                 {"what": codec, "lanes": lanes, "ms": ms, "gw_s": weight.numel() / ms / 1e6}
             )
-            print(f"  {codec:14} lanes {lanes!s:9} {ms:8.3f} ms", file=sys.stderr, flush=True)
-        launch.LANES.pop(codec)
+            told = "in use" if lanes is None else lanes
+            print(f"  {codec:14} lanes {told!s:9} {ms:8.3f} ms", file=sys.stderr, flush=True)
+        launch.LANES.pop(codec, None)
+        if used is not None:
+            launch.LANES[codec] = used
     return rows
 
 
 def machine() -> dict[str, Any]:
-    import numba
     import torch
-    import triton
 
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    versions = {one.__name__: one.__version__ for one in (np, numba, torch, triton)}
+    versions = {name: version(name) for name in ("numpy", "numba", "torch", "triton")}
     return {"cores": os.cpu_count(), "cards": cards, **versions}
 
 
@@ -295,6 +301,21 @@ def use_interpreter() -> None:
     )
 
 
+def whole_files(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Make the source; quantize it to every type."""
+    shapes, rows = flux_shapes(args.hidden, args.double, args.single), []
+    source, small = folder / "source.safetensors", folder / "small.safetensors"
+    spent = seconds_of(lambda: build(source, shapes))
+    build(small, flux_shapes(min(args.hidden, 512), 1, 1))
+    print(f"source: {size(shapes):,} weights, made in {spent:.1f} s", flush=True)
+    for kind in args.types.split(","):
+        found = one_type(kind, args, source, small)
+        found["full_size"] = size(shapes) >= FULL_SIZE
+        rows.append(found)
+        show(found, args.device)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path)
@@ -307,6 +328,7 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=38)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--lanes", action="store_true")
     args = parser.parse_args()
     if args.device == "interpreter":
         use_interpreter()
@@ -315,17 +337,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         if args.kernels:
-            result["kernels"] = kernels(args.device)
-        shapes = flux_shapes(args.hidden, args.double, args.single)
-        source, small = folder / "source.safetensors", folder / "small.safetensors"
-        spent = seconds_of(lambda: build(source, shapes))
-        build(small, flux_shapes(min(args.hidden, 512), 1, 1))
-        print(f"source: {size(shapes):,} weights, made in {spent:.1f} s", flush=True)
-        for kind in args.types.split(","):
-            found = one_type(kind, args, source, small)
-            found["full_size"] = size(shapes) >= FULL_SIZE
-            result["types"].append(found)
-            show(found, args.device)
+            result["kernels"] = kernels(args.device, swept=args.lanes)
+        if args.types:
+            result["types"] = whole_files(args, folder)
     finally:
         shutil.rmtree(folder)
     for row in result.get("kernels", ()):
