@@ -8,16 +8,21 @@ from typing import NamedTuple
 __all__ = [
     "CANDIDATES",
     "CLASSES",
+    "LEAST_WITH_CORES",
+    "LIMITS",
     "MOST_ROWS",
-    "NOT_SERVED",
     "TILES",
     "FewTile",
+    "most_rows",
     "rows_class",
     "tile_for",
 ]
 
 CLASSES = (1, 16, 32, 64)  # rows of activations
 MOST_ROWS = CLASSES[-1]
+# Rows of the weight that tensor cores take at least: with fewer (16 a warp: 16 or 32) Triton 3.6
+# compiles kernels that give wrong numbers for q6_k on an H100; its interpreter gives right ones.
+LEAST_WITH_CORES = 64
 _MOST_SHARES = 16
 
 
@@ -25,8 +30,8 @@ class FewTile(NamedTuple):
     """What a program takes, and how many programs there should be.
 
     Attributes:
-        n: rows of the weight; with tensor cores 64 or more and a multiple of four warps: with 16 a
-            warp Triton 3.6 compiles kernels that give wrong numbers (q6_k, an H100).
+        n: rows of the weight; with tensor cores LEAST_WITH_CORES or more, and a multiple of four
+            warps.
         k: weights of each row in a step.
         warps: of a program.
         group: weights of a plane that a thread reads at once; blocks are read by words.
@@ -57,8 +62,8 @@ _DEFAULTS = {
     64: FewTile(64, 64, 4, programs=264),
 }
 # (family, class of rows): where another tile is faster; benchmarks/gpu_matmul.py --parts few
-# --sweep prints this table. These are the ones with fewer instructions for each weight and as many
-# weights on a multiprocessor, as compiled for capability 9.0; a card has not chosen yet.
+# --sweep prints this table and the next. These have fewer instructions for each weight and as many
+# weights on a multiprocessor, as compiled for capability 9.0; no sweep has chosen them.
 TILES: dict[tuple[str, int], FewTile] = {
     ("2x32", 1): FewTile(4, 512, 1, programs=2112),
     ("2x32", 16): FewTile(64, 128, 4, programs=528),
@@ -66,8 +71,9 @@ TILES: dict[tuple[str, int], FewTile] = {
     ("4x16", 16): FewTile(64, 128, 4, programs=528),
     ("scaled", 16): FewTile(64, 128, 4, programs=528),
 }
-# Formats for which decoding and multiplying is faster, so says the same sweep.
-NOT_SERVED: frozenset[str] = frozenset()
+# Formats for which decoding first is faster from fewer rows on than MOST_ROWS: the rows up to which
+# they are served; 0: never.
+LIMITS: dict[str, int] = {}
 
 _ONE = (
     FewTile(4, 256, 1),
@@ -112,6 +118,11 @@ CANDIDATES: Mapping[int, tuple[FewTile, ...]] = {
 def rows_class(rows: int) -> int:
     """The smallest class that holds so many rows."""
     return next(one for one in CLASSES if rows <= one)
+
+
+def most_rows(fmt: str) -> int:
+    """Rows of activations up to which a format is served."""
+    return LIMITS.get(fmt, MOST_ROWS)
 
 
 def tile_for(family: str, rows: int, itemsize: int) -> FewTile:
