@@ -49,7 +49,7 @@ SHAPES = ((12288, 3072), (3072, 12288))
 FLUSHED_NBYTES = 512 << 20
 GRIDS = ("iq1", "iq2", "iq3")
 SWEPT = (
-    "q8_0", "q4_0", "q4_k", "q6_k", "q3_k", "iq3_s", "nf4", "fp8_e4m3_scaled", "mxfp8",
+    "q8_0", "q4_0", "q2_k", "q3_k", "q4_k", "q6_k", "iq3_s", "nf4", "fp8_e4m3_scaled", "mxfp8",
     "int8_convrot", "int8_convrot_64", "convrot_w4a4", "asym_w4a8_int8", "asym_w4a8_int8_16",
 )  # fmt: skip
 SWEPT_TILES = tuple(Tile(n, w) for n in (1024, 2048, 4096, 8192) for w in (2, 4, 8))
