@@ -1,15 +1,16 @@
-"""Every tile of candidates/few.py: gpu_matmul.py --parts few --sweep --candidates.
+"""Every tile of triton/few.py: gpu_matmul.py --sweep --parts few.
 
 For each format and number of rows (--few), the best tiles first:
 
-    x         geometric mean over the shapes of the time over the bf16 GEMM's of the same shape
-    worst     the largest of them
-    measured  that mean for the package's kernel
-    apart     that mean for decoding and then multiplying
+    x       geometric mean over the shapes of the time over the bf16 GEMM's of the same shape
+    worst   the largest of them
+    in use  that mean for the tile in use
+    apart   that mean for decoding and then multiplying
 
-Then, for each format and number of rows, which of the three is fastest; and the tables for
-candidates/few_tiles.py. A tile that fails, or whose result is not that of float32 sums, is named
-and left out. Kernels are compiled beforehand by `--jobs` processes.
+Then whether that tile or decoding first is faster, and the tables for triton/few_tiles.py: a tile
+for each family and number of rows, and the formats for which decoding first is faster, by that
+tile, from some number of rows on. A tile that fails, or whose result is not that of float32 sums,
+is named and left out. Kernels are compiled beforehand by `--jobs` processes.
 """
 
 from __future__ import annotations
@@ -18,22 +19,27 @@ import functools
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from candidates import few
-from candidates.few_tiles import CANDIDATES, FewTile, rows_class
 from gpu_few import Few, Shape
-from torch import Tensor
 from torch.nn import functional
 
 from diffquant.quant.formats import FORMATS
-from diffquant.runtime.kernels.triton import few as measured
+from diffquant.runtime.kernels.triton import few
+from diffquant.runtime.kernels.triton.few_tiles import (
+    CANDIDATES,
+    FewTile,
+    rows_class,
+    tile_for,
+    usable,
+)
 
 Variant = tuple[str, int, FewTile]
+Choice = dict[str, FewTile | None]  # by family
 TOLD = 4  # tiles of a format and number of rows
 ALL_SHARED = 1 << 16  # programs: more than a weight has tiles, so that K is shared out
 
@@ -42,17 +48,17 @@ ALL_SHARED = 1 << 16  # programs: more than a weight has tiles, so that K is sha
 class Found:
     """Times over the GEMM, for each shape, of a format and number of rows."""
 
+    in_use: FewTile
     apart: list[float]
-    measured: list[float] = field(default_factory=list)
     tiles: dict[FewTile, list[float]] = field(default_factory=dict)
 
     def order(self) -> list[FewTile]:
         """Tiles that work, the fastest first."""
         return sorted(self.tiles, key=lambda tile: mean(self.tiles[tile]))
 
-    def least(self) -> float:
-        """The fastest tile's mean; infinite if none works."""
-        return min(map(mean, self.tiles.values()), default=math.inf)
+    def by(self, tile: FewTile | None) -> float:
+        """A tile's mean; infinite if it does not work, or there is none."""
+        return mean(self.tiles.get(tile, [])) if tile else math.inf
 
 
 def mean(values: Sequence[float]) -> float:
@@ -93,23 +99,30 @@ def compile_all(variants: Sequence[Variant], shape: Shape, jobs: int) -> float:
 
 
 def tried(name: str, rows: int, *, tiny: bool) -> tuple[FewTile, ...]:
-    """What is tried; blocks do not depend on the width of loads."""
+    """The tile in use, and candidates; blocks do not depend on the width of loads."""
     found = CANDIDATES.get(rows_class(rows), CANDIDATES[16])
+    found = tuple(tile for tile in found if usable(few.family(name), tile, rows, 2))
     if few.family(name) not in ("scaled", "flat"):
         found = tuple(tile for tile in found if tile.group == FewTile(1, 1, 1).group)
-    return found[:2] if tiny else found
+    return tuple(dict.fromkeys((in_use(name, rows), *(found[:2] if tiny else found))))
+
+
+def in_use(name: str, rows: int) -> FewTile:
+    """A format's tile, for operands of 2 bytes."""
+    return tile_for(few.family(name), rows, 2)
 
 
 class WrongError(ValueError):
     """A result that is not that of float32 sums."""
 
 
-def over_gemm(bench: Any, product: Few, gemm_ms: float, work: Callable[[], Tensor]) -> float:
-    """A routine's time over the GEMM's.
+def over_gemm(bench: Any, product: Few, gemm_ms: float, tile: FewTile) -> float:
+    """A tile's time over the GEMM's.
 
     Raises:
         WrongError: its result is wrong.
     """
+    work = product.by(few.few_rows, tile=tile)
     judged = product.judged(work())
     if not judged["equal"]:
         raise WrongError(f"{product.shape}, error {judged['error']:.3g}")
@@ -117,27 +130,20 @@ def over_gemm(bench: Any, product: Few, gemm_ms: float, work: Callable[[], Tenso
 
 
 def timed(bench: Any, products: Sequence[Few], gemm: Sequence[float]) -> Found:
-    """Every tile that works, the package's kernel, and decoding first; for each shape."""
+    """Every tile that works, and decoding first; for each shape."""
     name, rows = products[0].name, len(products[0].x)
     both = list(zip(products, gemm, strict=True))
-    found = Found([bench.ms(one.apart) / ms for one, ms in both])
-
-    def times(routine: Callable[..., Tensor], **how: FewTile) -> list[float]:
-        tile = how.get("tile", "measured")
+    found = Found(in_use(name, rows), [bench.ms(one.apart) / ms for one, ms in both])
+    for tile in tried(name, rows, tiny=bench.args.tiny):
         row = {"what": "few sweep", "name": name, "rows": rows, "tile": tile}
         try:
-            row["x"] = [over_gemm(bench, one, ms, one.by(routine, **how)) for one, ms in both]
+            row["x"] = [over_gemm(bench, one, ms, tile) for one, ms in both]
+            found.tiles[tile] = row["x"]
         except Exception as error:  # the device's time is dear: the others go on
             row["left_out"] = f"{type(error).__name__}: {error}"[:200]
             row |= {"equal": False} if isinstance(error, WrongError) else {}
-            print(f"LEFT OUT {name} {rows} rows {tile}: {row['left_out']}")
+            print(f"LEFT OUT {name} {rows} rows {tuple(tile)}: {row['left_out']}")
         bench.rows.append(row)
-        return row.get("x", [])
-
-    found.measured = times(measured.few_rows)
-    for tile in tried(name, rows, tiny=bench.args.tiny):
-        if here := times(few.few_rows, tile=tile):
-            found.tiles[tile] = here
     return found
 
 
@@ -165,7 +171,6 @@ def sweep_few(bench: Any) -> None:
             products = [Few.of(name, shape, one) for shape, one in zip(shapes, x, strict=True)]
             every[name, rows] = timed(bench, products, gemm)
             print_best(name, rows, every[name, rows])
-    print_verdicts(every)
     print_tables(args.formats, args.few, every)
 
 
@@ -175,36 +180,47 @@ def print_best(name: str, rows: int, found: Found) -> None:
         times = found.tiles[tile]
         print(
             f"{name:16} {rows:3} rows  x {mean(times):6.3f} worst {max(times):6.3f} "
-            f"measured {mean(found.measured):6.3f} apart {mean(found.apart):6.3f}  {tuple(tile)}",
+            f"in use {found.by(found.in_use):6.3f} apart {mean(found.apart):6.3f}  {tuple(tile)}",
             flush=True,
         )
 
 
-def print_verdicts(every: Mapping[tuple[str, int], Found]) -> None:
-    """Which way is fastest."""
-    for (name, rows), found in every.items():
-        ways = {"measured": mean(found.measured), "apart": mean(found.apart)}
-        ways |= {f"candidate {tuple(tile)}": mean(found.tiles[tile]) for tile in found.order()[:1]}
-        told = ", ".join(f"{way} {ways[way]:.3f}" for way in sorted(ways, key=ways.__getitem__))
-        print(f"# {name}, {rows} rows: {told}")
+def chosen(names: Sequence[str], rows: int, every: Mapping[tuple[str, int], Found]) -> Choice:
+    """The tile of each family that is best for its formats together, of those that work for all."""
+    found: Choice = {}
+    for family in dict.fromkeys(map(few.family, names)):
+        kin = [every[name, rows].tiles for name in names if few.family(name) == family]
+        means = {tile: mean([mean(one[tile]) for one in kin]) for tile in shared(kin)}
+        found[family] = min(means, key=means.__getitem__, default=None)
+    return found
+
+
+def shared(kin: Sequence[Mapping[FewTile, object]]) -> list[FewTile]:
+    """Keys of the first that all have, in its order."""
+    return [tile for tile in kin[0] if all(tile in one for one in kin)]
 
 
 def print_tables(
     names: Sequence[str], counts: Sequence[int], every: Mapping[tuple[str, int], Found]
 ) -> None:
-    """The best tile for each family as few_tiles.py has it, and what is slower than decoding."""
-    print("TILES = {")
-    for family in dict.fromkeys(few.family(name) for name in names):
+    """Verdicts, and the tables of few_tiles.py."""
+    counts = sorted(counts)
+    tiles = {rows: chosen(names, rows, every) for rows in counts}
+    limits = {}
+    for name in names:
+        family, fast = few.family(name), True
         for rows in counts:
-            kin = [every[name, rows].tiles for name in names if few.family(name) == family]
-            shared = set(kin[0]).intersection(*kin)
-            means = {tile: mean([mean(one[tile]) for one in kin]) for tile in shared}
-            if means:
-                best = min(means, key=means.__getitem__)
-                print(f"    ({family!r}, {rows_class(rows)}): {best!r},")
-    slow = []
-    for name in sorted(names):
-        here = [every[name, rows] for rows in counts]
-        if mean([mean(one.apart) for one in here]) <= mean([one.least() for one in here]):
-            slow.append(name)
-    print(f"}}\nNOT_SERVED = frozenset({slow!r})")
+            found = every[name, rows]
+            ms, apart = found.by(tiles[rows][family]), mean(found.apart)
+            faster = "tile" if ms < apart else "apart"
+            print(f"# {name}, {rows} rows: {faster} (tile {ms:.3f}, apart {apart:.3f})")
+            if fast and ms >= apart:  # every number of rows up to the limit has to gain
+                limits[name] = max((one for one in counts if one < rows), default=0)
+                fast = False
+    print("TILES = {")
+    for rows, choice in tiles.items():
+        for family, tile in choice.items():
+            if tile:
+                print(f"    ({family!r}, {rows_class(rows)}): {tile!r},")
+    print("}")
+    print(f"LIMITS = {limits!r}")

@@ -1,14 +1,10 @@
-"""Products of few rows on a card, the parts `few` and `tiles` of gpu_matmul.py.
+"""Products of few rows on a card, the part `few` of gpu_matmul.py. What a row says:
 
-A row of `few` is the package's kernel; with --candidates another follows it, the same weight and
-activations by benchmarks/candidates:
-
-    ms, x       as in gpu_matmul.py
-    apart_x     decoding and then multiplying, over the bf16 GEMM
-    measured_x  a candidate's time over the package's kernel's
-    error       relative, to float32 sums of the same decoded weight
-    equal       no result is further from those sums than one rounding to the compute dtype, in
-                units of the sum of magnitudes
+ms, x    as in gpu_matmul.py, by the tile in use (few_sweep.py tries the others)
+apart_x  decoding and then multiplying, over the bf16 GEMM
+error    relative, to float32 sums of the same decoded weight
+equal    no result is further from those sums than one rounding to the compute dtype, in units
+         of the sum of magnitudes
 """
 
 from __future__ import annotations
@@ -19,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from candidates import few as candidate
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,7 +25,6 @@ from diffquant.runtime.kernels.triton import few
 FEW_FORMATS = (
     "q8_0", "q4_0", "q4_k", "q5_k", "q6_k", "fp8_e4m3_scaled", "int8_rowwise", "nf4",
 )  # fmt: skip
-TILED = ((18432, 3072), (3072, 15360))  # a modulation; few programs by rows alone
 Shape = tuple[int, int]
 
 
@@ -90,20 +84,15 @@ class Few:
 
 
 def few_rows(bench: Any) -> None:
-    """One kernel against decoding and multiplying, and against its candidate."""
+    """One kernel against decoding and multiplying."""
     for shape in bench.args.shapes:
         for count in bench.args.few:
             x, w = bench.normal(count, shape[1]), bench.normal(*shape)
             base = bench.ms(functools.partial(functional.linear, x, w))
             bench.row("few", f"bf16 gemm, {count} rows", shape, lambda ms=base: {"ms": ms})
             for name in served(bench, shape):
-                product, told = Few.of(name, shape, x), f"{name}, {count} rows"
-                work = functools.partial(few_row, bench, product, base)
-                bench.row("few", told, shape, work)
-                if bench.args.candidates:
-                    ms = bench.rows[-1].get("ms")
-                    work = functools.partial(candidate_row, bench, product, base, ms)
-                    bench.row("few", f"{told}, candidate", shape, work)
+                work = functools.partial(few_row, bench, Few.of(name, shape, x), base)
+                bench.row("few", f"{name}, {count} rows", shape, work)
 
 
 def served(bench: Any, shape: Shape) -> list[str]:
@@ -115,36 +104,3 @@ def few_row(bench: Any, product: Few, base: float) -> dict[str, Any]:
     work = product.by(few.few_rows)
     judged, ms = product.judged(work()), bench.ms(work)
     return {"ms": ms, "x": ms / base, "apart_x": bench.ms(product.apart) / base, **judged}
-
-
-def candidate_row(bench: Any, product: Few, base: float, measured: float | None) -> dict[str, Any]:
-    work = product.by(candidate.few_rows)
-    judged, ms = product.judged(work()), bench.ms(work)
-    over = {"measured_x": ms / measured} if measured else {}
-    return {"ms": ms, "x": ms / base, **over, **judged}
-
-
-def few_tiles(bench: Any) -> None:
-    """Few rows by every tile of the package's kernel, the fastest first."""
-    for shape in bench.args.shapes if bench.args.tiny else TILED:
-        for count in bench.args.few:
-            x, w = bench.normal(count, shape[1]), bench.normal(*shape)
-            base = bench.ms(functools.partial(functional.linear, x, w))
-            for name in served(bench, shape):
-                work = functools.partial(tile_row, bench, Few.of(name, shape, x), base)
-                bench.row("tiles", f"{name}, {count} rows", shape, work)
-
-
-def tile_row(bench: Any, product: Few, base: float) -> dict[str, Any]:
-    found, failed = [], []
-    for tile in few.CANDIDATES:
-        call = product.by(few.few_rows, tile=tile)
-        try:
-            gap = product.judged(call())["error"]
-            found.append((bench.ms(call) / base, tuple(tile), gap))
-        except Exception as error:  # a tile that is too large for the card
-            failed.append((tuple(tile), type(error).__name__))
-    found.sort()
-    told = ", ".join(f"{x_:.2f} {tile}" for x_, tile, _ in found)
-    worst = max(gap for *_, gap in found)
-    return {"x": found[0][0], "error": worst, "every": told, "not_served": len(failed)}

@@ -1,8 +1,7 @@
 """Decoders on a card: milliseconds per format, to the bytes that must move and to a bf16 GEMM.
 
 python benchmarks/gpu_kernels.py [--json FILE] [--formats NAME ...] [--shapes NxK ...] [--jobs 8]
-                                 [--rounds 25] [--tokens 4608] [--candidates] [--sweep]
-                                 [--compile-check]
+                                 [--rounds 25] [--tokens 4608] [--sweep] [--compile-check]
 
 Random packed weights of a Flux.1 layer, (12288, 3072) and (3072, 12288), are decoded to bfloat16.
 A row is the median of its rounds by CUDA events; before each round 512 MiB are written, so that
@@ -14,11 +13,9 @@ nothing of the weight is left in the card's cache. Beside it:
 
 Asked: at most 1.4 x the floor. bitsandbytes' nf4 is timed too where it can be imported; the IQ1,
 IQ2 and IQ3 formats need gguf, which has their grids. Kernels are compiled beforehand by `--jobs`
-processes. `--candidates` also times the decoders of benchmarks/candidates, each after the package's
-own, whose bits they must have; without --formats, of those formats alone. `--sweep` tries other
-tiles and numbers of warps instead, the tables for runtime/kernels/triton/launch.py (and
-candidates/blocks.py). `--compile-check` compiles layers with torch.compile and compares them with
-the same layers that are not.
+processes. `--sweep` tries other tiles and numbers of warps instead, the tables for
+runtime/kernels/triton/launch.py. `--compile-check` compiles layers with torch.compile and compares
+them with the same layers that are not.
 """
 
 from __future__ import annotations
@@ -32,22 +29,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from candidates import blocks, blocks_32, blocks_k
 from torch import Tensor, nn
 
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels import KERNELS as REFERENCE
-from diffquant.runtime.kernels.fields import Kernel
 from diffquant.runtime.kernels.triton import KERNELS
-from diffquant.runtime.kernels.triton.launch import TILES, Tile
+from diffquant.runtime.kernels.triton.launch import TILES, Tile, tile
 from diffquant.runtime.layers import PackedWeight, QuantLinear, Segment
 
 ASKED = 1.4
@@ -55,7 +49,7 @@ SHAPES = ((12288, 3072), (3072, 12288))
 FLUSHED_NBYTES = 512 << 20
 GRIDS = ("iq1", "iq2", "iq3")
 SWEPT = (
-    "q8_0", "q4_0", "q4_k", "q6_k", "q3_k", "iq3_s", "nf4", "fp8_e4m3_scaled", "mxfp8",
+    "q8_0", "q4_0", "q2_k", "q3_k", "q4_k", "q6_k", "iq3_s", "nf4", "fp8_e4m3_scaled", "mxfp8",
     "int8_convrot", "int8_convrot_64", "convrot_w4a4", "asym_w4a8_int8", "asym_w4a8_int8_16",
 )  # fmt: skip
 SWEPT_TILES = tuple(Tile(n, w) for n in (1024, 2048, 4096, 8192) for w in (2, 4, 8))
@@ -68,28 +62,7 @@ STORED = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-CANDIDATES: dict[str, Kernel] = {**blocks_32.KERNELS, **blocks_k.KERNELS}
 Shape = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A routine, what its result must be, and where its tile is looked up."""
-
-    format: str
-    routine: Kernel
-    wanted: Kernel
-    tiles: dict[str, Tile]
-    name: str
-
-
-def decoders(names: Iterable[str], *, candidates: bool) -> Iterator[Decoder]:
-    """The package's, each followed by its candidate if there is one and it is asked for."""
-    for name in names:
-        own, other = KERNELS[name], CANDIDATES.get(name) if candidates else None
-        yield Decoder(name, own, REFERENCE[name], TILES, name)
-        if other:
-            yield Decoder(name, other, own, blocks.TILES, f"{name} candidate")
 
 
 def random_parts(name: str, shape: Shape) -> dict[str, Tensor]:
@@ -146,38 +119,34 @@ class Clock:
         return 2 * half / self.ms(lambda: target.copy_(source)) / 1e6
 
 
-def compile_one(name: str, shape: Shape, candidates: bool) -> None:
+def compile_one(name: str, shape: Shape) -> None:
     """Fill Triton's cache on disk for a format, in a process of its own."""
-    for one in decoders((name,), candidates=candidates):
-        one.routine(random_parts(name, shape), shape, torch.bfloat16)
+    KERNELS[name](random_parts(name, shape), shape, torch.bfloat16)
     torch.cuda.synchronize()
 
 
-def compile_all(names: list[str], shapes: list[Shape], jobs: int, *, candidates: bool) -> float:
+def compile_all(names: list[str], shapes: list[Shape], jobs: int) -> float:
     """Compile all kernels; returns seconds."""
     start = time.monotonic()
     if jobs > 1:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            every = [(name, shape, candidates) for name in names for shape in shapes]
-            for one in [pool.submit(compile_one, *given) for given in every]:
+            for one in [pool.submit(compile_one, n, s) for n in names for s in shapes]:
                 one.result()
     return time.monotonic() - start
 
 
-def measure(
-    one: Decoder, shape: Shape, clock: Clock, bandwidth: float, gemm: float
-) -> dict[str, Any]:
+def measure(name: str, shape: Shape, clock: Clock, bandwidth: float, gemm: float) -> dict[str, Any]:
     """A row of the table."""
-    parts = random_parts(one.format, shape)
-    found = one.routine(parts, shape, torch.bfloat16)
-    equal = same_bits(found, one.wanted(parts, shape, torch.bfloat16))
+    parts = random_parts(name, shape)
+    found = KERNELS[name](parts, shape, torch.bfloat16)
+    equal = same_bits(found, REFERENCE[name](parts, shape, torch.bfloat16))
     nbytes = sum(part.nbytes for part in parts.values()) + found.nbytes
     del found
-    ms = clock.ms(lambda: one.routine(parts, shape, torch.bfloat16))
+    ms = clock.ms(lambda: KERNELS[name](parts, shape, torch.bfloat16))
     floor = nbytes / bandwidth / 1e6
     return {
-        "format": one.name,
+        "format": name,
         "shape": shape,
         "ms": ms,
         "gb_per_s": nbytes / ms / 1e6,
@@ -218,23 +187,13 @@ def gemm_ms(shape: Shape, tokens: int, clock: Clock) -> float:
     return clock.ms(lambda: nn.functional.linear(x, weight))
 
 
-def over(row: dict[str, Any]) -> str:
-    """What a candidate takes over the package's decoder."""
-    return f"  x {row['to_measured']:.2f}" if "to_measured" in row else ""
-
-
 def rows(args: argparse.Namespace, clock: Clock, bandwidth: float) -> Iterator[dict[str, Any]]:
     """All rows, printed as they come."""
     print(f"{'format':20} {'shape':>14} {'ms':>8} {'GB/s':>6} {'/floor':>7} {'/gemm':>6}")
     for shape in args.shapes:
         gemm = gemm_ms(shape, args.tokens, clock)
         print(f"{'bf16 gemm':20} {shape!s:>14} {gemm:8.4f}   ({args.tokens} tokens)")
-        found: list[dict[str, Any]] = []
-        for one in decoders(args.formats, candidates=args.candidates):
-            row = measure(one, shape, clock, bandwidth, gemm)
-            if one.name != one.format:
-                row["to_measured"] = row["ms"] / found[-1]["ms"]
-            found.append(row)
+        found = [measure(name, shape, clock, bandwidth, gemm) for name in args.formats]
         if importlib.util.find_spec("bitsandbytes"):
             found.append(bitsandbytes_row(shape, clock, bandwidth, gemm))
         for row in found:
@@ -242,7 +201,6 @@ def rows(args: argparse.Namespace, clock: Clock, bandwidth: float) -> Iterator[d
                 f"{row['format']:20} {shape!s:>14} {row['ms']:8.4f} {row['gb_per_s']:6.0f} "
                 f"{row['to_floor']:7.2f} {row['to_gemm']:6.3f}"
                 f"{'' if row['to_floor'] <= ASKED else '  above the limit'}"
-                f"{over(row)}"
                 f"{'  NOT EQUAL' if row['equal'] is False else ''}"
             )
             yield {**row, "gemm_ms": gemm}
@@ -252,16 +210,16 @@ def swept(args: argparse.Namespace, clock: Clock, bandwidth: float) -> Iterator[
     """Every tile for some formats."""
     shape = args.shapes[0]
     print(f"{'format':20} {'weights':>8} {'warps':>6} {'ms':>8} {'/floor':>7}")
-    for decoder in decoders(args.formats, candidates=args.candidates):
-        default = decoder.tiles.get(decoder.format, Tile())
+    for name in args.formats:
+        default = tile(name)
         for one in SWEPT_TILES:
-            decoder.tiles[decoder.format] = one
-            row = measure(decoder, shape, clock, bandwidth, math.inf)
+            TILES[name] = one
+            row = measure(name, shape, clock, bandwidth, math.inf)
             mark = "  *" if one == default else ""
-            where = f"{decoder.name:20} {one.weights:8} {one.warps:6}"
+            where = f"{name:20} {one.weights:8} {one.warps:6}"
             print(f"{where} {row['ms']:8.4f} {row['to_floor']:7.2f}{mark}")
             yield {**row, "tile": one, "to_gemm": None}
-        decoder.tiles[decoder.format] = default
+        TILES[name] = default
 
 
 def compile_check() -> list[dict[str, Any]]:
@@ -294,10 +252,8 @@ def environment() -> dict[str, str]:
     }
 
 
-def known(*, sweep: bool, candidates: bool) -> list[str]:
-    """Formats to time: those whose grids are at hand, or that have a candidate."""
-    if candidates:
-        return list(CANDIDATES)
+def known(sweep: bool) -> list[str]:
+    """Formats to time: those whose grids are at hand."""
     grids = importlib.util.find_spec("gguf") is not None
     names = [name for name in (SWEPT if sweep else KERNELS) if grids or not name.startswith(GRIDS)]
     if not grids:
@@ -313,20 +269,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--tokens", type=int, default=4608)
-    parser.add_argument("--candidates", action="store_true", help="decoders of candidates/ too")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--compile-check", action="store_true")
     args = parser.parse_args()
     args.shapes = [tuple(map(int, one.split("x"))) for one in args.shapes]
-    args.formats = args.formats or known(sweep=args.sweep, candidates=args.candidates)
+    args.formats = args.formats or known(args.sweep)
     result: dict[str, Any] = {"environment": environment()}
     if args.compile_check:
         result["compiled"] = compile_check()
     else:
         jobs = 1 if args.sweep else args.jobs
-        result["compile_s"] = compile_all(
-            args.formats, args.shapes, jobs, candidates=args.candidates
-        )
+        result["compile_s"] = compile_all(args.formats, args.shapes, jobs)
         clock = Clock(args.rounds)
         bandwidth = clock.copy_gb_per_s()
         print(f"{result['environment']['device']}, copy {bandwidth:.0f} GB/s")

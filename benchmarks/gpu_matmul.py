@@ -2,19 +2,18 @@
 
 python benchmarks/gpu_matmul.py [--shapes NxK ...] [--tokens 4608] [--few 1 16 64] [--rounds 15]
                                 [--parts layers,few,rows,fused] [--json FILE]
-                                [--formats NAME ...] [--candidates]
+                                [--formats NAME ...]
 python benchmarks/gpu_matmul.py --sweep [--kinds int8 fp8]     every tile of triton/gemm.py
-python benchmarks/gpu_matmul.py --parts few --sweep --candidates [--formats NAME ...] [--jobs 14]
-                                every tile of candidates/few.py, see few_sweep.py; two minutes
+python benchmarks/gpu_matmul.py --sweep --parts few [--formats NAME ...] [--jobs 14]
+                                every tile of triton/few.py, see few_sweep.py; two minutes
 TRITON_INTERPRET=1 python benchmarks/gpu_matmul.py --tiny      every branch, no GPU, no timings
 
     layers   a product of --tokens rows, by every routine; `rows` is what quantizing the
              activations takes, and a layer is their sum
     rows     quantizing activations: to fp8, to int8, to rotated int8; GB/s of what must move
     fused    the same behind GELU, by every way (warps, row held or not); for triton/rows.py
-    few      --few rows with a packed weight: one kernel, against decoding and then multiplying;
-             with --candidates that of benchmarks/candidates beside it, see gpu_few.py
-    tiles    the same by every tile; for triton/few.py
+    few      --few rows with a packed weight: one kernel, against decoding and then multiplying; see
+             gpu_few.py
 
     ms       median of --rounds by CUDA events around a replayed CUDA graph of the call; 512 MiB are
              written before each (cold cache)
@@ -25,7 +24,7 @@ TRITON_INTERPRET=1 python benchmarks/gpu_matmul.py --tiny      every branch, no 
     equal    int8 has to be the reference's (512 rows of it) exactly, few rows float32 sums rounded
 
 A routine that fails is a row that says so. On an H100 layers, rows and few take half a minute,
-fused one, tiles with two numbers of rows two and a half, --sweep of int8 a quarter.
+fused one, --sweep of int8 a quarter.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from typing import Any
 
 import torch
 from few_sweep import sweep_few
-from gpu_few import FEW_FORMATS, few_rows, few_tiles
+from gpu_few import FEW_FORMATS, few_rows
 from peak_memory import environment, version
 from torch import Tensor
 from torch.nn import functional
@@ -300,21 +299,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4608)
     parser.add_argument("--few", nargs="+", type=int, default=[1, 16, 64])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--parts", default="layers,rows,fused,few")
+    parser.add_argument("--parts", help="all; with --sweep: layers")
     parser.add_argument("--kinds", nargs="+", default=["int8", "fp8"], choices=["int8", "fp8"])
     parser.add_argument("--formats", nargs="+", default=FEW_FORMATS, choices=FEW_FORMATS)
-    parser.add_argument("--candidates", action="store_true", help="few rows by them too")
-    parser.add_argument("--jobs", type=int, default=14, help="processes that compile candidates")
+    parser.add_argument("--jobs", type=int, default=14, help="processes that compile few's sweep")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="small, on the CPU, interpreted")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.rounds < 5:
         parser.error("--rounds: at least 5")
-    if args.candidates and "few" not in args.parts.split(","):
-        parser.error("--candidates: of the part few alone")
-    if args.candidates and args.sweep and args.parts != "few":
-        parser.error("--sweep --candidates: with --parts few")
+    work = {"layers": layers, "rows": activation_rows, "fused": fused_rows, "few": few_rows}
+    sweeps = {"layers": sweep, "few": sweep_few}
+    every = sweeps if args.sweep else work
+    args.parts = args.parts or ("layers" if args.sweep else ",".join(work))
+    if unknown := set(args.parts.split(",")) - every.keys():
+        what = "--sweep --parts" if args.sweep else "--parts"
+        parser.error(f"{what}: no {', '.join(sorted(unknown))}; known: {', '.join(every)}")
     if args.shapes:
         args.shapes = [tuple(map(int, one.split("x"))) for one in args.shapes]
     else:
@@ -329,19 +330,9 @@ def main() -> None:
     if not args.tiny:
         found["device"] = torch.cuda.get_device_name()
         print(found["device"])
-    work = {
-        "layers": layers,
-        "rows": activation_rows,
-        "fused": fused_rows,
-        "few": few_rows,
-        "tiles": few_tiles,
-    }
     with torch.no_grad():
-        if args.sweep:
-            (sweep_few if args.candidates else sweep)(bench)
-        else:
-            for name in args.parts.split(","):
-                work[name](bench)
+        for name in args.parts.split(","):
+            every[name](bench)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
     failed = [row for row in bench.rows if "failed" in row]

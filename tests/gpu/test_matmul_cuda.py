@@ -18,7 +18,7 @@ from diffquant.runtime.layers import PackedWeight, QuantLinear, Segment
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device here", allow_module_level=True)
 pytest.importorskip("triton")
-from diffquant.runtime.kernels.triton import few, gemm, levels, rows
+from diffquant.runtime.kernels.triton import few, few_tiles, gemm, levels, rows
 
 pytestmark = pytest.mark.gpu
 KINDS = ("fp8", "int8")
@@ -127,24 +127,47 @@ def finite_parts(name, shape):
     return {key: part.cuda() for key, part in parts.items()}
 
 
-@pytest.mark.parametrize("count", [1, 17, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", sorted(few.FORMATS_SERVED))
-def test_few_rows_are_as_decoded_and_multiplied(name, dtype, count):
+def test_few_rows_are_as_decoded_and_multiplied(name, dtype):
     """Float32 sums in another order: relative to the sums of magnitudes, one rounding at most."""
     shape = (1031, 1280)
     parts = finite_parts(name, shape)
     assert few.serves(name, parts, shape)
-    x = normal(count, shape[1], dtype=dtype) * 0.01
     weight = KERNELS[name](parts, shape, dtype).double()
-    found = few.few_rows(x, name, parts, shape, None).double()
-    wanted = x.double() @ weight.t()
-    within = wanted.abs() < 6e4 if dtype == torch.float16 else wanted.isfinite()
-    least = 2**-25 if dtype == torch.float16 else 0  # half a step of its subnormal numbers
-    gap = (((found - wanted).abs() - least) / (x.double().abs() @ weight.abs().t() + 1e-9))[within]
     # one rounding of the result: 2**-9 for bfloat16, 2**-11 for float16
     limit = {torch.bfloat16: 2**-8, torch.float16: 2**-9, torch.float32: 2**-18}[dtype]
-    assert not gap.numel() or float(gap.max()) < limit
+    least = 2**-25 if dtype == torch.float16 else 0  # half a step of its subnormal numbers
+    for count in (1, 2, 5, 17, 64):
+        x = normal(count, shape[1], dtype=dtype) * 0.01
+        found = few.few_rows(x, name, parts, shape, None).double()
+        wanted = x.double() @ weight.t()
+        within = wanted.abs() < 6e4 if dtype == torch.float16 else wanted.isfinite()
+        sums = x.double().abs() @ weight.abs().t() + 1e-9
+        gap = (((found - wanted).abs() - least) / sums)[within]
+        assert not gap.numel() or float(gap.max()) < limit, count
+
+
+@pytest.mark.parametrize(
+    ("rows", "tile"),
+    [
+        pytest.param(rows, tile, id=f"{rows}-{'-'.join(map(str, tile))}")
+        for rows, tiles in few_tiles.CANDIDATES.items()
+        for tile in dict.fromkeys(tile._replace(programs=0) for tile in tiles)
+    ],
+)
+@pytest.mark.parametrize("name", ["q6_k", "q4_k", "nf4", "int8_rowwise"])
+def test_few_rows_by_a_tile_of_the_sweep_are_the_same_and_repeat_bit_for_bit(name, rows, tile):
+    if not few_tiles.usable(few.family(name), tile, rows, 2):
+        pytest.skip("compiled wrongly, see few_tiles.usable")
+    shape = (1031, 3072)
+    parts, x = finite_parts(name, shape), normal(rows, 3072)
+    wanted = x.double() @ KERNELS[name](parts, shape, torch.bfloat16).double().t()
+    for one in few_tiles.CANDIDATES[rows]:
+        if one._replace(programs=0) == tile:  # kernels with and without shares of K
+            found = few.few_rows(x, name, parts, shape, None, tile=one)
+            assert float((found.double() - wanted).norm() / wanted.norm()) < 2**-8, one
+            assert torch.equal(found, few.few_rows(x, name, parts, shape, None, tile=one)), one
 
 
 def layer_of(name, rows_=512, columns=1024):

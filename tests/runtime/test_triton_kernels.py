@@ -59,6 +59,8 @@ def test_parts_that_formats_does_not_describe_go_to_the_reference(monkeypatch):
 def cache(tmp_path, monkeypatch):
     """Compiled here and now, whatever the user's cache holds."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    yield
+    assert any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["q4_1", "nf4_dq", "int8_convrot_16"])
@@ -79,6 +81,18 @@ def test_weights_are_read_and_written_in_wide_pieces_and_stay_in_registers(
     assert re.search(r"st\.global\.v4\.b32", found.asm["ptx"])
     assert re.search(r"ld\.global\.(v2\.)?b32", found.asm["ptx"])
     assert "cvt.rn.bf16x2.f32" in found.asm["ptx"]  # nearest, ties to even
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("name", "most"), [("q3_k", 0.6), ("q4_k", 0.7)])
+def test_bytes_that_hold_bits_of_several_weights_are_read_once(
+    name, most, capability, cache, monkeypatch
+):
+    """Loads for each weight, those of scales among them: twice as many where runs read alone."""
+    found = compiled(monkeypatch, name, (16, 512), torch.bfloat16, capability=capability)
+    assert found.metadata.shared == 0
+    tile = launch.tile(name)
+    assert found.asm["ptx"].count("ld.global") * 32 * tile.warps / tile.weights < most
 
 
 @pytest.mark.parametrize(

@@ -60,15 +60,15 @@ def _compiled(kernel, args, constants, capability, **changed):
 def compiled(monkeypatch, name, shape, dtype, *, capability=90, **changed):
     """The compiled kernel of a format; `changed` are launch options."""
     calls = []
-    for module in (blocks, flat, rotated, scaled, tiled):
-        launch = module.launch
+    with monkeypatch.context() as changes:  # an undo() would take the caller's changes back too
+        for module in (blocks, flat, rotated, scaled, tiled):
+            launch = module.launch
 
-        def recording(kernel, *args, _launch=launch, **constants):
-            _launch(_Recorder(kernel, calls), *args, **constants)
+            def recording(kernel, *args, _launch=launch, **constants):
+                _launch(_Recorder(kernel, calls), *args, **constants)
 
-        monkeypatch.setattr(module, "launch", recording)
-    KERNELS[name](random_parts(name, shape), shape, dtype)
-    monkeypatch.undo()
+            changes.setattr(module, "launch", recording)
+        KERNELS[name](random_parts(name, shape), shape, dtype)
     kernel, args, constants = calls[0]
     return _compiled(kernel, args, constants, capability, **changed)
 
@@ -84,13 +84,13 @@ def compiled_call(monkeypatch, module, call, *, capability, direct=(), of=1, whi
         constants |= {"num_warps": warps, "enable_fp_fusion": False}
         calls.append((kernel, args, constants))
 
-    if direct:
-        for name in direct:
-            monkeypatch.setattr(module, name, _Recorder(getattr(module, name), calls))
-    else:
-        monkeypatch.setattr(module, "launch", recording)
-    call()
-    monkeypatch.undo()
+    with monkeypatch.context() as changes:
+        if direct:
+            for name in direct:
+                changes.setattr(module, name, _Recorder(getattr(module, name), calls))
+        else:
+            changes.setattr(module, "launch", recording)
+        call()
     assert len(calls) == of
     kernel, args, constants = calls[which]
     return _compiled(kernel, args, constants, capability)

@@ -1,7 +1,8 @@
 """ggml's blocks of 256 weights with scales of their own scales; see quant/codecs/q4_k.py etc.
 
-The order of the weights of a block is that of runs: where several runs share bytes (one reads the
-low nibbles, the next the high ones), each reads them, the second time from the nearest cache.
+Bits of several weights share a byte, so a unit of blocks.py has several planes. Half of a block of
+2-, 3- or 6-bit weights is eight runs of 16 with a scale each: unit `h` of the two has planes
+h, 2 + h, 4 + h and 6 + h.
 """
 
 from __future__ import annotations
@@ -19,91 +20,119 @@ __all__ = ["KERNELS"]
 
 
 @triton.jit
-def _pairs(src, first, sub, mask, GROUP: tl.constexpr):
-    """Two bits of each weight, sixteen runs of 16: four runs of 32 lie in the same 32 bytes."""
-    start = first + sub // 8 * 32 + sub % 2 * 16
-    packed = weights(src, start, tl.arange(0, 16), mask, GROUP)
-    return packed >> (sub % 8 // 2 * 2)[:, None] & 3
+def _pair(packed, plane: tl.constexpr):
+    """Two bits of each byte: (units, 16) int32."""
+    return packed >> 2 * plane & 3
 
 
 @triton.jit
 def _q2_k(src, block, sub, mask, table, GROUP: tl.constexpr):
-    both = byte(src, block + sub, mask)
-    scale = number(both & 15, 0) * half(src, block + 80, mask)
-    minimum = number(both >> 4, 0) * half(src, block + 82, mask)
-    q = number(_pairs(src, block + 16, sub, mask, GROUP), 0)
-    return q * scale[:, None] - minimum[:, None]
+    run = sub // 2 * 8 + sub % 2
+    packed = weights(src, block + 16 + sub * 16, mask, 16, GROUP)
+    d, dmin = half(src, block + 80, mask), half(src, block + 82, mask)
+    planes = ()
+    for i in tl.static_range(4):
+        both = byte(src, block + run + 2 * i, mask)
+        scale, minimum = number(both & 15, 0) * d, number(both >> 4, 0) * dmin
+        q = number(_pair(packed, i), 0)
+        planes += (q * scale[:, None] - minimum[:, None],)
+    return planes
 
 
 @triton.jit
 def _q3_k(src, block, sub, mask, table, GROUP: tl.constexpr):
-    nibble = byte(src, block + 96 + sub % 8, mask) >> sub // 8 * 4 & 15
-    upper = byte(src, block + 104 + sub % 4, mask) >> sub // 4 * 2 & 3
-    scale = half(src, block + 108, mask) * number(nibble | upper << 4, 32)
-    third = weights(src, block + sub % 2 * 16, tl.arange(0, 16), mask, GROUP)
-    third = third >> (sub // 2)[:, None] & 1
-    q = _pairs(src, block + 32, sub, mask, GROUP) | third << 2
-    return scale[:, None] * number(q, 4)
+    upper, side = sub // 2, sub % 2  # half of the block, half of a plane's stride
+    packed = weights(src, block + 32 + sub * 16, mask, 16, GROUP)
+    third = weights(src, block + side * 16, mask, 16, GROUP) >> (upper * 4)[:, None]
+    d = half(src, block + 108, mask)
+    # Run 8 * upper + 2 * i + side: its scale's low nibble in byte 2 * i + side, its upper two bits
+    # in byte (2 * i + side) % 4 of the next four.
+    two, two_more = byte(src, block + 104 + side, mask), byte(src, block + 106 + side, mask)
+    planes = ()
+    for i in tl.static_range(4):
+        nibble = byte(src, block + 96 + 2 * i + side, mask) >> upper * 4 & 15
+        top = (two if i % 2 == 0 else two_more) >> upper * 4 + i // 2 * 2 & 3
+        scale = d * number(nibble | top << 4, 32)
+        q = _pair(packed, i) | (third >> i & 1) << 2
+        planes += (scale[:, None] * number(q, 4),)
+    return planes
 
 
 @triton.jit
-def _scale_and_minimum(src, block, sub, mask):
-    """Of Q4_K's or Q5_K's eight runs: (runs,) float32 each; 6-bit numbers as reference.py draws."""
-    first = byte(src, block + 4 + sub % 4, mask)
-    second = byte(src, block + 8 + sub % 4, mask)
-    third = byte(src, block + 12 + sub % 4, mask)
-    scale = tl.where(sub < 4, first & 63, third & 15 | first >> 2 & 48)
-    minimum = tl.where(sub < 4, second & 63, third >> 4 | second >> 2 & 48)
+def _scales_and_minima(src, block, sub, mask):
+    """Of runs 2 * sub and 2 * sub + 1 of Q4_K or Q5_K: ((units,) float32, minimum) twice.
+
+    6-bit numbers as kernels/reference.py draws them; both runs are of the same half of the eight.
+    """
+    place = block + 4 + sub % 2 * 2
+    first, second, third = (
+        word(src, place, mask),
+        word(src, place + 4, mask),
+        word(src, place + 8, mask),
+    )
+    early = sub < 2
+    # Two bytes at a time: what they hold keeps to its own byte.
+    scale = tl.where(early, first & 0x3F3F, third & 0x0F0F | first >> 2 & 0x3030)
+    minimum = tl.where(early, second & 0x3F3F, third >> 4 & 0x0F0F | second >> 2 & 0x3030)
     d, dmin = half(src, block, mask), half(src, block + 2, mask)
-    return d * number(scale, 0), dmin * number(minimum, 0)
-
-
-@triton.jit
-def _nibbles(src, first, sub, mask, GROUP: tl.constexpr):
-    """Nibbles of eight runs of 32: 32 bytes hold one run low and the next one high."""
-    packed = weights(src, first + sub // 2 * 32, tl.arange(0, 32), mask, GROUP)
-    return packed >> (sub % 2 * 4)[:, None] & 15
+    return (
+        (d * number(scale & 63, 0))[:, None],
+        (dmin * number(minimum & 63, 0))[:, None],
+        (d * number(scale >> 8, 0))[:, None],
+        (dmin * number(minimum >> 8, 0))[:, None],
+    )
 
 
 @triton.jit
 def _q4_k(src, block, sub, mask, table, GROUP: tl.constexpr):
-    scale, minimum = _scale_and_minimum(src, block, sub, mask)
-    q = number(_nibbles(src, block + 16, sub, mask, GROUP), 0)
-    return q * scale[:, None] - minimum[:, None]
+    scale, minimum, scale_2, minimum_2 = _scales_and_minima(src, block, sub, mask)
+    packed = weights(src, block + 16 + sub * 32, mask, 32, GROUP)
+    low, high = number(packed & 15, 0), number(packed >> 4, 0)
+    return low * scale - minimum, high * scale_2 - minimum_2
 
 
 @triton.jit
 def _q5_k(src, block, sub, mask, table, GROUP: tl.constexpr):
-    scale, minimum = _scale_and_minimum(src, block, sub, mask)
-    fifth = weights(src, block + 16, tl.arange(0, 32), mask, GROUP) >> sub[:, None] & 1
-    q = _nibbles(src, block + 48, sub, mask, GROUP) | fifth << 4
-    return number(q, 0) * scale[:, None] - minimum[:, None]
+    scale, minimum, scale_2, minimum_2 = _scales_and_minima(src, block, sub, mask)
+    packed = weights(src, block + 48 + sub * 32, mask, 32, GROUP)
+    fifth = weights(src, block + 16, mask, 32, GROUP) >> (sub * 2)[:, None]
+    low = number(packed & 15 | (fifth & 1) << 4, 0)
+    high = number(packed >> 4 | (fifth & 2) << 3, 0)
+    return low * scale - minimum, high * scale_2 - minimum_2
 
 
 @triton.jit
 def _q6_k(src, block, sub, mask, table, GROUP: tl.constexpr):
-    scale = int8(byte(src, block + 192 + sub, mask)) * half(src, block + 208, mask)
-    low = weights(src, block + sub // 8 * 64 + sub % 4 * 16, tl.arange(0, 16), mask, GROUP)
-    low = low >> (sub % 8 // 4 * 4)[:, None] & 15
-    q = low | _pairs(src, block + 128, sub, mask, GROUP) << 4
-    return number(q, 32) * scale[:, None]
+    upper, side = sub // 2, sub % 2
+    first = block + upper * 64 + side * 16
+    low, low_more = (
+        weights(src, first, mask, 16, GROUP),
+        weights(src, first + 32, mask, 16, GROUP),
+    )
+    high = weights(src, block + 128 + sub * 16, mask, 16, GROUP)
+    d = half(src, block + 208, mask)
+    planes = ()
+    for i in tl.static_range(4):
+        scale = int8(byte(src, block + 192 + upper * 8 + side + 2 * i, mask)) * d
+        nibble = (low if i % 2 == 0 else low_more) >> i // 2 * 4 & 15
+        planes += (number(nibble | _pair(high, i) << 4, 32) * scale[:, None],)
+    return planes
 
 
 @triton.jit
 def _iq4_xs(src, block, sub, mask, table, GROUP: tl.constexpr):
     upper = word(src, block + 2, mask) >> sub * 2 & 3
     lower = byte(src, block + 4 + sub // 2, mask) >> sub % 2 * 4 & 15
-    scale = half(src, block, mask) * number(lower | upper << 4, 32)
-    column = tl.arange(0, 32)
-    packed = weights(src, block + 8 + sub * 16, column % 16, mask, GROUP)
-    return scale[:, None] * tl.load(table + (packed >> (column // 16 * 4)[None, :] & 15))
+    scale = (half(src, block, mask) * number(lower | upper << 4, 32))[:, None]
+    packed = weights(src, block + 8 + sub * 16, mask, 16, GROUP)
+    return scale * tl.load(table + (packed & 15)), scale * tl.load(table + (packed >> 4))
 
 
 KERNELS: Mapping[str, BlockKernel] = {
-    "q2_k": of_blocks("q2_k", _q2_k, 16),
-    "q3_k": of_blocks("q3_k", _q3_k, 16),
-    "q4_k": of_blocks("q4_k", _q4_k, 32),
-    "q5_k": of_blocks("q5_k", _q5_k, 32),
-    "q6_k": of_blocks("q6_k", _q6_k, 16),
-    "iq4_xs": of_blocks("iq4_xs", _iq4_xs, 32, table("iq4")),
+    "q2_k": of_blocks("q2_k", _q2_k, 16, planes=4, stride=32),
+    "q3_k": of_blocks("q3_k", _q3_k, 16, planes=4, stride=32),
+    "q4_k": of_blocks("q4_k", _q4_k, 32, planes=2),
+    "q5_k": of_blocks("q5_k", _q5_k, 32, planes=2),
+    "q6_k": of_blocks("q6_k", _q6_k, 16, planes=4, stride=32),
+    "iq4_xs": of_blocks("iq4_xs", _iq4_xs, 16, table("iq4"), planes=2),
 }

@@ -1,28 +1,32 @@
 """Products of few rows (1 to 64) with a packed weight: no decoded weight is ever in memory.
 
-A program takes N rows of the weight and a share of their columns. Step by step it decodes a tile
-with the function that the format's own decoder uses and rounds it to the compute dtype, as a
-decoded weight would be. What is read is the packed weight, once. For more rows decoding once pays:
-see gemm.py and the decoders.
+A program takes N rows of the weight and a share of K. Step by step it decodes a tile with the
+function that the format's own decoder uses, rounds it to the compute dtype, as a decoded weight
+would be, and multiplies it; sums are float32's. What is read is the packed weight, once. For more
+rows decoding once pays: see gemm.py and the decoders.
 
-    lanes    1 or 2 rows: each number times its activation, summed in float32 where it was decoded;
-             nothing goes through shared memory before the end
-    cores    more rows: tiles go to tensor cores, sums are float32's
+    _one_row   a thread multiplies what it decoded, in its registers; threads are summed once, at
+               the end
+    _few       by tensor cores, with the weight as the left operand: its rows are spread over the
+               warps. The other way round every warp decoded all of a tile, two to four times the
+               work. Several rows of activations, and one where TILES says so
 
-Weights with few rows leave most of a card idle, so columns are shared out to as many programs as
-fill it; their sums are added up in a fixed order by a second kernel: results repeat bit for bit.
+Few rows of a weight are few programs, so K is shared out as well. Partial sums then go to memory,
+and a second kernel adds them: results do not depend on which came first.
 
     blocks   ggml's formats in KERNELS of blocks_32 and blocks_k (rows of whole blocks)
     scaled   fp8 and int8 with a scale for the tensor or per row
     flat     nf4 and fp4, where rows are whole blocks of 64
+
+A tile function returns planes, as blocks.py calls them, of N rows and UNITS units, row after row:
+each (N * UNITS, WIDTH) float32. They are not put together: each meets its own activations.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -33,213 +37,173 @@ from diffquant.quant.codecs.flat_blocks import BLOCK_SIZE
 from diffquant.quant.formats import FORMATS
 from diffquant.runtime.kernels.fields import Parts
 from diffquant.runtime.kernels.triton import blocks_32, blocks_k
-from diffquant.runtime.kernels.triton.bits import e4m3, e5m2, int8
-from diffquant.runtime.kernels.triton.blocks import Table
+from diffquant.runtime.kernels.triton.bits import at, e4m3, e5m2, int8
+from diffquant.runtime.kernels.triton.blocks import Table, unit_start
+from diffquant.runtime.kernels.triton.few_tiles import FewTile, most_rows, tile_for, usable
 from diffquant.runtime.kernels.triton.launch import aligned, launch
 from diffquant.runtime.kernels.triton.tables import table
 
-__all__ = [
-    "CANDIDATES", "FORMATS_SERVED", "MOST_ROWS", "FewTile", "few_rows", "most_rows", "serves",
-    "tile_for",
-]  # fmt: skip
+__all__ = ["FORMATS_SERVED", "family", "few_rows", "most_rows", "serves"]
 
-MOST_ROWS = 64
 _LEAST_ROWS = 16  # of a tensor core's tile
-_LANES = 2  # rows up to which numbers are multiplied where they were decoded
-_PROGRAMS = 8  # per multiprocessor: so many fill a card
-_LARGE = 200 << 10  # bytes of shared memory
-_SUMMED = 1024  # results of a program that adds up
-
-
-class FewTile(NamedTuple):
-    """Rows of the weight of a program, columns of a step, warps, programs per multiprocessor."""
-
-    n: int
-    k: int
-    warps: int
-    programs: int = _PROGRAMS
-
-
-CANDIDATES = tuple(
-    FewTile(n, k, warps, programs)
-    for n, k, warps in ((16, 256, 4), (8, 512, 4), (32, 256, 8), (16, 256, 2), (4, 1024, 4))
-    for programs in (4, 16)
-)
-
-
-# One H100, median of both shapes of gpu_matmul.py --parts tiles, over a bfloat16 GEMM with as many
-# rows. One row: 0.6 to 1.05, q6_k 2.0. 64 rows: 1.3 to 1.7; formats that are slower there than
-# decoding and multiplying apart (1.8 to 2.1) are served for one or two rows only.
-_LANE_TILES = {
-    "q4_k": FewTile(4, 1024, 4, 4),
-    "q5_k": FewTile(4, 1024, 4, 4),
-    "q6_k": FewTile(16, 256, 4, 4),
-    "fp8_e4m3_scaled": FewTile(16, 256, 4, 4),
-    "fp8_e4m3_rowwise": FewTile(16, 256, 4, 4),
-    "int8_tensor": FewTile(4, 1024, 4, 4),
-    "int8_rowwise": FewTile(4, 1024, 4, 4),
-    "nf4": FewTile(16, 256, 2, 16),
-    "fp4": FewTile(16, 256, 2, 16),
-}
-_CORE_TILES = {
-    "q8_0": FewTile(32, 256, 8, 16),
-    "q4_0": FewTile(32, 256, 8, 16),
-    "q4_k": FewTile(16, 256, 4, 16),
-    "fp8_e4m3_scaled": FewTile(16, 256, 4, 16),
-    "fp8_e4m3_rowwise": FewTile(16, 256, 4, 16),
-    "int8_tensor": FewTile(16, 256, 4, 4),
-    "int8_rowwise": FewTile(16, 256, 4, 4),
-}
-
-
-def tile_for(fmt: str, rows: int, nbytes: int, *, large: bool = False) -> FewTile:
-    """The tile for a format and so many rows of activations of `nbytes` per number.
-
-    `large`: whether a program may have Hopper's shared memory; else it fits into 99 KB.
-    """
-    if rows <= _LANES:
-        return _LANE_TILES.get(fmt, FewTile(8, 512, 4, 4))
-    found = _CORE_TILES.get(fmt, FewTile(16, 256, 4))
-    deep = large or (rows <= _LEAST_ROWS and nbytes == 2)
-    return found if deep and nbytes == 2 else found._replace(k=128)
-
-
-def most_rows(fmt: str) -> int:
-    """Rows up to which a format is faster so than decoded first."""
-    return MOST_ROWS if fmt in _CORE_TILES else _LANES
+_UNIT = 32  # weights that are read together where a format has no blocks
+_SUMS = 256  # of a program that adds partial sums
 
 
 @triton.jit
-def _block_tile(src, scale, table, row, some, start, columns, per_row, DECODE: tl.constexpr,
+def _block_tile(src, scale, table, row, unit, mask, per_row, DECODE: tl.constexpr,
                 WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr, NBYTES: tl.constexpr,
-                N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    # A run is WIDTH weights of one scale; those of a tile, row after row.
-    run = tl.arange(0, N * K // WIDTH)
-    place = start // WIDTH + run % (K // WIDTH)
-    down = tl.reshape(tl.broadcast_to(row[:, None], (N, K // WIDTH)), (N * K // WIDTH,))
-    live = tl.reshape(tl.broadcast_to(some[:, None], (N, K // WIDTH)), (N * K // WIDTH,))
-    block = down.to(tl.int64) * per_row + place // PER_BLOCK * NBYTES
-    mask = live & (place * WIDTH < columns)
-    return tl.reshape(DECODE(src, block, place % PER_BLOCK, mask, table, 8), (N, K))
+                GROUP: tl.constexpr):  # fmt: skip
+    blocks = per_row // PER_BLOCK  # its multiple of NBYTES is even, whatever a row has
+    block = row.to(tl.int64) * (blocks * NBYTES) + unit // PER_BLOCK * NBYTES
+    return DECODE(src, block, unit % PER_BLOCK, mask, table, 0)  # by words
 
 
 @triton.jit
-def _scaled_tile(src, scale, table, row, some, start, columns, per_row, DECODE: tl.constexpr,
+def _scaled_tile(src, scale, table, row, unit, mask, per_row, DECODE: tl.constexpr,
                  WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr, NBYTES: tl.constexpr,
-                 N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    column = start + tl.arange(0, K)
-    mask = some[:, None] & (column < columns)[None, :]
-    place = row.to(tl.int64)[:, None] * per_row + column[None, :]
-    code = tl.load(src + place, mask=mask, other=0).to(tl.int32)
-    factor = tl.load(scale + row * WIDTH, mask=some, other=0).to(tl.float32)  # WIDTH: 0 or 1
-    return DECODE(code) * factor[:, None]
+                 GROUP: tl.constexpr):  # fmt: skip
+    column = tl.arange(0, WIDTH)
+    inside = mask[:, None] & ((unit * WIDTH)[:, None] + column[None, :] < per_row)
+    place = at(row.to(tl.int64) * per_row + unit * WIDTH, column, GROUP)
+    code = tl.load(src + place, mask=inside, other=0).to(tl.int32)
+    factor = tl.load(scale + row * NBYTES, mask=mask, other=0).to(tl.float32)  # NBYTES: 0 or 1
+    return (DECODE(code) * factor[:, None],)
 
 
 @triton.jit
-def _flat_tile(src, scale, table, row, some, start, columns, per_row, DECODE: tl.constexpr,
+def _flat_tile(src, scale, table, row, unit, mask, per_row, DECODE: tl.constexpr,
                WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr, NBYTES: tl.constexpr,
-               N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    # A run is WIDTH weights of one scale, WIDTH / 2 bytes, high nibble first.
-    run = tl.arange(0, N * K // WIDTH)
-    place = start // WIDTH + run % (K // WIDTH)
-    down = tl.reshape(tl.broadcast_to(row[:, None], (N, K // WIDTH)), (N * K // WIDTH,))
-    live = tl.reshape(tl.broadcast_to(some[:, None], (N, K // WIDTH)), (N * K // WIDTH,))
-    live = live & (place * WIDTH < columns)
-    block = down.to(tl.int64) * (columns // WIDTH) + place
-    inside = block[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
-    packed = tl.load(src + inside, mask=live[:, None], other=0).to(tl.int32)
-    factor = tl.load(scale + block, mask=live, other=0)[:, None]
-    high = tl.load(table + (packed >> 4)) * factor
-    low = tl.load(table + (packed & 15)) * factor
-    return tl.reshape(tl.join(high, low), (N, K))
+               GROUP: tl.constexpr):  # fmt: skip
+    block = row.to(tl.int64) * per_row + unit
+    place = at(block * WIDTH, tl.arange(0, WIDTH), GROUP)
+    packed = tl.load(src + place, mask=mask[:, None], other=0).to(tl.int32)
+    factor = tl.load(scale + block, mask=mask, other=0)[:, None]
+    return tl.load(table + (packed >> 4)) * factor, tl.load(table + (packed & 15)) * factor
 
 
 @triton.jit
-def _finish(
-    total, bias, dst, partial, split, splits, rows, columns, row, token, BIAS: tl.constexpr
-):
-    """Write (M, N) sums: with the bias, or what one of several programs has of them."""
-    mask = (token < rows)[:, None] & (row < columns)[None, :]
-    place = token[:, None] * columns + row[None, :]
-    if splits == 1:
-        if BIAS:
-            total += tl.load(bias + row, mask=row < columns, other=0.0).to(tl.float32)[None, :]
-        tl.store(dst + place, total.to(dst.dtype.element_ty), mask=mask)
-    else:
-        tl.store(partial + split * rows * columns + place, total, mask=mask)
+def _activations(x, unit, depth, mask, WIDTH: tl.constexpr, PLANES: tl.constexpr,
+                 STRIDE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """What planes of units of a row meet: PLANES of (units, WIDTH)."""
+    if STRIDE == 0:  # planes take turns
+        # Read apart: pairs that are split afterwards gave wrong numbers, compiled by Triton 3.6.
+        place = (unit * (2 * WIDTH))[:, None] + 2 * tl.arange(0, WIDTH)[None, :]
+        first = tl.load(x + place, mask=mask[:, None], other=0.0)
+        return first, tl.load(x + place + 1, mask=mask[:, None], other=0.0)
+    planes = ()
+    start = unit_start(unit, WIDTH, PLANES, STRIDE)
+    for i in tl.static_range(PLANES):
+        place = at(start + i * STRIDE, tl.arange(0, WIDTH), GROUP)
+        planes += (tl.load(x + place, mask=mask[:, None] & (place < depth), other=0.0),)
+    return planes
 
 
-@triton.jit
-def _cores(x, src, scale, table, bias, dst, partial, tiles, splits, share, rows, columns, depth,
-           per_row, TILE: tl.constexpr, DECODE: tl.constexpr, WIDTH: tl.constexpr,
-           PER_BLOCK: tl.constexpr, NBYTES: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr,
-           N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    split = tl.program_id(0) // tiles
-    row = tl.program_id(0) % tiles * N + tl.arange(0, N)  # of the weight
-    some = row < columns
-    token, step = tl.arange(0, M), tl.arange(0, K)
+@triton.jit(do_not_specialize=["rows", "units", "share"])
+def _one_row(x, src, scale, table, bias, dst, rows, columns, depth, per_row, units, share,
+             TILE: tl.constexpr, DECODE: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr,
+             STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, NBYTES: tl.constexpr,
+             GROUP: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+             UNITS: tl.constexpr):  # fmt: skip
+    run = tl.arange(0, N * UNITS)
+    tiles = tl.cdiv(columns, N)
+    tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    row = tile * N + run // UNITS  # of the weight
+    first = part * share
+    last = tl.minimum(first + share, units)
     kind = x.dtype.element_ty
-    total = tl.zeros((M, N), tl.float32)
-    for start in range(split * share, tl.minimum(split * share + share, depth), K):
-        weight = TILE(src, scale, table, row, some, start, depth, per_row, DECODE, WIDTH,
-                      PER_BLOCK, NBYTES, N, K)  # fmt: skip
-        mask = (token < rows)[:, None] & (start + step < depth)[None, :]
-        left = tl.load(x + token[:, None] * depth + start + step[None, :], mask=mask, other=0.0)
-        total = tl.dot(left, tl.trans(weight.to(kind)), total, input_precision="ieee")
-    _finish(total, bias, dst, partial, split, splits, rows, columns, row, token, BIAS)
-
-
-@triton.jit
-def _lanes(x, src, scale, table, bias, dst, partial, tiles, splits, share, rows, columns, depth,
-           per_row, TILE: tl.constexpr, DECODE: tl.constexpr, WIDTH: tl.constexpr,
-           PER_BLOCK: tl.constexpr, NBYTES: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr,
-           N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    split = tl.program_id(0) // tiles
-    row = tl.program_id(0) % tiles * N + tl.arange(0, N)  # of the weight
-    some = row < columns
-    step = tl.arange(0, K)
-    kind = x.dtype.element_ty
-    first = tl.zeros((N, K), tl.float32)
-    second = first
-    for start in range(split * share, tl.minimum(split * share + share, depth), K):
-        weight = TILE(src, scale, table, row, some, start, depth, per_row, DECODE, WIDTH,
-                      PER_BLOCK, NBYTES, N, K)  # fmt: skip
-        weight = weight.to(kind).to(tl.float32)
-        inside = start + step < depth
-        left = tl.load(x + start + step, mask=inside, other=0.0).to(tl.float32)
-        first += weight * left[None, :]
-        if M == 2:
-            left = tl.load(x + depth + start + step, mask=inside, other=0.0).to(tl.float32)
-            second += weight * left[None, :]
-    token = tl.arange(0, 1)
-    total = tl.sum(first, axis=1)[None, :]
-    _finish(total, bias, dst, partial, split, splits, rows, columns, row, token, BIAS)
-    if M == 2:
-        total = tl.sum(second, axis=1)[None, :]
-        _finish(total, bias, dst, partial, split, splits, rows, columns, row, token + 1, BIAS)
-
-
-@triton.jit
-def _together(partial, bias, dst, splits, count, columns, BIAS: tl.constexpr, SIZE: tl.constexpr):
-    """Add up what programs have of a result, in their order."""
-    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    mask = at < count
-    total = tl.zeros((SIZE,), tl.float32)
-    for split in range(splits):
-        total += tl.load(partial + split * count + at, mask=mask, other=0.0)
+    total = tl.zeros((N * UNITS, WIDTH), tl.float32)
+    for start in range(first, last, UNITS):
+        unit = start + run % UNITS
+        mask = (row < columns) & (unit < last)
+        weight = TILE(src, scale, table, row, unit, mask, per_row, DECODE, WIDTH, PER_BLOCK,
+                      NBYTES, GROUP)  # fmt: skip
+        one = start + tl.arange(0, UNITS)
+        given = _activations(x, one, depth, one < last, WIDTH, PLANES, STRIDE, GROUP)
+        for i in tl.static_range(PLANES):
+            same = tl.broadcast_to(given[i].to(tl.float32)[None, :, :], (N, UNITS, WIDTH))
+            same = tl.reshape(same, (N * UNITS, WIDTH))
+            total = tl.fma(weight[i].to(kind).to(tl.float32), same, total)
+    found = tl.sum(tl.reshape(total, (N, UNITS * WIDTH)), 1)
+    row = tile * N + tl.arange(0, N)
     if BIAS:
-        total += tl.load(bias + at % columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dst + at, total.to(dst.dtype.element_ty), mask=mask)
+        found += tl.load(bias + row, mask=row < columns, other=0.0).to(tl.float32)
+    dst += part * columns
+    tl.store(dst + row, found.to(dst.dtype.element_ty), mask=row < columns)
+
+
+@triton.jit(do_not_specialize=["rows", "units", "share"])
+def _few(x, src, scale, table, bias, dst, rows, columns, depth, per_row, units, share,
+         TILE: tl.constexpr, DECODE: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr,
+         STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, NBYTES: tl.constexpr,
+         GROUP: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+         UNITS: tl.constexpr):  # fmt: skip
+    run = tl.arange(0, N * UNITS)
+    tiles = tl.cdiv(columns, N)
+    tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    row = tile * N + run // UNITS  # of the weight
+    first = part * share
+    last = tl.minimum(first + share, units)
+    token, column = tl.arange(0, M), tl.arange(0, UNITS * WIDTH)
+    kind = x.dtype.element_ty
+    total = tl.zeros((N, M), tl.float32)
+    for start in range(first, last, UNITS):
+        unit = start + run % UNITS
+        mask = (row < columns) & (unit < last)
+        weight = TILE(src, scale, table, row, unit, mask, per_row, DECODE, WIDTH, PER_BLOCK,
+                      NBYTES, GROUP)  # fmt: skip
+        if STRIDE == 0:  # planes take turns
+            place = start * (2 * WIDTH) + tl.arange(0, 2 * UNITS * WIDTH)
+            some = (token < rows)[:, None] & (place < last * (2 * WIDTH))[None, :]
+            pairs = tl.load(x + token[:, None] * depth + place[None, :], mask=some, other=0.0)
+            given = tl.split(tl.reshape(pairs, (M, UNITS * WIDTH, 2)))
+        for i in tl.static_range(PLANES):
+            if STRIDE == 0:
+                right = given[i]
+            else:
+                one = start + column // WIDTH
+                place = unit_start(one, WIDTH, PLANES, STRIDE) + i * STRIDE + column % WIDTH
+                some = (token < rows)[:, None] & ((one < last) & (place < depth))[None, :]
+                right = tl.load(x + token[:, None] * depth + place[None, :], mask=some, other=0.0)
+            left = tl.reshape(weight[i].to(kind), (N, UNITS * WIDTH))
+            total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+    row = tile * N + tl.arange(0, N)
+    if BIAS:
+        total += tl.load(bias + row, mask=row < columns, other=0.0).to(tl.float32)[:, None]
+    dst += part * (rows * columns)
+    mask = (token < rows)[:, None] & (row < columns)[None, :]
+    value = tl.trans(total.to(dst.dtype.element_ty))
+    tl.store(dst + token[:, None] * columns + row[None, :], value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["shares", "count"])
+def _added(parts, bias, dst, shares, count, columns, BIAS: tl.constexpr, SHARES: tl.constexpr,
+           SIZE: tl.constexpr):  # fmt: skip
+    """Sums over (shares, count), all read at once and added in an order of their own."""
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    mask, share = place < count, tl.arange(0, SHARES)
+    every = parts + share[:, None] * count + place[None, :]
+    part = tl.load(every, mask=(share < shares)[:, None] & mask[None, :], other=0.0)
+    total = tl.sum(part, 0)
+    if BIAS:
+        total += tl.load(bias + place % columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dst + place, total.to(dst.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
 class _Few:
-    """How a format's tile is decoded: a function of tiles, and what it is told."""
+    """How a format's tile is decoded: a function of tiles, and what it is told; see blocks.py.
+
+    Attributes:
+        stride: weights from a plane of a unit to the next; 0: two planes take turns.
+    """
 
     tile: Any
     decode: Any = None
     scale: str = "weight"
-    width: int = 1
+    width: int = _UNIT
+    planes: int = 1
+    stride: int = _UNIT
     per_block: int = 1
     nbytes: int = 1
     table: Table | None = None
@@ -248,16 +212,14 @@ class _Few:
 def _of_blocks() -> Mapping[str, _Few]:
     found = {}
     for name, one in {**blocks_32.KERNELS, **blocks_k.KERNELS}.items():
-        row = FORMATS[name]
-        found[name] = _Few(
-            _block_tile,
-            one.decode,
-            width=one.width,
-            per_block=row.block_size // one.width,
-            nbytes=row.nbytes((1, row.block_size)),
-            table=one.table,
-        )
+        told = {key.lower(): value for key, value in one.constants.items()}
+        found[name] = _Few(_block_tile, table=one.table, **told)
     return found
+
+
+def _flat(name: str) -> _Few:
+    width = BLOCK_SIZE // 2
+    return _Few(_flat_tile, scale="absmax", width=width, planes=2, stride=0, table=table(name))
 
 
 _ROWS: Mapping[str, _Few] = {
@@ -267,10 +229,17 @@ _ROWS: Mapping[str, _Few] = {
     "fp8_e5m2_scaled": _Few(_scaled_tile, e5m2, scale="scale"),
     "int8_tensor": _Few(_scaled_tile, int8, scale="scale"),
     "int8_rowwise": _Few(_scaled_tile, int8, scale="scale"),
-    "nf4": _Few(_flat_tile, scale="absmax", width=BLOCK_SIZE, table=table("nf4")),
-    "fp4": _Few(_flat_tile, scale="absmax", width=BLOCK_SIZE, table=table("fp4")),
+    "nf4": _flat("nf4"),
+    "fp4": _flat("fp4"),
 }
 FORMATS_SERVED = frozenset(_ROWS)
+
+
+def family(fmt: str) -> str:
+    """What formats that take the same tiles have in common: how a byte holds their weights."""
+    one = _ROWS[fmt]
+    named = {_scaled_tile: "scaled", _flat_tile: "flat"}
+    return named.get(one.tile, f"{one.planes}x{one.width}")
 
 
 def serves(fmt: str, parts: Parts, shape: tuple[int, ...]) -> bool:
@@ -293,21 +262,6 @@ def serves(fmt: str, parts: Parts, shape: tuple[int, ...]) -> bool:
     return stored.numel() == FORMATS[fmt].nbytes(shape)
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _is_large(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    found = torch.cuda.get_device_properties(device)
-    return bool(getattr(found, "shared_memory_per_block_optin", 0) >= _LARGE)
-
-
 def few_rows(
     x: Tensor,
     fmt: str,
@@ -317,7 +271,7 @@ def few_rows(
     *,
     tile: FewTile | None = None,
 ) -> Tensor:
-    """Multiply up to MOST_ROWS rows with a packed weight that `serves` accepts.
+    """Multiply up to `most_rows` rows with a packed weight that `serves` accepts.
 
     Args:
         x: (M, K) float32, bfloat16 or float16.
@@ -325,71 +279,72 @@ def few_rows(
         parts: its stored tensors, on the device of `x`.
         shape: (N, K) of the weight.
         bias: (N,) or None.
-        tile: instead of `tile_for`'s.
+        tile: None: few_tiles.TILES'.
 
     Returns:
         (M, N) in the dtype of `x`: decoded weight rounded to that dtype, float32 sums.
     """
     one, (columns, depth), rows = _ROWS[fmt], shape, len(x)
-    weight, x = aligned(parts["weight"]), aligned(x)
-    if not FORMATS[fmt].block_size or one.tile is not _block_tile:
-        weight = weight.view(torch.uint8)
+    tile = tile_for(family(fmt), rows, x.dtype.itemsize) if tile is None else tile
+    cores = rows > 1 or tile.cores
+    assert usable(family(fmt), tile, rows, x.dtype.itemsize)
+    weight, x = aligned(parts["weight"]).view(torch.uint8), aligned(x)
     scale = aligned(parts[one.scale])
-    width = one.width
+    per_unit = one.width * one.planes
+    units, step = -(-depth // per_unit), max(1, tile.k // per_unit)
+    per_row, nbytes = units, one.nbytes
     if one.tile is _scaled_tile:
-        width = int(scale.numel() > 1)
-    lanes = rows <= _LANES
-    size = tile or tile_for(fmt, rows, x.dtype.itemsize, large=_is_large(x.device))
-    tiles, steps = triton.cdiv(columns, size.n), triton.cdiv(depth, size.k)
-    wanted = triton.cdiv(size.programs * _processors(x.device), tiles)
-    each = triton.cdiv(steps, max(1, min(wanted, steps)))  # steps of a program
-    splits = triton.cdiv(steps, each)
+        per_row, nbytes = depth, int(scale.numel() > 1)
+    tiles = -(-columns // tile.n)
+    share = tile.share(tiles, units, step)
+    shares = -(-units // share)
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    partial = out
-    if splits > 1:
-        partial = torch.empty((splits, rows, columns), dtype=torch.float32, device=x.device)
-    added = weight if bias is None else bias.contiguous()
+    into = out if shares == 1 else x.new_empty((shares, rows, columns), dtype=torch.float32)
+    added = x if bias is None else bias.contiguous()
     launch(
-        _lanes if lanes else _cores,
-        tiles * splits,
-        size.warps,
+        _few if cores else _one_row,
+        tiles * shares,
+        tile.warps,
         x,
         weight,
         scale,
         one.table(weight.device) if one.table else weight,
         added,
-        out,
-        partial,
-        tiles,
-        splits,
-        each * size.k,
+        into,
         rows,
         columns,
         depth,
-        weight.numel() // columns,
+        per_row,
+        units,
+        share,
         TILE=one.tile,
         DECODE=one.decode,
-        WIDTH=width,
+        WIDTH=one.width,
+        PLANES=one.planes,
+        STRIDE=one.stride,
         PER_BLOCK=one.per_block,
-        NBYTES=one.nbytes,
-        BIAS=bias is not None,
-        M=rows if lanes else max(_LEAST_ROWS, triton.next_power_of_2(rows)),
-        N=size.n,
-        K=size.k,
+        NBYTES=nbytes,
+        GROUP=tile.group,
+        BIAS=bias is not None and shares == 1,
+        M=max(_LEAST_ROWS, triton.next_power_of_2(rows)),
+        N=tile.n,
+        UNITS=step,
+        num_stages=tile.stages,
     )
-    if splits > 1:
+    if shares > 1:
         count = rows * columns
         launch(
-            _together,
-            triton.cdiv(count, _SUMMED),
+            _added,
+            -(-count // _SUMS),
             4,
-            partial,
+            into,
             added,
             out,
-            splits,
+            shares,
             count,
             columns,
             BIAS=bias is not None,
-            SIZE=_SUMMED,
+            SHARES=triton.next_power_of_2(shares),
+            SIZE=_SUMS,
         )
     return out

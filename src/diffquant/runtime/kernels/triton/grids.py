@@ -48,7 +48,7 @@ def _iq2_xxs(src, block, sub, mask, table, GROUP: tl.constexpr):
     signs, scale = _long_word(src, start + 4, mask)
     d = half(src, block, mask) * (0.5 + number(scale, 0)) * 0.25
     signs = even_signs(signs >> sub % 4 * 7 & 127)
-    return _expand(d, table, byte(src, start + sub % 4, mask), signs, 8)
+    return (_expand(d, table, byte(src, start + sub % 4, mask), signs, 8),)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _iq2_xs(src, block, sub, mask, table, GROUP: tl.constexpr):
     both = word(src, block + 2 + sub * 2, mask)
     scale = byte(src, block + 66 + sub // 4, mask) >> sub // 2 % 2 * 4 & 15
     d = half(src, block, mask) * (0.5 + number(scale, 0)) * 0.25
-    return _expand(d, table, both & 511, even_signs(both >> 9), 8)
+    return (_expand(d, table, both & 511, even_signs(both >> 9), 8),)
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _iq2_s(src, block, sub, mask, table, GROUP: tl.constexpr):
     d = half(src, block, mask) * (0.5 + number(scale, 0)) * 0.25
     upper = byte(src, block + 66 + sub // 4, mask) >> sub % 4 * 2 & 3
     index = byte(src, block + 2 + sub, mask) | upper << 8
-    return _expand(d, table, index, byte(src, block + 34 + sub, mask), 8)
+    return (_expand(d, table, index, byte(src, block + 34 + sub, mask), 8),)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _iq3_xxs(src, block, sub, mask, table, GROUP: tl.constexpr):
     signs, scale = _long_word(src, block + 66 + sub // 8 * 4, mask)
     d = half(src, block, mask) * (0.5 + number(scale, 0)) * 0.5
     signs = even_signs(signs >> sub // 2 % 4 * 7 & 127) >> sub % 2 * 4
-    return _expand(d, table, byte(src, block + 2 + sub, mask), signs, 4)
+    return (_expand(d, table, byte(src, block + 2 + sub, mask), signs, 4),)
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _iq3_s(src, block, sub, mask, table, GROUP: tl.constexpr):
     upper = byte(src, block + 66 + sub // 8, mask) >> sub % 8 & 1
     index = byte(src, block + 2 + sub, mask) | upper << 8
     signs = byte(src, block + 74 + sub // 2, mask) >> sub % 2 * 4
-    return _expand(d, table, index, signs, 4)
+    return (_expand(d, table, index, signs, 4),)
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _iq1_s(src, block, sub, mask, table, GROUP: tl.constexpr):
     both = word(src, block + 34 + sub // 4 * 2, mask)
     scale = half(src, block, mask) * number(2 * (both >> 12 & 7) + 1, 0)
     index = byte(src, block + 2 + sub, mask) | (both >> sub % 4 * 3 & 7) << 8
-    return _shifted(scale, table, index, both >> 15)
+    return (_shifted(scale, table, index, both >> 15),)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _iq1_m(src, block, sub, mask, table, GROUP: tl.constexpr):
     three = word(src, block + 48 + sub // 8 * 2, mask) >> sub // 2 % 4 * 3 & 7
     nibble = byte(src, block + 32 + sub // 2, mask) >> sub % 2 * 4 & 15
     index = byte(src, block + sub, mask) | (nibble & 7) << 8
-    return _shifted(d * number(2 * three + 1, 0), table, index, nibble >> 3)
+    return (_shifted(d * number(2 * three + 1, 0), table, index, nibble >> 3),)
 
 
 KERNELS: Mapping[str, Kernel] = {

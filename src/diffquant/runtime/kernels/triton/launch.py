@@ -28,7 +28,9 @@ _TWICE = (
     "int8_convrot", "int8_convrot_64", "convrot_w4a4", "convrot_w4a4_64", "asym_w4a8_int8",
     "asym_w4a8_int8_64",
 )  # fmt: skip
-TILES: dict[str, Tile] = dict.fromkeys(_TWICE, Tile(4096))
+# Units of 64 weights in four planes: of 2048 weights half of four warps would have none.
+_FOUR_PLANES = ("q2_k", "q3_k", "q6_k")
+TILES: dict[str, Tile] = dict.fromkeys((*_TWICE, *_FOUR_PLANES), Tile(4096))
 
 
 def tile(name: str) -> Tile:

@@ -27,14 +27,14 @@ def _tq1_0(src, block, sub, mask, table, GROUP: tl.constexpr):
     # Times 3 ** digit: 3 for the digit's bit 0, 9 for bit 1, 81 for bit 2.
     fraction *= tl.where((digit & 1) != 0, 3, 1) * tl.where((digit & 2) != 0, 9, 1)
     fraction = fraction * tl.where((digit & 4) != 0, 81, 1) & 255
-    return half(src, block + 52, mask)[:, None] * number(fraction * 3 >> 8, 1)
+    return (half(src, block + 52, mask)[:, None] * number(fraction * 3 >> 8, 1),)
 
 
 @triton.jit
 def _tq2_0(src, block, sub, mask, table, GROUP: tl.constexpr):
-    packed = weights(src, block + sub // 4 * 32, tl.arange(0, 32), mask, GROUP)
+    packed = weights(src, block + sub // 4 * 32, mask, 32, GROUP)
     level = packed >> (sub % 4 * 2)[:, None] & 3
-    return half(src, block + 64, mask)[:, None] * number(level, 1)
+    return (half(src, block + 64, mask)[:, None] * number(level, 1),)
 
 
 KERNELS: Mapping[str, Kernel] = {

@@ -8,12 +8,14 @@ from typing import NamedTuple
 __all__ = [
     "CANDIDATES",
     "CLASSES",
+    "LIMITS",
     "MOST_ROWS",
-    "NOT_SERVED",
     "TILES",
     "FewTile",
+    "most_rows",
     "rows_class",
     "tile_for",
+    "usable",
 ]
 
 CLASSES = (1, 16, 32, 64)  # rows of activations
@@ -25,8 +27,7 @@ class FewTile(NamedTuple):
     """What a program takes, and how many programs there should be.
 
     Attributes:
-        n: rows of the weight; with tensor cores 64 or more and a multiple of four warps: with 16 a
-            warp Triton 3.6 compiles kernels that give wrong numbers (q6_k, an H100).
+        n: rows of the weight; with tensor cores 16 a warp, or 64 and a multiple of four warps.
         k: weights of each row in a step.
         warps: of a program.
         group: weights of a plane that a thread reads at once; blocks are read by words.
@@ -49,25 +50,39 @@ class FewTile(NamedTuple):
         return max(1, -(-units // (shares * step))) * step
 
 
-# 32 weights to a thread: more, and registers allow few warps on a multiprocessor at a time.
+# For families that no sweep has seen: 32 or 64 weights to a thread. With more, registers allow few
+# warps on a multiprocessor at a time.
 _DEFAULTS = {
-    1: FewTile(4, 256, 1, programs=2112),
-    16: FewTile(64, 64, 4, programs=528),
-    32: FewTile(64, 64, 4, programs=528),
-    64: FewTile(64, 64, 4, programs=264),
+    1: FewTile(4, 1024, 4),
+    16: FewTile(64, 128, 4, stages=3, programs=528),
+    32: FewTile(64, 64, 4, stages=3, programs=528),
+    64: FewTile(64, 64, 4, stages=3, programs=528),
 }
-# (family, class of rows): where another tile is faster; benchmarks/gpu_matmul.py --parts few
-# --sweep prints this table. These are the ones with fewer instructions for each weight and as many
-# weights on a multiprocessor, as compiled for capability 9.0; a card has not chosen yet.
+# (family, class of rows): the fastest on one H100 over six layers of Flux.1, docs/lab-log.md,
+# 2026-11-28; `benchmarks/gpu_matmul.py --parts few --sweep` prints this table and the next. 32 rows
+# were not swept and take what 64 do.
 TILES: dict[tuple[str, int], FewTile] = {
-    ("2x32", 1): FewTile(4, 512, 1, programs=2112),
-    ("2x32", 16): FewTile(64, 128, 4, programs=528),
-    ("4x16", 1): FewTile(4, 512, 1, programs=2112),
-    ("4x16", 16): FewTile(64, 128, 4, programs=528),
-    ("scaled", 16): FewTile(64, 128, 4, programs=528),
+    ("1x32", 16): FewTile(64, 64, 4, stages=3, programs=528),
+    ("1x32", 32): FewTile(64, 64, 4, stages=3, programs=1056),
+    ("1x32", 64): FewTile(64, 64, 4, stages=3, programs=1056),
+    ("2x16", 32): FewTile(128, 64, 8, stages=3, programs=264),
+    ("2x16", 64): FewTile(128, 64, 8, stages=3, programs=264),
+    ("2x32", 16): FewTile(64, 128, 4, stages=3, programs=1056),
+    ("2x32", 32): FewTile(64, 128, 4, stages=3, programs=528),
+    ("2x32", 64): FewTile(64, 128, 4, stages=3, programs=528),
+    ("4x16", 1): FewTile(4, 512, 1, programs=4224),
+    ("4x16", 32): FewTile(64, 128, 4, stages=3, programs=1056),
+    ("4x16", 64): FewTile(64, 128, 4, stages=3, programs=1056),
+    ("scaled", 1): FewTile(2, 1024, 4),
+    ("scaled", 16): FewTile(64, 64, 4, stages=3, programs=1056),
+    ("flat", 1): FewTile(8, 256, 1, programs=4224),
+    ("flat", 16): FewTile(64, 256, 4, programs=1056),
+    ("flat", 32): FewTile(64, 64, 4, group=16, programs=528),
+    ("flat", 64): FewTile(64, 64, 4, group=16, programs=528),
 }
-# Formats for which decoding and multiplying is faster, so says the same sweep.
-NOT_SERVED: frozenset[str] = frozenset()
+# Formats for which decoding first is faster from fewer rows on than MOST_ROWS: the rows up to which
+# they are served; 0: never.
+LIMITS: dict[str, int] = {}
 
 _ONE = (
     FewTile(4, 256, 1),
@@ -114,8 +129,25 @@ def rows_class(rows: int) -> int:
     return next(one for one in CLASSES if rows <= one)
 
 
+def most_rows(fmt: str) -> int:
+    """Rows of activations up to which a format is served."""
+    return LIMITS.get(fmt, MOST_ROWS)
+
+
 def tile_for(family: str, rows: int, itemsize: int) -> FewTile:
     """The tile in use; with operands of 4 bytes a step is half as long at least."""
     which = rows_class(rows)
     tile = TILES.get((family, which), _DEFAULTS[which])
     return tile if itemsize == 2 or which == 1 else tile._replace(k=min(tile.k, 64), stages=1)
+
+
+def usable(family: str, tile: FewTile, rows: int, itemsize: int) -> bool:
+    """Whether a tile gives right numbers as Triton 3.6.0 compiles it; its interpreter's are right.
+
+    Found on an H100, 2026-11-28. Wrong: nf4 and fp4 by one row with 16 units in a program; Q2_K,
+    Q3_K and Q6_K by `mma` (cards that are not Hopper's, and there fewer than four warps) with one
+    unit of four planes a step. Float32 goes without tensor cores.
+    """
+    if rows == 1 and not tile.cores:
+        return family != "flat" or tile.n * tile.k >= 2048
+    return itemsize == 4 or family != "4x16" or tile.k >= 128
