@@ -208,6 +208,14 @@ def verify(bench: Bench) -> None:
                 "psnr", f"{text_of(cpu['psnr_db'])} exactly, {text_of(card['psnr_db'])} on the card"
             )
             row.holds("how", card["how"], not bench.card or f"layers {kind} (" in card["how"])
+    with bench.row("verify q4_k_s, --device auto") as row:
+        ran = row.run(lambda s: (
+            "verify", file_of(s, "q4.gguf"), "--against", FLUX, *asked,
+            *(("--device", "cpu") if s.name == "cpu" else ())))  # fmt: skip
+        judged(row, ran)
+        found = ran[1].result
+        on = f"{found['device']} ({found['device_why']})"
+        row.holds("device", on, found["device"] == bench.sides[1].device)
     with bench.row("verify q4_k_s with its error LoRA") as row:
         judged(row, row.run(lambda s: (
             "verify", file_of(s, "q4.gguf"), "--against", FLUX, "--lora",
