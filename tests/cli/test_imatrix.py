@@ -168,6 +168,22 @@ def test_an_interrupted_run_leaves_nothing(command, flux, prompts, tmp_path, mon
     assert not [one for one in tmp_path.iterdir() if "imatrix" in one.name]
 
 
+def test_a_card_that_is_too_small_ends_in_6(command, flux, prompts, tmp_path, monkeypatch):
+    """Its weights are all on the device: nothing is planned here."""
+    import torch
+
+    from diffquant.runtime.calibration_run import CalibrationRun
+
+    def full(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(CalibrationRun, "open", full)
+    ran = command("calibrate", flux, "--prompts", prompts, "-o", tmp_path / "i.gguf")
+    assert ran.code == 6
+    assert "out of memory on the GPU" in ran.err
+    assert "--device cpu" in ran.err
+
+
 def test_a_quantized_source_is_named_as_one(command, gguf_file, flux, prompts, tmp_path):
     args = ("--prompts", prompts, "-o", tmp_path / "i.gguf", "--base", flux, "--steps", 1)
     ran = command("calibrate", gguf_file, *args, "--size", 64)

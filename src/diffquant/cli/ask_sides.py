@@ -49,7 +49,12 @@ _OPTIONS = (
         help="Compare denoisers alone: random text, latents as colours (done by itself, with a "
         "warning, where text encoder or VAE are nowhere).",
     ),
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps."),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto (a CUDA card that computes, else the CPU), cpu, cuda or mps.",
+    ),
 )
 
 
@@ -91,7 +96,7 @@ class Sides:
         return prompts_from(self.prompts) if self.prompts else None
 
     def settings(self) -> dict[str, Any]:
-        """Arguments that ImageSettings and CompareSettings share.
+        """Arguments that ImageSettings and CompareSettings share, but the device.
 
         Raises:
             UsageError: seeds, a size or an amount of memory that are none.
@@ -103,7 +108,6 @@ class Sides:
             "sampler": self.sampler,
             "size": size_from(self.size),
             "engine": self.engine,
-            "device": self.device,
             "lpips_weights": self.lpips_weights,
             "synthetic": self.synthetic,
             "memory": memory_from(self.memory),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import click
 
 from diffquant.cli.frame import Options, Outcome, common, echo, run
-from diffquant.cli.values import check_device, check_free, prompts_from, size_from
+from diffquant.cli.values import check_free, device_from, fell_back, prompts_from, size_from
 from diffquant.convert.sensitivity import keep_sensitivity, write_sensitivity
 from diffquant.core.errors import UsageError
 from diffquant.io.imatrix import check_target, write_imatrix
@@ -24,7 +24,8 @@ class CalibrateReport:
     """What was measured, and where it was written.
 
     `unused` counts layers that no picture depends on; `kept` says whether the sensitivity is in
-    the cache too, where `quantize` finds it; `importance` what the columns of -o weigh.
+    the cache too, where `quantize` finds it; `importance` what the columns of -o weigh; `device`
+    what computed, `device_why` why that.
     """
 
     output: str
@@ -39,6 +40,8 @@ class CalibrateReport:
     unused: int = 0
     kept: bool = False
     importance: str = "inputs"
+    device: str = "cpu"
+    device_why: str = ""
 
 
 @click.command("calibrate")
@@ -100,7 +103,12 @@ class CalibrateReport:
 @click.option("--guidance", type=float, help="Distilled guidance of Flux dev (default 3.5).")
 @click.option("--size", metavar="WxH", help="Picture size (default: the model's own).")
 @click.option("--sampler", help="euler, ddim, pndm (default: the model's own).")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="cpu, cuda, mps, or auto (a CUDA card that computes, else the CPU).",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -160,7 +168,7 @@ def command(
         wanted = size_from(size)
         if seed + len(lines) > 2**63:
             raise UsageError(f"--seed {seed}: too large for {len(lines)} prompts")
-        check_device(device)
+        on = device_from(device)
         from diffquant.runtime.calibrate import calibrate
         from diffquant.runtime.pricing import AMONG, check_among
 
@@ -173,7 +181,7 @@ def command(
             "guidance": guidance,
             "size": wanted,
             "sampler": sampler,
-            "device": device,
+            "device": on.name,
             "dtype": dtype,
             "base": base,
             "vae": vae,
@@ -196,7 +204,7 @@ def command(
                 "diffquant.inputs.steps": str(steps),
             }
             write_inputs(inputs, made.inputs, ran, force=force)
-        warnings = list(made.warnings)
+        warnings = [*fell_back(on), *made.warnings]
         unused, kept = 0, False
         if found is not None:
             unused = len(found.unused)
@@ -241,11 +249,13 @@ def command(
             unused=unused,
             kept=kept,
             importance=importance,
+            device=on.name,
+            device_why=on.why,
         )
         return Outcome(report, warnings)
 
     def render(report: CalibrateReport) -> None:
-        echo(f"wrote {report.output} in {report.seconds:.1f} s")
+        echo(f"wrote {report.output} in {report.seconds:.1f} s on {report.device}")
         if report.inputs is not None:
             echo(f"wrote {report.inputs}, mean and covariance of the inputs")
         if report.sensitivity is not None:

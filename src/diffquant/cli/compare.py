@@ -12,7 +12,7 @@ from diffquant.cli.ask_gates import gate_options
 from diffquant.cli.ask_sides import Sides, side_options
 from diffquant.cli.frame import Options, Outcome, common, run
 from diffquant.cli.sections import Sectioned
-from diffquant.cli.values import check_device, check_free, write_text
+from diffquant.cli.values import check_free, device_from, fell_back, write_text
 from diffquant.core.errors import UsageError
 from diffquant.io.atomic import partial_path
 
@@ -88,7 +88,7 @@ def command(
         read = (reference, *candidates, *sides.reads)
         _check_outputs(outputs, read, force=force)
         lines, shared = sides.lines(), sides.settings()
-        check_device(sides.device)
+        on = device_from(sides.device, sides.engine)
         from diffquant.runtime.compare import DEFAULT_PROMPTS
         from diffquant.runtime.compare_files import compare_files
         from diffquant.runtime.compare_settings import CompareSettings, default_metrics
@@ -104,6 +104,7 @@ def command(
             vae=sides.vae,
             keep_pictures=html_path is not None,
             clip_model=clip_model,
+            device=on.name,
             **shared,
         )
         comparison, pictures = compare_files(
@@ -111,7 +112,8 @@ def command(
         )
         _write(comparison, pictures, outputs)
         failed = bool(limits) and any(row.verdict == "fail" for row in comparison.candidates)
-        return Outcome(comparison, comparison.warnings, 3 if failed else 0, ok=not failed)
+        warnings = (*fell_back(on), *comparison.warnings)
+        return Outcome(comparison, warnings, 3 if failed else 0, ok=not failed)
 
     def render(comparison: Any) -> None:  # noqa: ANN401 - Comparison
         from diffquant.cli.view_compare import render_comparison_tables

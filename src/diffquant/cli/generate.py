@@ -14,7 +14,7 @@ from diffquant.cli.ask_memory import memory_from, memory_options, render_memory
 from diffquant.cli.ask_picture import SECTIONS, fields_from, pairs_of_parts, picture_options
 from diffquant.cli.frame import Options, Outcome, common, echo, human, run
 from diffquant.cli.sections import Sectioned
-from diffquant.cli.values import device_from, lora_pairs
+from diffquant.cli.values import device_from, fell_back, lora_pairs
 from diffquant.core.errors import UsageError
 from diffquant.io.atomic import check_parent
 
@@ -191,7 +191,7 @@ def command(
         pairs = lora_pairs(loras)
         parts = pairs_of_parts(added, vae, tokenizer)
         # stable-diffusion.cpp's binding is built for the CPU.
-        on = device_from("cpu" if engine == "sdcpp" and device == "auto" else device)
+        on = device_from(device, engine)
         from diffquant.runtime.job import Job, Preview
         from diffquant.runtime.memory.budget import Asked
         from diffquant.runtime.repeat import read_recipe
@@ -249,8 +249,7 @@ def command(
             from diffquant.runtime.elsewhere import generate_elsewhere
 
             made = generate_elsewhere(job, engine, options.bar())
-        told = (f"computed on the CPU: {on.why}",) if on.failed else ()
-        return Outcome(_report(made, on, dry_run=dry_run), (*told, *made.warnings))
+        return Outcome(_report(made, on, dry_run=dry_run), (*fell_back(on), *made.warnings))
 
     run(
         "generate",

@@ -21,6 +21,7 @@ __all__ = [
     "check_device",
     "check_free",
     "device_from",
+    "fell_back",
     "header_pairs",
     "lora_pairs",
     "prompts_from",
@@ -133,8 +134,8 @@ def lora_pairs(values: tuple[str, ...]) -> tuple[tuple[Path, float], ...]:
     return tuple(pairs)
 
 
-def device_from(name: str) -> Device:
-    """A device by its name, or for "auto" the one that computes here.
+def device_from(name: str, engine: str = "bundled") -> Device:
+    """A device by its name, or for "auto" the one that computes here; sdcpp has the CPU alone.
 
     Raises:
         ResourceError, UsageError: as check_device.
@@ -142,9 +143,14 @@ def device_from(name: str) -> Device:
     from diffquant.runtime.devices import Device, auto_device
 
     if name == "auto":
-        return auto_device()
+        return Device("cpu", "sdcpp runs there") if engine == "sdcpp" else auto_device()
     check_device(name, "auto, cpu, cuda or mps")
     return Device(name)
+
+
+def fell_back(on: Device) -> tuple[str, ...]:
+    """The warning for a card that is there and does not compute."""
+    return (f"computed on the CPU: {on.why}",) if on.failed else ()
 
 
 def check_device(name: str, known: str = "cpu, cuda or mps") -> None:

@@ -56,6 +56,7 @@ def render_verify(result: dict[str, Any]) -> None:
     image = result["image"]
     if image:
         render_image(image)
+        echo(f"         drawn on {result['device']} ({result['device_why']})")
     echo(f"verdict  {result['verdict']}")
 
 

@@ -10,7 +10,7 @@ import click
 from diffquant.cli.ask_gates import gate_options
 from diffquant.cli.ask_sides import Sides, side_options
 from diffquant.cli.frame import Options, Outcome, common, run
-from diffquant.cli.values import check_device, lora_pairs
+from diffquant.cli.values import device_from, fell_back, lora_pairs
 from diffquant.cli.verdict import render_verify, strip_pictures
 from diffquant.core.errors import UsageError
 from diffquant.runtime.gates import check_limits
@@ -88,8 +88,7 @@ def command(
             flag = f"--{next(iter(limits)).replace('_', '-')}"
             raise UsageError(f"{flag} judges pictures: use --level image")
         lines, shared = sides.lines(), sides.settings()
-        if level == "image":
-            check_device(sides.device)
+        on = device_from(sides.device, sides.engine) if level == "image" else None
         from diffquant.runtime.compare import DEFAULT_PROMPTS, ImageSettings
         from diffquant.runtime.verify import verify
 
@@ -99,6 +98,7 @@ def command(
             loras=lora_pairs(loras),
             limits=limits,
             compute=cast("Mode", compute),
+            device=on.name if on else "cpu",
             **shared,
         )
         report = verify(
@@ -112,6 +112,12 @@ def command(
             max_rel_error=max_rel_error,
         )
         failed = report.verdict == "fail"
-        return Outcome(strip_pictures(report), report.warnings, 3 if failed else 0, ok=not failed)
+        result = {
+            **strip_pictures(report),
+            "device": on.name if on and report.image else "",
+            "device_why": on.why if on and report.image else "",
+        }
+        warnings = (*(fell_back(on) if on else ()), *report.warnings)
+        return Outcome(result, warnings, 3 if failed else 0, ok=not failed)
 
     run("verify", options, work, render_verify)

@@ -17,6 +17,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 130, str(error) or "interrupted; nothing was left behind"
     if isinstance(error, MemoryError):
         return 6, "out of memory; use fewer --threads"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded here
+        return 6, "out of memory on the GPU; use a smaller --size, or --device cpu"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return 6, f"no space left on the disk of {error.filename or 'the output'}"
     if isinstance(error, OSError):
