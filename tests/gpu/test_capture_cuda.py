@@ -1,5 +1,6 @@
 """A denoiser's calls as CUDA graphs: pictures are those of calls as they are, bit for bit."""
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,40 @@ def test_weights_that_moved_are_captured_anew_on_a_card():
     assert state.failed == ""
     assert state.captured == 2 * before > 0
     assert torch.equal(first.latents, again.latents)
+
+
+@pytest.fixture
+def no_collection():
+    """Python collects garbage when a test says so."""
+    before = gc.get_threshold()
+    gc.set_threshold(1 << 30)
+    yield
+    gc.set_threshold(*before)
+
+
+def test_a_dead_graph_does_not_end_a_capture(no_collection):
+    """One in a cycle, which Python's next collection would destroy while another is captured."""
+    opened = open_pipeline(DEMOS / "flux1-shapes", device="cuda", dtype=torch.bfloat16)
+    denoiser, dead, met = opened.pipeline.parts.denoiser, {}, []
+    with captured(denoiser):
+        opened.pipeline.generate("a red circle", **FIELDS)
+        dead["graphs"] = dict(vars(denoiser.forward)["_seen"])
+    assert any(dead["graphs"].values())
+    dead["itself"] = dead
+    del dead
+
+    def collect(*_given):
+        if torch.cuda.is_current_stream_capturing():
+            gc.set_threshold(1)
+            met.append([[] for _ in range(1000)])  # as many objects as call for a collection
+
+    hook = next(iter(denoiser.children())).register_forward_pre_hook(collect)
+    with captured(denoiser) as state:
+        opened.pipeline.generate("a red circle", **FIELDS)
+    hook.remove()
+    assert met
+    assert state.failed == ""
+    assert state.replayed > 0
 
 
 @pytest.mark.parametrize("compute", ["exact", "int8", "fp8"])

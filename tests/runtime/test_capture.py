@@ -1,5 +1,7 @@
 """Replayed calls, with a recorder that records a call as CUDA does: by where its inputs lie."""
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +133,35 @@ def test_weights_that_lie_elsewhere_are_captured_anew(model):
         model.to(torch.float64)
         assert model(x.double(), IDS).dtype == torch.float64
         assert state.graphs == 0
+
+
+@torch.no_grad()
+def test_graphs_are_gone_with_the_context_and_no_garbage_is_collected_while_one_is_made(model):
+    """One that dies while the next is captured would end that capture."""
+    made, collecting = [], []
+
+    class Watching:
+        def record(self, call):
+            collecting.append(gc.isenabled())
+            found, again = call(), lambda: None  # as CUDA's: it knows nothing of the call
+            made.append(weakref.ref(again))
+            return found, again
+
+    x = torch.randn(2, 4)
+    gc.disable()
+    try:
+        with capture.captured(model, Watching()) as state:
+            model(x, IDS)
+            gc.enable()
+            model(x, IDS)
+            assert gc.isenabled()
+            gc.disable()
+            assert made[0]() is not None
+        assert made[0]() is None
+    finally:
+        gc.enable()
+    assert collecting == [False]
+    assert state.captured == 1
 
 
 class Parts:

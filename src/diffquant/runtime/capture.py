@@ -15,6 +15,7 @@ replaced or turned to another dtype, graphs that were made before are dropped, a
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
@@ -56,8 +57,13 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         if not self._graphs:  # a pool ends with its last graph, and cannot be used again
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
-            found = call()
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                found = call()
+        except BaseException:
+            torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own
+            raise
         self._graphs.add(graph)
         graph.replay()  # capturing ran nothing
         return found, graph.replay
@@ -101,11 +107,29 @@ def captured(
         most: shapes that are captured; calls of further ones run as they are.
     """
     state = Captured()
-    denoiser.forward = _Replays(denoiser, recorder or CudaGraphs(), state, most)
+    replays = _Replays(denoiser, recorder or CudaGraphs(), state, most)
+    denoiser.forward = replays
     try:
         yield state
     finally:
         del denoiser.forward  # the class's own shows again
+        replays.let_go()
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Python collects none meanwhile.
+
+    A dead graph that is destroyed while another is captured ends that capture (an H100, the second
+    picture of `verify`: cudaErrorStreamCaptureInvalidated).
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Graph:
@@ -163,7 +187,8 @@ class _Replays:
                 return self._plain(self._model, *positional, **named)
 
             try:
-                graph = _Graph(self._recorder, call, leaves)
+                with _no_garbage():
+                    graph = _Graph(self._recorder, call, leaves)
             except RuntimeError as error:
                 state.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             else:
@@ -175,6 +200,11 @@ class _Replays:
         self._seen.setdefault(key, None)
         state.plain += 1
         return self._plain(self._model, *args, **kwargs)
+
+    def let_go(self) -> None:
+        """Destroy the graphs, now: one that is left to be collected as garbage may harm others."""
+        self._seen.clear()
+        self._state.anew = lambda: None
 
     def _forget(self) -> None:
         self._seen.clear()
