@@ -166,6 +166,8 @@ def our_rows(run: Run, family: str, kind: str, device: Any) -> None:
             held["model"] = ours(family, name, device.name, tiny=arguments.tiny)
             inputs = inputs_for(family, device.name, tiny=arguments.tiny)
             held["step"] = step_of(family, held["model"], inputs)
+            if not arguments.tiny:
+                in_8_bits(held["model"], "exact", tiny=False)
             if compute:
                 exact = held["step"]()
                 held["low_bit"] = in_8_bits(held["model"], compute, tiny=arguments.tiny)
@@ -230,12 +232,12 @@ def in_8_bits(model: Any, compute: str, *, tiny: bool) -> Any:
     """Let a denoiser's blocks multiply in 8 bits; tiny ones by the reference, in any dtype."""
     import torch
 
-    from diffquant.runtime import low_bit
+    from diffquant.runtime import few_rows, low_bit
     from diffquant.runtime.compute import Engine, card_of
 
     if not tiny:
         return low_bit.apply(model, compute, card_of("cuda"))
-    low_bit.FEW = 3
+    few_rows.FEW = 3
     engine = Engine(compute, "reference", 0, False, (torch.bfloat16,), "no card")
     return low_bit.assign(model, compute, {compute: engine})
 

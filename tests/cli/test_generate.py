@@ -424,11 +424,11 @@ def test_verify_computes_in_8_bits_only_where_pictures_are_drawn_by_us():
 
 def test_layers_in_8_bits_are_counted_and_said(tmp_path, monkeypatch):
     """As on a card: what multiplies there is chosen, and here the reference stands for it."""
-    from diffquant.runtime import low_bit, session
+    from diffquant.runtime import few_rows, session
     from diffquant.runtime.compute import Card
 
     monkeypatch.setattr(session, "card_of", lambda _device: Card("cuda", 90))
-    monkeypatch.setattr(low_bit, "FEW", 3)
+    monkeypatch.setattr(few_rows, "FEW", 3)
     out = tmp_path / "a.png"
     result = generate(SD15, out, "--compute", "int8", "--dtype", "bfloat16", "--json")
     assert result.exit_code == 0, result.output

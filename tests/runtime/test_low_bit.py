@@ -13,13 +13,13 @@ from test_compiling import tiny_flux, tiny_qwen
 
 from diffquant.core.errors import UnknownFormat
 from diffquant.quant.formats import FORMATS
-from diffquant.runtime import low_bit
+from diffquant.runtime import few_rows, low_bit
 from diffquant.runtime.compile_choice import Compiling
 from diffquant.runtime.compiling import compiled
 from diffquant.runtime.compute import ENGINES, Card, Engine, Refused, engine_for, engines_for
 from diffquant.runtime.control import damaged
 from diffquant.runtime.engines import EngineFiles, bundled
-from diffquant.runtime.kernels import KERNELS, products
+from diffquant.runtime.kernels import products
 from diffquant.runtime.kernels.rows import KINDS, QuantizedRows, RowKind
 from diffquant.runtime.layers import LowRank, PackedWeight, QuantLinear, Segment
 from diffquant.runtime.low_bit import LowBitLayer, apply, assign
@@ -42,7 +42,7 @@ HOPPER, AMPERE = Card("cuda", 90), Card("cuda", 80)
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Models of tests have fewer tokens than pay on a card."""
-    monkeypatch.setattr(low_bit, "FEW", 3)
+    monkeypatch.setattr(few_rows, "FEW", 3)
 
 
 def relative(found, wanted):
@@ -370,22 +370,6 @@ def test_a_side_that_is_judged_runs_as_it_was_asked_to(monkeypatch):
     exact = bundled.open_side(EngineFiles(FLUX))
     assert exact.how == "read and run by diffquant"
     assert 0 < abs(made - exact.draw(request)).mean() < 0.02
-
-
-def test_few_rows_of_a_rotated_weight_are_rotated_instead_of_it(monkeypatch):
-    """What a card's kernel is given is a plain weight of 8 bits and rows that were rotated."""
-    layer, x = layer_of("int8_convrot"), torch.randn(1, 3, 512)
-    wanted, asked = layer(x), []
-
-    def few_rows(rows, fmt, parts, shape, bias):
-        asked.append(fmt)
-        return rows @ KERNELS[fmt](parts, shape, rows.dtype).T + bias
-
-    monkeypatch.setattr(low_bit.products, "few_rows_serve", lambda *_given: 64)
-    monkeypatch.setattr(low_bit.products, "few_rows", few_rows)
-    layer.product = LowBitLayer("int8", "", (torch.float32,))
-    assert relative(layer(x), wanted) < 1e-6
-    assert asked == ["int8_rowwise"]
 
 
 def test_rows_come_quantized_only_once_a_layer_is_on():

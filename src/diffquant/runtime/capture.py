@@ -120,8 +120,9 @@ def captured(
 def _no_garbage() -> Iterator[None]:
     """Python collects none meanwhile.
 
-    A dead graph that is destroyed while another is captured ends that capture (an H100, the second
-    picture of `verify`: cudaErrorStreamCaptureInvalidated).
+    A dead graph that is destroyed while another is captured ends that capture: an H100, the second
+    picture of `verify`, cudaErrorStreamCaptureInvalidated; pytorch/pytorch#161037. PyTorch before
+    2.9 collected garbage itself before each capture.
     """
     collects = gc.isenabled()
     gc.disable()

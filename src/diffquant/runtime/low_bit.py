@@ -11,7 +11,7 @@ to 8 bits with a scale per row, on that first call, and **replace** the packed w
 weight that is streamed comes anew for every call and is not quantized again: it stays exact.
 
 Few rows (1 to 64) never gain from products in 8 bits: those layers' calls are exact, by one kernel
-that decodes on the way (kernels/triton/few.py) where it serves the format.
+that decodes on the way where it serves the format (few_rows.py).
 """
 
 from __future__ import annotations
@@ -23,29 +23,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from diffquant.runtime.compiling import regions
 from diffquant.runtime.compute import Card, Engine, Mode, engines_for
-from diffquant.runtime.kernels import products
-from diffquant.runtime.kernels.rotated import rotated_by_matrix
+from diffquant.runtime.few_rows import FewRows, exactly, is_few, serve_few_rows
 from diffquant.runtime.kernels.rows import QuantizedRows, RowKind
 from diffquant.runtime.layers import PackedWeight, QuantLinear
-from diffquant.runtime.packed_rows import (
-    is_stored,
-    multiply,
-    requantized,
-    rotation_of,
-    unrotated,
-)
+from diffquant.runtime.packed_rows import is_stored, multiply, requantized, rotation_of
 
-__all__ = [
-    "ERROR_BOUND", "FEW", "LowBit", "LowBitLayer", "apply", "assign", "pending",
-]  # fmt: skip
+__all__ = ["ERROR_BOUND", "LowBit", "LowBitLayer", "apply", "assign", "pending"]
 
 # Gaussian rows are far below it in both kinds (docs/gpu.md); q4_k is 0.075 from its source.
 ERROR_BOUND = 0.08
-FEW = 64  # rows up to which products in 8 bits do not pay
 _MULTIPLE = 16  # of both dimensions of a weight
 # Layers on one row per picture, where errors reach every token; by names in runtime/models.
 _COMMANDS = re.compile(r"(^|[._])(mod|modulation|adaLN\w*|emb_layers|norm_out)([._]|$)")
@@ -72,34 +61,33 @@ class LowBitLayer:
         self.state: State = "pending" if kind else "off"
         self.error: float | None = None
         self.requantized = False
-        self._few: int | None = None  # rows that the kernel of few serves; None: not asked
+        self._few = FewRows(rotated=True)
 
     @property
     def key(self) -> tuple[str, str, int | None]:
         """What a compiled graph depends on."""
-        return self.kind, self.state, self._few
+        return self.kind, self.state, self._few.most
 
     def linear(self, layer: QuantLinear, x: Tensor) -> Tensor:
         """Map (..., K) to (..., N)."""
-        count = x.numel() // x.shape[-1]
-        if count <= FEW:
-            return self._of_few(layer, x)
+        if is_few(x):
+            return self._few.of(layer, x)
         if self.state == "off" or x.dtype not in self._dtypes:
-            return _exact(layer, x)
+            return exactly(layer, x)
         weight = layer.bound()
         if self.state == "pending":
             return self._first(layer, weight, x)
         if not is_stored(weight, self.kind):  # it left the device and came again
             if layer.home is not None:
                 self._stream()
-                return _exact(layer, x)
+                return exactly(layer, x)
             weight = requantized(weight, self.kind)
             layer.replace(weight)
         return multiply(x, weight, layer.bias, self.kind)
 
     def takes(self, layer: QuantLinear, x: Tensor) -> RowKind | None:
         """See layers.QuantLinear.takes: nothing before the layer is on, and none of few rows."""
-        if self.state != "on" or x.dtype not in self._dtypes or x.numel() <= FEW * x.shape[-1]:
+        if self.state != "on" or x.dtype not in self._dtypes or is_few(x):
             return None
         weight = layer.outline()
         if layer.home is not None or not is_stored(weight, self.kind):
@@ -113,7 +101,7 @@ class LowBitLayer:
 
     def _first(self, layer: QuantLinear, weight: PackedWeight, x: Tensor) -> Tensor:
         """Compute both ways, compare, and decide."""
-        exact = _exact(layer, x)
+        exact = exactly(layer, x)
         again = not is_stored(weight, self.kind)
         if again and layer.home is not None:
             self._stream()
@@ -134,25 +122,6 @@ class LowBitLayer:
     def _stream(self) -> None:
         self.state, self.requantized = "off", False
         self.reason = "its weight is streamed and would have to be quantized at every call"
-
-    def _of_few(self, layer: QuantLinear, x: Tensor) -> Tensor:
-        weight, count = layer.bound(), x.numel() // x.shape[-1]
-        one = weight.segments[0]
-        fmt, parts, rotation = unrotated(one)
-        if self._few is None and not torch.compiler.is_compiling():
-            alone = len(weight.segments) == 1
-            self._few = products.few_rows_serve(fmt, parts, layer.logical_shape) if alone else 0
-        if count > (self._few or 0) or len(weight.segments) > 1:
-            return _exact(layer, x)
-        rows = x.reshape(count, -1)
-        if rotation:
-            rows = rotated_by_matrix(rows, rotation)
-        y = products.few_rows(rows, fmt, parts, layer.logical_shape, layer.bias)
-        return y.reshape(*x.shape[:-1], -1)
-
-
-def _exact(layer: QuantLinear, x: Tensor) -> Tensor:
-    return functional.linear(x, layer.weight(x.dtype), layer.bias)
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
@@ -199,7 +168,7 @@ class LowBit:
 
 
 def apply(denoiser: nn.Module, mode: Mode, card: Card) -> LowBit:
-    """Choose how every linear layer of a denoiser multiplies; `exact` changes nothing.
+    """Choose how every linear layer of a denoiser multiplies; by `exact` few rows alone gain.
 
     Args:
         denoiser: its layers' weights are bound, or known in outline.
@@ -214,6 +183,7 @@ def apply(denoiser: nn.Module, mode: Mode, card: Card) -> LowBit:
     """
     engines, refused = engines_for(mode, card)
     if not engines:
+        serve_few_rows(denoiser, card)
         told = (
             ()
             if mode in ("auto", "exact")
