@@ -1,6 +1,6 @@
 """The command line on a card beside the same on the CPU: exit codes, verdicts, figures, seconds.
 
-    python benchmarks/gpu_commands.py                 # about four minutes with a card
+    python benchmarks/gpu_commands.py                 # six minutes with a card
     python benchmarks/gpu_commands.py --device cpu    # both sides on the CPU: does the script work
     python benchmarks/gpu_commands.py --only verify,compare
 
