@@ -1,12 +1,24 @@
 """--device: what `auto` means to `verify`, `compare` and `calibrate`, and what is said of it."""
 
+from dataclasses import dataclass
+
 import pytest
 
+from diffquant.quant.cards import NO_CARDS
 from diffquant.runtime import devices
 from diffquant.runtime.devices import Device
 
 BROKEN = Device("cpu", "the CUDA card does not compute: no kernel image", failed=True)
 CARD = Device("cuda", "a card")
+
+
+@dataclass
+class Drawn:
+    """A report of pictures."""
+
+    verdict: str
+
+
 FEW = ("--seeds", 0, "--steps", 1, "--size", "64")
 
 
@@ -112,3 +124,25 @@ def test_unknown_devices_are_refused(name, command, calls):
     ran = command(name, *calls[name], "--device", "tpu")
     assert ran.code == 2
     assert "expected auto, cpu, cuda or mps" in ran.err
+
+
+def test_quantize_draws_where_it_is_told_to_encode(command, examples, tmp_path, auto, monkeypatch):
+    flux, pictures = examples / "flux1-shapes", ("--verify", "image", "--json", "--force")
+    given = ("quantize", flux, "-o", tmp_path / "a.gguf", "-t", "q8_0", *pictures)
+    drawn = []
+
+    def draw(_out, _source, settings, **_options):
+        drawn.append(settings.device)
+        return Drawn("pass"), None, ["a note"]
+
+    monkeypatch.setattr("diffquant.runtime.compare.compare_pictures", draw)
+    asked = auto(BROKEN)
+    ran = command(*given)
+    assert (ran.code, len(asked)) == (0, 1)
+    assert f"computed on the CPU: {BROKEN.why}" in ran.err
+    wanted = {"verdict": "pass", "device": "cpu", "device_why": BROKEN.why}
+    assert ran.result["image"] == wanted
+    assert command(*given, "--device", "cpu").result["image"]["device_why"] == "asked for"
+    monkeypatch.setattr("diffquant.convert.jobs.cards_for", lambda _asked: NO_CARDS)
+    assert command(*given, "--device", "cuda:1").result["image"]["device"] == "cuda:1"
+    assert (drawn, len(asked)) == (["cpu", "cpu", "cuda:1"], 1)

@@ -18,6 +18,7 @@ from diffquant.cli.ask_budget import (
 from diffquant.cli.corrections import check_corrections, corrections_of
 from diffquant.cli.frame import Options, Outcome, common, echo, run, threads
 from diffquant.cli.job import JobOutcome, render_job, resumable
+from diffquant.cli.judge import Judge
 from diffquant.cli.merging import lora_options, loras_from
 from diffquant.cli.outputs import (
     PLACE,
@@ -28,22 +29,20 @@ from diffquant.cli.outputs import (
     stem_of,
     types_from,
 )
-from diffquant.cli.values import check_free, lora_pairs, prompts_from, write_text
-from diffquant.cli.verdict import render_image
+from diffquant.cli.values import check_free, lora_pairs, write_text
+from diffquant.cli.verdict import render_pictures
 from diffquant.cli.view_allocation import render_allocation
 from diffquant.cli.view_several import SeveralOutcome, render_several
-from diffquant.convert.job_report import JobReport
 from diffquant.convert.jobs import container_for, run_job
 from diffquant.convert.lora.merge import merging
 from diffquant.convert.plan import Request
 from diffquant.convert.recipe_source import load_recipe
 from diffquant.convert.recipes import Recipe, recipe_of, render_recipe
 from diffquant.convert.request import POLICIES, ROUNDINGS
-from diffquant.convert.several import SeveralReport, Wanted, run_jobs
+from diffquant.convert.several import Wanted, run_jobs
 from diffquant.convert.targets import TARGETS
 from diffquant.convert.user_rules import user_rules
 from diffquant.core.errors import UsageError
-from diffquant.core.report import to_json
 from diffquant.io.imatrix import merge_imatrices, read_imatrix
 from diffquant.io.inputs import open_inputs
 from diffquant.quant.type_sets import TYPE_SETS
@@ -180,7 +179,8 @@ _DEFAULT_SUFFIX = {"gguf": ".gguf", "safetensors": ".safetensors", "folder": ""}
     show_default=True,
     metavar="DEVICE",
     help="What encodes: auto (cards where there are any and it pays), cpu, cuda (all cards) or "
-    "cuda:N. The bytes are the same.",
+    "cuda:N. The bytes are the same. Pictures of --verify image are drawn there too; by auto on a "
+    "CUDA card that computes.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
@@ -236,6 +236,7 @@ def command(
     """
 
     def work() -> Outcome:
+        judge = Judge(verify, prompts, device, options)
         check_corrections(inputs, error_lora, rank, bias=bias_correction)
         budget = asked.budget
         kinds = types_from(type_names, sets)
@@ -307,7 +308,7 @@ def command(
                 wanted = [Wanted(out, one) for out, one in zip(paths, requests, strict=True)]
                 with folder_made(output, dry_run=dry_run):
                     several = merge.told_each(run_jobs(source, wanted, **common))
-                return _outcome_of(several, source, verify, prompts, options)
+                return judge.outputs(several, source)
             (out,), (request,), chosen = paths, requests, None
             if budget is not None:
                 chosen = asked.chosen(source, request, out, common)
@@ -320,7 +321,7 @@ def command(
             made = recipe_of(report.architecture, named.name if named else "", rows)
             text = render_recipe(made, rounding=rounding)
             write_text(emit_recipe, text + corrections_of(report))
-        outcome = _outcome(report, source, out, verify, prompts, options)
+        outcome = judge.output(report, source, out)
         return outcome if chosen is None else with_allocation(outcome, chosen.report)
 
     def render(outcome: JobOutcome | SeveralOutcome) -> None:
@@ -329,52 +330,15 @@ def command(
             for one in outcome.outputs:
                 if one.image is not None:
                     echo(f"  pictures of {one.job.type}:")
-                    render_image(one.image)
+                    render_pictures(one.image)
             return
         render_job(outcome.job, verbose=options.verbose > 0)
         if outcome.allocation is not None:
             render_allocation(outcome.allocation, explain=asked.explain)
         if outcome.image is not None:
-            render_image(outcome.image)
+            render_pictures(outcome.image)
 
     run("quantize", options, work, render)
-
-
-def _outcome(
-    job: JobReport, source: Path, out: Path, verify: str, prompts: Path | None, options: Options
-) -> Outcome:
-    """Judge a finished job: its weights, and with --verify image its pictures."""
-    warnings = list(job.warnings)
-    verdicts = [job.verdict or "pass"]
-    image = None
-    if verify == "image" and not job.dry_run:
-        from diffquant.runtime.compare import DEFAULT_PROMPTS, ImageSettings, compare_pictures
-
-        lines = prompts_from(prompts) if prompts else DEFAULT_PROMPTS
-        settings = ImageSettings(prompts=lines)
-        report, _, notes = compare_pictures(out, source, settings, progress=options.bar())
-        image = to_json(report)
-        verdicts.append(report.verdict)
-        warnings += notes
-    failed = "fail" in verdicts
-    if failed:
-        warnings.append(f"{out} was written, but verification failed: do not publish it")
-    return Outcome(JobOutcome(job, image), warnings, 3 if failed else 0, ok=not failed)
-
-
-def _outcome_of(
-    several: SeveralReport, source: Path, verify: str, prompts: Path | None, options: Options
-) -> Outcome:
-    """Judge every output of a run, as one alone is judged."""
-    found = [
-        _outcome(job, source, Path(job.output), verify, prompts, options) for job in several.outputs
-    ]
-    told = list(several.warnings)
-    for one, job in zip(found, several.outputs, strict=True):
-        told += [text for text in one.warnings if text not in job.warnings]
-    outputs = tuple(one.result for one in found if isinstance(one.result, JobOutcome))
-    code = max(one.exit_code for one in found)
-    return Outcome(SeveralOutcome(several, outputs), told, code, ok=all(one.ok for one in found))
 
 
 def _kind_of(recipe: Recipe | None) -> QuantType:

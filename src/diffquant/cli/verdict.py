@@ -7,7 +7,7 @@ from typing import Any
 from diffquant.cli.ask_gates import render_gates
 from diffquant.cli.frame import echo, table
 
-__all__ = ["decibel", "render_image", "render_verify", "strip_pictures"]
+__all__ = ["decibel", "render_pictures", "render_verify", "strip_pictures"]
 
 
 def strip_pictures(report: Any) -> dict[str, Any]:  # noqa: ANN401 - runtime.verify.VerifyReport
@@ -55,9 +55,14 @@ def render_verify(result: dict[str, Any]) -> None:
             echo(f"         {gate['why']}")
     image = result["image"]
     if image:
-        render_image(image)
-        echo(f"         drawn on {result['device']} ({result['device_why']})")
+        render_pictures({**image, "device": result["device"], "device_why": result["device_why"]})
     echo(f"verdict  {result['verdict']}")
+
+
+def render_pictures(image: dict[str, Any]) -> None:
+    """Print pictures and what drew them."""
+    render_image(image)
+    echo(f"         drawn on {image['device']} ({image['device_why']})")
 
 
 def render_image(image: dict[str, Any]) -> None:
