@@ -8,6 +8,7 @@ import pytest
 from diffquant.core import errors
 from diffquant.core.dtypes import GGML_IDS, STORAGE, storage, storage_nbytes
 from diffquant.core.errors import UnknownFormat, UnsupportedDtype, UnsupportedShape, shorten
+from diffquant.core.failures import explain
 from diffquant.core.report import envelope, to_json
 from diffquant.core.tensors import TensorSpec
 
@@ -112,3 +113,11 @@ def test_reports_become_json_without_nan():
     }
     with pytest.raises(TypeError, match="not report data"):
         to_json(object())
+
+
+def test_a_package_that_is_missing_is_no_fault_of_the_program():
+    code, told = explain(ModuleNotFoundError("No module named 'numba'", name="numba"))
+    assert code == 1
+    assert told.startswith("the Python package numba is not installed here, or not whole: pip ")
+    _, told = explain(ModuleNotFoundError("No module named", name="diffquant.quant.lost"))
+    assert told.startswith("internal error")

@@ -24,6 +24,11 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return 1, f"{where}{error.strerror or error}"
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("diffquant"):
+        return 1, (
+            f"the Python package {error.name} is not installed here, or not whole: "
+            "pip install --upgrade diffquant brings what it needs; `diffquant doctor` says what is"
+        )
     return 1, (
         f"internal error: {type(error).__name__}: {error} "
         "(run again with -v -v for the traceback, and report it)"
