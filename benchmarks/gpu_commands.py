@@ -337,7 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--only", default="", help=f"of {', '.join(GROUPS)}; quantize always runs")
-    parser.add_argument("--minutes", type=float, default=4.3)
+    parser.add_argument("--minutes", type=float, default=6.6)
     parser.add_argument("--limit", type=float, default=90, help="seconds that a command may take")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Products in 8 bits on a card: layers of Flux.1, few rows, tiles; to a bf16 GEMM of the same run.
+"""Products in 8 bits on a card, layers of Flux.1, and few rows; to a bf16 GEMM of the same run.
 
 python benchmarks/gpu_matmul.py [--shapes NxK ...] [--tokens 4608] [--few 1 16 64] [--rounds 15]
                                 [--parts layers,few,rows,fused] [--json FILE]

@@ -63,7 +63,7 @@ def test_a_card_that_does_not_compute_is_told_and_the_cpu_taken(name, command, c
     assert f"computed on the CPU: {BROKEN.why}" in ran.err
     found = ran.json["result"]  # one step is few for a verdict
     assert found["device"] == "cpu"
-    assert found.get("device_why", BROKEN.why) == BROKEN.why
+    assert name == "compare" or found["device_why"] == BROKEN.why
 
 
 @pytest.mark.parametrize("name", ["verify", "compare", "calibrate"])
@@ -74,7 +74,7 @@ def test_the_cpu_that_is_asked_for_is_taken_without_a_word(name, command, calls,
     assert "computed on the CPU" not in ran.err
     found = ran.json["result"]  # one step is few for a verdict
     assert found["device"] == "cpu"
-    assert found.get("device_why", "asked for") == "asked for"
+    assert name == "compare" or found["device_why"] == "asked for"
 
 
 def test_people_are_told_what_drew(command, calls, auto):

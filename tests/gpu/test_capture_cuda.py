@@ -121,3 +121,17 @@ def test_judged_pictures_are_those_of_calls_as_they_are(monkeypatch):
     assert side.how.endswith("; no CUDA graph: asked for")
     assert np.array_equal(made[0], made[1])
     assert np.array_equal(made[0], made[2])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one card here")
+def test_a_card_that_is_not_the_current_one_is_captured_too():
+    """A graph captured on the current card would be empty, and every picture its second step."""
+    made = {}
+    for graphs in ("off", "auto"):
+        side = bundled.open_side(
+            EngineFiles(DEMOS / "flux1-shapes", device="cuda:1", dtype="bfloat16")
+        )
+        with Graphs(graphs, side.opened.pipeline.parts, "cuda:1", FIELDS["steps"]) as found:
+            made[graphs] = side.opened.pipeline.generate("a red circle", **FIELDS).latents
+    assert found.said.startswith("CUDA graph: ")
+    assert torch.equal(made["off"], made["auto"])

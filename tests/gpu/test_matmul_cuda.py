@@ -140,10 +140,12 @@ def test_few_rows_are_as_decoded_and_multiplied(name, dtype):
     least = 2**-25 if dtype == torch.float16 else 0  # half a step of its subnormal numbers
     for count in (1, 2, 5, 17, 64):
         x = normal(count, shape[1], dtype=dtype) * 0.01
-        found = few.few_rows(x, name, parts, shape, None).double()
+        bias = normal(shape[0], dtype=dtype, seed=1) if count != 5 else None
+        found = few.few_rows(x, name, parts, shape, bias).double()
         wanted = x.double() @ weight.t()
+        wanted = wanted if bias is None else wanted + bias.double()
         within = wanted.abs() < 6e4 if dtype == torch.float16 else wanted.isfinite()
-        sums = x.double().abs() @ weight.abs().t() + 1e-9
+        sums = x.double().abs() @ weight.abs().t() + (1e-9 if bias is None else bias.double().abs())
         gap = (((found - wanted).abs() - least) / sums)[within]
         assert not gap.numel() or float(gap.max()) < limit, count
 

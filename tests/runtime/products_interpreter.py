@@ -33,7 +33,6 @@ MAIN = ("q8_0", "q4_0", "q4_k", "q6_k", "nvfp4", "fp8_e4m3_scaled", "int8_rowwis
 FEW_OF_MAIN = (
     (1, torch.float16, FewTile(4, 512, 1)),
     (1, torch.float32, FewTile(16, 128, 1, group=4, programs=12)),
-    (1, torch.float32, FewTile(64, 128, 4, cores=True)),
 )
 PRODUCTS = ((5, 7, 48), (70, 40, 112), (33, 65, 64))
 

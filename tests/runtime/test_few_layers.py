@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from test_compiling import tiny_flux
 from test_low_bit import HOPPER, layer_of, relative
 from torch import nn
 
 from diffquant.runtime import few_rows, low_bit
+from diffquant.runtime.compiling import compiled
 from diffquant.runtime.compute import Card
 from diffquant.runtime.kernels import KERNELS
+from diffquant.runtime.layers import QuantLinear
 from diffquant.runtime.low_bit import LowBitLayer
 
 
@@ -59,6 +62,28 @@ def test_exact_layers_take_few_rows_by_the_kernel_on_a_card(asked):
     assert asked == ["q4_k"]
     assert model[0].takes(many) is None
     assert (model[0].product.key, model[1].product.key) == (64, 0)
+
+
+def test_no_rows_are_multiplied_as_ever(asked):
+    layer, x = layer_of("q4_k"), torch.randn(1, 0, 512)
+    few_rows.serve_few_rows(layer, HOPPER)
+    assert layer(x).shape == (1, 0, 48)
+    assert asked == []
+
+
+@torch.no_grad()
+def test_compiled_blocks_take_the_kernel_too(asked):
+    """It is asked for before: while a block is compiled nothing is."""
+    denoiser, call = tiny_flux()
+    wanted = call()
+    few_rows.serve_few_rows(denoiser, HOPPER)
+    layers = [one for one in denoiser.modules() if isinstance(one, QuantLinear)]
+    with compiled(denoiser, backend="eager") as state:
+        assert {one.product.key for one in layers} == {64}
+        found = call()
+    assert (state.blocks, state.failed) == (3, "")
+    assert relative(found, wanted) < 1e-5
+    assert asked.count("q8_0") >= 3  # a modulation in each block
 
 
 def test_a_weight_that_the_kernel_does_not_serve_is_decoded_first():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffquant.cli.frame import Options, Outcome
 from diffquant.cli.job import JobOutcome
@@ -13,6 +13,9 @@ from diffquant.cli.view_several import SeveralOutcome
 from diffquant.convert.job_report import JobReport
 from diffquant.convert.several import SeveralReport
 from diffquant.core.report import to_json
+
+if TYPE_CHECKING:
+    from diffquant.runtime.devices import Device
 
 __all__ = ["Judge"]
 
@@ -24,13 +27,14 @@ class Judge:
     Attributes:
         verify: none, load, tensors or image.
         prompts: a file with one per line; None: the default ones.
-        device: what encodes, as `quantize --device` takes it.
+        device: what encodes and draws, as `quantize --device` takes it.
     """
 
     verify: str
     prompts: Path | None
     device: str
     options: Options
+    _found: list[Device] = field(default_factory=list)
 
     def output(self, job: JobReport, source: Path, out: Path) -> Outcome:
         """Judge a finished job: its weights, and with --verify image its pictures."""
@@ -49,23 +53,30 @@ class Judge:
     def outputs(self, several: SeveralReport, source: Path) -> Outcome:
         """Judge every output of a run, as one alone is judged."""
         found = [self.output(job, source, Path(job.output)) for job in several.outputs]
-        told = list(several.warnings)
+        told = dict.fromkeys(several.warnings)
         for one, job in zip(found, several.outputs, strict=True):
-            told += [text for text in one.warnings if text not in job.warnings]
+            told |= dict.fromkeys(text for text in one.warnings if text not in job.warnings)
         results = tuple(one.result for one in found if isinstance(one.result, JobOutcome))
         code = max(one.exit_code for one in found)
         return Outcome(
-            SeveralOutcome(several, results), told, code, ok=all(one.ok for one in found)
+            SeveralOutcome(several, results), list(told), code, ok=all(one.ok for one in found)
         )
+
+    def _drawing(self) -> Device:
+        """What draws: chosen once, for all outputs."""
+        from diffquant.runtime.devices import Device
+
+        if not self._found:
+            # A card that is named has encoded already: it is there.
+            named = self.device not in ("auto", "cpu")
+            self._found.append(Device(self.device) if named else device_from(self.device))
+        return self._found[0]
 
     def _pictures(self, out: Path, source: Path) -> tuple[dict[str, Any], list[str]]:
         """Draw with both on the card that is named, or by `auto` on what computes: a report."""
         from diffquant.runtime.compare import DEFAULT_PROMPTS, ImageSettings, compare_pictures
-        from diffquant.runtime.devices import Device
 
-        # A card that is named has encoded already: it is there.
-        named = self.device not in ("auto", "cpu")
-        on = Device(self.device) if named else device_from(self.device)
+        on = self._drawing()
         lines = prompts_from(self.prompts) if self.prompts else DEFAULT_PROMPTS
         settings = ImageSettings(prompts=lines, device=on.name)
         report, _, notes = compare_pictures(out, source, settings, progress=self.options.bar())

@@ -18,7 +18,10 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MemoryError):
         return 6, "out of memory; use fewer --threads"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded here
-        return 6, "out of memory on the GPU; use a smaller --size, or --device cpu"
+        return (
+            6,
+            "out of memory on the GPU; use --device cpu, or draw with a smaller --size",
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return 6, f"no space left on the disk of {error.filename or 'the output'}"
     if isinstance(error, OSError):

@@ -43,8 +43,15 @@ class Recorder(Protocol):
 class CudaGraphs:
     """CUDA graphs that share one pool of memory: they run one after the other."""
 
-    def __init__(self) -> None:
-        """The pool is made with the first graph, and anew once all of its graphs are gone."""
+    def __init__(self, device: torch.device | None = None) -> None:
+        """The pool is made with the first graph, and anew once all of its graphs are gone.
+
+        Args:
+            device: the card that calls run on; None: the current one. Captured on another than
+                theirs, kernels run, and the graph is empty (pytorch/pytorch#87894).
+        """
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
@@ -54,12 +61,18 @@ class CudaGraphs:
         Raises:
             RuntimeError: something in it cannot be captured.
         """
+        with torch.cuda.device(self._device):  # type: ignore[no-untyped-call]
+            return self._recorded(call)
+
+    def _recorded(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
+        if self._stream is None:  # torch's own is of the card that captured first
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         if not self._graphs:  # a pool ends with its last graph, and cannot be used again
             self._pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 found = call()
         except BaseException:
             torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffquant.runtime.few_rows import settle
 from diffquant.runtime.layers import PackedLayer, QuantLinear
 
 __all__ = ["LEAST", "Compiled", "compiled", "kind", "kinds_of", "preload", "regions", "said_by"]
@@ -141,6 +142,7 @@ def compiled(
         torch._dynamo.exc.TorchDynamoException: from a block's call: the compiler failed, and was
             required.
     """
+    settle(denoiser)
     kinds = kinds_of(denoiser, least=least)
     state = Compiled(sum(map(len, kinds.values())), len(kinds))
     for number, blocks in enumerate(kinds.values(), 1):

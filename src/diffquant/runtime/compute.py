@@ -1,8 +1,9 @@
 """What products are computed in: as the weights say, in fp8 or in int8; a table of what a card can.
 
-`exact` decodes a weight to the compute dtype and multiplies there. `fp8` and `int8` multiply 8-bit
-rows (kernels/rows.py): activations are quantized call by call. `auto` takes fp8 for weights stored
-in fp8 and int8 for weights stored in int8, where the card multiplies them, and leaves the others.
+`exact` decodes a weight to the compute dtype and multiplies there (few rows on a card in one
+kernel, few_rows.py). `fp8` and `int8` multiply 8-bit rows (kernels/rows.py): activations are
+quantized call by call. `auto` takes fp8 for weights stored in fp8 and int8 for weights stored in
+int8, where the card multiplies them, and leaves the others.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from diffquant.runtime.kernels.rows import QuantizedRows, RowKind
 from diffquant.runtime.layers import QuantLinear
 from diffquant.runtime.packed_rows import unrotated
 
-__all__ = ["FEW", "ExactLayer", "FewRows", "exactly", "is_few", "serve_few_rows"]
+__all__ = ["FEW", "ExactLayer", "FewRows", "exactly", "is_few", "serve_few_rows", "settle"]
 
 FEW = 64  # rows that are few, at most: products in 8 bits do not pay for them either
 
@@ -34,7 +34,7 @@ class FewRows:
     """The kernel for one layer.
 
     Attributes:
-        most: rows that it serves; 0: none; None: not known before the layer's first call.
+        most: rows that it serves; 0: none; None: not asked yet.
     """
 
     def __init__(self, *, rotated: bool) -> None:
@@ -42,17 +42,21 @@ class FewRows:
         self.most: int | None = None
         self._rotated = rotated
 
+    def ask(self, layer: QuantLinear) -> None:
+        """Find out whether the kernel serves the layer's weight, which is on the device."""
+        weight = layer.bound()
+        fmt, parts, rotation = unrotated(weight.segments[0])
+        may = len(weight.segments) == 1 and (self._rotated or not rotation)
+        self.most = products.few_rows_serve(fmt, parts, layer.logical_shape) if may else 0
+
     def of(self, layer: QuantLinear, x: Tensor) -> Tensor:
         """Map (..., K) with at most FEW rows to (..., N)."""
-        if self.most == 0:
-            return exactly(layer, x)
-        weight, count = layer.bound(), x.numel() // x.shape[-1]
-        fmt, parts, rotation = unrotated(weight.segments[0])
         if self.most is None and not torch.compiler.is_compiling():
-            may = len(weight.segments) == 1 and (self._rotated or not rotation)
-            self.most = products.few_rows_serve(fmt, parts, layer.logical_shape) if may else 0
-        if count > (self.most or 0) or len(weight.segments) > 1:
+            self.ask(layer)
+        weight, count = layer.bound(), x.numel() // x.shape[-1]
+        if not 0 < count <= (self.most or 0) or len(weight.segments) > 1:
             return exactly(layer, x)
+        fmt, parts, rotation = unrotated(weight.segments[0])
         rows = x.reshape(count, -1)
         if rotation:
             rows = rotated_by_matrix(rows, rotation)
@@ -64,13 +68,18 @@ class ExactLayer:
     """How a layer multiplies that does so exactly: few rows by the kernel; see layers.Product."""
 
     def __init__(self) -> None:
-        """Its first call asks whether the kernel serves it."""
+        """Its first call of few rows asks whether the kernel serves it."""
         self._few = FewRows(rotated=False)
 
     @property
     def key(self) -> int | None:
         """See layers.Product."""
         return self._few.most
+
+    def ask(self, layer: QuantLinear) -> None:
+        """See FewRows; before a layer is compiled, which asks nothing."""
+        if self._few.most is None and layer.home is None and layer.device.type != "meta":
+            self._few.ask(layer)
 
     def linear(self, layer: QuantLinear, x: Tensor) -> Tensor:
         """See layers.Product."""
@@ -99,3 +108,10 @@ def serve_few_rows(denoiser: nn.Module, card: Card) -> None:
     for layer in denoiser.modules():
         if isinstance(layer, QuantLinear):
             layer.product = ExactLayer()
+
+
+def settle(denoiser: nn.Module) -> None:
+    """Ask for all exact layers whose weights are here: compiled calls do not."""
+    for layer in denoiser.modules():
+        if isinstance(layer, QuantLinear) and isinstance(layer.product, ExactLayer):
+            layer.product.ask(layer)

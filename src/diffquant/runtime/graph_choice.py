@@ -15,7 +15,7 @@ from typing import Literal, Self
 
 import torch
 
-from diffquant.runtime.capture import Captured, Recorder, captured
+from diffquant.runtime.capture import Captured, CudaGraphs, Recorder, captured
 from diffquant.runtime.families import PipelineParts
 from diffquant.runtime.layers import PackedLayer
 
@@ -53,9 +53,10 @@ class Graphs:
             steps: of the pass.
             compiled: whether its blocks are compiled, on some call: "auto" leaves them alone, for
                 what compiles may not be captured.
-            recorder: see capture.captured.
+            recorder: CudaGraphs on the device.
         """
-        self._denoiser, self._recorder, self._mode = parts.denoiser, recorder, mode
+        self._denoiser, self._mode = parts.denoiser, mode
+        self._recorder = recorder or CudaGraphs(torch.device(device))
         self._stack = contextlib.ExitStack()
         self._state: Captured | None = None
         kind = torch.device(device).type

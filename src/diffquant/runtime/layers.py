@@ -200,7 +200,7 @@ class Home(Protocol):
 
 
 class Product(Protocol):
-    """How a linear layer multiplies, where that is not exactly; see runtime/low_bit.py."""
+    """How a linear layer multiplies: in 8 bits (low_bit.py), few rows by a kernel (few_rows.py)."""
 
     @property
     def key(self) -> Hashable:

@@ -18,6 +18,7 @@ from diffquant import __version__
 from diffquant.runtime.compute import card_of, engines_for
 from diffquant.runtime.control import damaged
 from diffquant.runtime.engines.base import EngineFiles, OnLatents, OnStep, Pictures
+from diffquant.runtime.few_rows import serve_few_rows
 from diffquant.runtime.graph_choice import Graphs
 from diffquant.runtime.lora import attach
 from diffquant.runtime.low_bit import LowBit, apply
@@ -138,6 +139,7 @@ class BundledSide:
         with contextlib.ExitStack() as files:
             opened = _opened(self.files, torch.bfloat16, files)
             attach(opened, self.files.loras)
+            serve_few_rows(opened.pipeline.parts.denoiser, card_of(self.files.device))
             yield replace(self, opened=opened)
 
 

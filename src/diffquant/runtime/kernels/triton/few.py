@@ -54,7 +54,9 @@ _SUMS = 256  # of a program that adds partial sums
 def _block_tile(src, scale, table, row, unit, mask, per_row, DECODE: tl.constexpr,
                 WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr, NBYTES: tl.constexpr,
                 GROUP: tl.constexpr):  # fmt: skip
-    blocks = per_row // PER_BLOCK  # its multiple of NBYTES is even, whatever a row has
+    # Blocks of an even number of bytes are aligned for 16-bit loads in every row; mxfp4's 17 are
+    # read by bytes.
+    blocks = per_row // PER_BLOCK
     block = row.to(tl.int64) * (blocks * NBYTES) + unit // PER_BLOCK * NBYTES
     return DECODE(src, block, unit % PER_BLOCK, mask, table, 0)  # by words
 
@@ -286,7 +288,7 @@ def few_rows(
     """
     one, (columns, depth), rows = _ROWS[fmt], shape, len(x)
     tile = tile_for(family(fmt), rows, x.dtype.itemsize) if tile is None else tile
-    cores = rows > 1 or tile.cores
+    assert rows
     assert usable(family(fmt), tile, rows, x.dtype.itemsize)
     weight, x = aligned(parts["weight"]).view(torch.uint8), aligned(x)
     scale = aligned(parts[one.scale])
@@ -302,7 +304,7 @@ def few_rows(
     into = out if shares == 1 else x.new_empty((shares, rows, columns), dtype=torch.float32)
     added = x if bias is None else bias.contiguous()
     launch(
-        _few if cores else _one_row,
+        _few if rows > 1 else _one_row,
         tiles * shares,
         tile.warps,
         x,

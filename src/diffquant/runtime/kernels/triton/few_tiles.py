@@ -33,7 +33,6 @@ class FewTile(NamedTuple):
         group: weights of a plane that a thread reads at once; blocks are read by words.
         stages: steps whose loads are under way; 1: those of one.
         programs: K is shared out while there are fewer than this; 0: never.
-        cores: whether one row of activations is multiplied by tensor cores too.
     """
 
     n: int
@@ -42,7 +41,6 @@ class FewTile(NamedTuple):
     group: int = 8
     stages: int = 1
     programs: int = 0
-    cores: bool = False
 
     def share(self, tiles: int, units: int, step: int) -> int:
         """How many of `units` along K a program takes: whole steps, all if programs are enough."""
@@ -93,7 +91,6 @@ _ONE = (
     FewTile(2, 1024, 4),
     FewTile(4, 1024, 4),
     FewTile(4, 256, 1, group=16),
-    FewTile(64, 64, 4, cores=True),
 )
 _SEVERAL = (
     FewTile(64, 64, 4),
@@ -148,6 +145,6 @@ def usable(family: str, tile: FewTile, rows: int, itemsize: int) -> bool:
     Q3_K and Q6_K by `mma` (cards that are not Hopper's, and there fewer than four warps) with one
     unit of four planes a step. Float32 goes without tensor cores.
     """
-    if rows == 1 and not tile.cores:
+    if rows == 1:
         return family != "flat" or tile.n * tile.k >= 2048
     return itemsize == 4 or family != "4x16" or tile.k >= 128
