@@ -15,6 +15,7 @@ replaced or turned to another dtype, graphs that were made before are dropped, a
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -40,6 +41,15 @@ class Recorder(Protocol):
         ...
 
 
+@functools.cache
+def _stream_of_card(_index: int) -> torch.cuda.Stream:
+    """What is captured on, one for each card: cuBLAS keeps 32 MiB for every stream it has met.
+
+    torch's own is of the card that captured first. Called with that card current.
+    """
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 class CudaGraphs:
     """CUDA graphs that share one pool of memory: they run one after the other."""
 
@@ -51,7 +61,6 @@ class CudaGraphs:
                 theirs, kernels run, and the graph is empty (pytorch/pytorch#87894).
         """
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
@@ -61,18 +70,16 @@ class CudaGraphs:
         Raises:
             RuntimeError: something in it cannot be captured.
         """
-        with torch.cuda.device(self._device):  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device):
             return self._recorded(call)
 
     def _recorded(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        if self._stream is None:  # torch's own is of the card that captured first
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        graph, card = torch.cuda.CUDAGraph(), torch.cuda.current_device()
         if not self._graphs:  # a pool ends with its last graph, and cannot be used again
             self._pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with torch.cuda.graph(graph, pool=self._pool, stream=_stream_of_card(card)):
                 found = call()
         except BaseException:
             torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own
