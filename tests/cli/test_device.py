@@ -146,3 +146,8 @@ def test_quantize_draws_where_it_is_told_to_encode(command, examples, tmp_path, 
     monkeypatch.setattr("diffquant.convert.jobs.cards_for", lambda _asked: NO_CARDS)
     assert command(*given, "--device", "cuda:1").result["image"]["device"] == "cuda:1"
     assert (drawn, len(asked)) == (["cpu", "cpu", "cuda:1"], 1)
+    several = ("-t", "q4_0", "-o", f"{tmp_path}/several/", "--device", "auto")
+    ran = command(*given[:2], *given[4:], *several)
+    assert len(ran.result["outputs"]) == 2
+    assert len(asked) == 2  # once more, for both
+    assert ran.err.count(BROKEN.why) == 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Judge"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Judge:
     """--verify, --prompts and --device of a run.
 
@@ -34,7 +35,6 @@ class Judge:
     prompts: Path | None
     device: str
     options: Options
-    _found: list[Device] = field(default_factory=list)
 
     def output(self, job: JobReport, source: Path, out: Path) -> Outcome:
         """Judge a finished job: its weights, and with --verify image its pictures."""
@@ -62,21 +62,20 @@ class Judge:
             SeveralOutcome(several, results), list(told), code, ok=all(one.ok for one in found)
         )
 
+    @functools.cached_property
     def _drawing(self) -> Device:
         """What draws: chosen once, for all outputs."""
         from diffquant.runtime.devices import Device
 
-        if not self._found:
-            # A card that is named has encoded already: it is there.
-            named = self.device not in ("auto", "cpu")
-            self._found.append(Device(self.device) if named else device_from(self.device))
-        return self._found[0]
+        # A card that is named has been found by what encodes: it is there.
+        named = self.device not in ("auto", "cpu")
+        return Device(self.device) if named else device_from(self.device)
 
     def _pictures(self, out: Path, source: Path) -> tuple[dict[str, Any], list[str]]:
         """Draw with both on the card that is named, or by `auto` on what computes: a report."""
         from diffquant.runtime.compare import DEFAULT_PROMPTS, ImageSettings, compare_pictures
 
-        on = self._drawing()
+        on = self._drawing
         lines = prompts_from(self.prompts) if self.prompts else DEFAULT_PROMPTS
         settings = ImageSettings(prompts=lines, device=on.name)
         report, _, notes = compare_pictures(out, source, settings, progress=self.options.bar())

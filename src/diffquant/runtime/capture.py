@@ -140,8 +140,8 @@ def captured(
 def _no_garbage() -> Iterator[None]:
     """Python collects none meanwhile.
 
-    A dead graph that is destroyed while another is captured ends that capture: an H100, the second
-    picture of `verify`, cudaErrorStreamCaptureInvalidated; pytorch/pytorch#161037. PyTorch before
+    A dead graph that is destroyed while another is captured ends that capture: an H100, later
+    pictures of `verify`, cudaErrorStreamCaptureInvalidated; pytorch/pytorch#161037. PyTorch before
     2.9 collected garbage itself before each capture.
     """
     collects = gc.isenabled()
